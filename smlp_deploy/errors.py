@@ -1,0 +1,67 @@
+"""The error tree. Every error a user can cause or act on is an `SmlpError`; anything else is a bug.
+
+    SmlpError                  exit code 1
+    ├── UsageError             an option or argument that cannot be right (exit code 2)
+    ├── ConfigError            a network or preprocessing configuration that cannot exist
+    ├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
+    ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
+    ├── ImageError             an image that cannot be read; becomes that image's record
+    ├── DownloadError          official weights that could not be fetched or verified
+    └── MissingDependencyError a package that is needed and not installed, or installed wrongly
+"""
+
+from __future__ import annotations
+
+
+class SmlpError(Exception):
+    """One line that says what is wrong, where, and what to do next.
+
+    Args:
+        what: the problem, with the values that matter.
+        where: the file, key or option it is about.
+        fix: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return " · ".join(printable(part) for part in (self.what, self.where, self.fix) if part)
+
+
+class UsageError(SmlpError):
+    exit_code = 2
+
+
+class ConfigError(SmlpError):
+    pass
+
+
+class CheckpointError(SmlpError):
+    pass
+
+
+class ArtifactError(SmlpError):
+    pass
+
+
+class ImageError(SmlpError):
+    pass
+
+
+class DownloadError(SmlpError):
+    pass
+
+
+class MissingDependencyError(SmlpError):
+    pass
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters and undecodable bytes are written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

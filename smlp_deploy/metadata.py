@@ -1,0 +1,252 @@
+"""What travels with a model: configuration, labels, preprocessing, precision and provenance.
+
+Standard library only, so that a machine that merely predicts can read it. The JSON form stands in an ONNX file's
+`metadata_props`, in a safetensors file's metadata, or in a `.json` file beside a checkpoint, under `METADATA_KEY`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from smlp_deploy.errors import ConfigError
+
+METADATA_KEY = "smlp_deploy"
+SCHEMA_VERSION = 1
+PRECISIONS = ("fp32",)
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMLPNetConfig:
+    """The shape of an sMLPNet (arXiv 2109.05422, section 3 and table 1).
+
+    Attributes:
+        dim: channels of the first stage; stage `s` has `dim * 2**s`.
+        depths: blocks per stage.
+        expansion: hidden width of the channel MLP over its channels.
+        patch_size: pixels per side of one patch.
+        image_size: pixels per side of the input; the axial matrices fix it.
+        num_classes: outputs of the head.
+
+    Raises:
+        ConfigError: a value is not positive, or the image does not divide into the stages' grids.
+    """
+
+    dim: int
+    depths: tuple[int, ...]
+    expansion: int = 3
+    patch_size: int = 4
+    image_size: int = 224
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        numbers = (self.dim, *self.depths, self.expansion, self.patch_size, self.image_size, self.num_classes)
+        if not self.depths or any(type(n) is not int or n < 1 for n in numbers):
+            raise ConfigError("every number of an sMLPNet configuration must be a positive integer", where=self)
+        step = self.patch_size * 2 ** (len(self.depths) - 1)
+        if self.image_size % step:
+            raise ConfigError(
+                f"image size {self.image_size} is not a multiple of {step} "
+                f"(patch {self.patch_size}, {len(self.depths)} stages)",
+                fix=f"use {max(step, self.image_size // step * step)}",
+            )
+
+    def channels(self, stage: int) -> int:
+        """Channels of `stage`, counted from 0."""
+        return self.dim << stage
+
+    def grid(self, stage: int) -> int:
+        """Tokens per side of `stage`, counted from 0."""
+        return self.image_size // self.patch_size >> stage
+
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each block, over the whole network."""
+        return tuple(stage for stage, depth in enumerate(self.depths) for _ in range(depth))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image file becomes the network's input.
+
+    The shorter side is resized to `floor(image_size / crop_pct)` pixels with antialiasing, the centre
+    `image_size` x `image_size` is cropped, and each RGB channel becomes `(value / 255 - mean) / std`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    image_size: int
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 65536:
+            raise ConfigError(f"image size {self.image_size} is not an integer from 1 to 65536", where="preprocessing")
+        if not 0.05 <= self.crop_pct <= 1:
+            raise ConfigError(f"crop-pct {self.crop_pct} is outside 0.05 to 1", where="preprocessing")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(
+                f"interpolation {self.interpolation!r} is unknown", fix=f"use one of {', '.join(INTERPOLATIONS)}"
+            )
+        if len(self.mean) != 3 or not all(math.isfinite(m) for m in self.mean):
+            raise ConfigError(f"mean {self.mean} is not three finite numbers", where="preprocessing")
+        if len(self.std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise ConfigError(f"std {self.std} is not three positive numbers", where="preprocessing")
+
+    @property
+    def resize(self) -> int:
+        """Pixels of the shorter side before the crop: 256 for 224 at 0.875."""
+        return math.floor(self.image_size / self.crop_pct)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a checkpoint says of itself beside its weights; None where it says nothing.
+
+    Attributes:
+        labels: class names in the order of the logits.
+        preprocessing: how its training images were prepared.
+        training: numbers of the training run, for people to read.
+    """
+
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str, *, image_size: int) -> ModelCard:
+        """Read the JSON form: any of `labels`, `preprocessing` (in part, too) and `training`.
+
+        Args:
+            text: a JSON object.
+            image_size: of the network, for a preprocessing that does not state it.
+
+        Raises:
+            ConfigError: not that form, or a value out of range.
+        """
+
+        def build(document: dict[str, Any]) -> ModelCard:
+            labels, preprocessing = document.get("labels"), document.get("preprocessing")
+            return cls(
+                labels=None if labels is None else _labels(labels),
+                preprocessing=None if preprocessing is None else _preprocessing({"image_size": image_size, **preprocessing}),
+                training=dict(document.get("training", {})),
+            )
+
+        return _parse(text, build)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMetadata:
+    """Everything needed to use an artifact, and to know where it came from.
+
+    Attributes:
+        name: the model's name, as file names carry it.
+        config: the network's shape.
+        labels: class names in the order of the logits.
+        preprocessing: how an image becomes the input.
+        precision: of the graph's arithmetic.
+        batch: the one batch size it takes, or None for any.
+        variant: the paper's variant with this configuration, if there is one.
+        checkpoint: file name of the source weights.
+        checkpoint_sha256: of that file.
+        ema: whether its moving-average weights were taken.
+        libraries: versions of what wrote the artifact, this tool among them.
+
+    Raises:
+        ConfigError: the parts contradict each other.
+    """
+
+    name: str
+    config: SMLPNetConfig
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    precision: str = "fp32"
+    batch: int | None = None
+    variant: str | None = None
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+    ema: bool = False
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.config.num_classes:
+            raise ConfigError(
+                f"{len(self.labels)} labels for {self.config.num_classes} classes", fix="give one label per class"
+            )
+        if self.preprocessing.image_size != self.config.image_size:
+            raise ConfigError(
+                f"preprocessing makes images of {self.preprocessing.image_size} pixels, "
+                f"the network takes {self.config.image_size}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r} is unknown", fix=f"one of {', '.join(PRECISIONS)}")
+        if self.batch is not None and (type(self.batch) is not int or self.batch < 1):
+            raise ConfigError(f"batch {self.batch} is not a positive integer")
+
+    def to_json(self) -> str:
+        return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelMetadata:
+        """Read the JSON form.
+
+        Raises:
+            ConfigError: not that form, a newer schema, or a value out of range.
+        """
+
+        def build(document: dict[str, Any]) -> ModelMetadata:
+            values = {key: value for key, value in document.items() if key != "schema"}
+            config = values["config"]
+            return cls(
+                **{
+                    **values,
+                    "config": SMLPNetConfig(**{**config, "depths": tuple(config["depths"])}),
+                    "labels": _labels(values["labels"]),
+                    "preprocessing": _preprocessing(values["preprocessing"]),
+                }
+            )
+
+        return _parse(text, build)
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, sort_keys=True, allow_nan=False)
+
+
+def _parse(text: str, build: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        document = json.loads(text)
+        schema = document.get("schema", SCHEMA_VERSION)
+        if schema != SCHEMA_VERSION:
+            raise ConfigError(
+                f"metadata schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads",
+                fix="upgrade smlp-deploy, or export again",
+            )
+        return build(document)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"metadata is damaged: {type(error).__name__}: {error}") from None
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+        raise TypeError("labels are not a list of strings")
+    return tuple(value)
+
+
+def _preprocessing(value: Mapping[str, Any]) -> Preprocessing:
+    triples = {key: tuple(float(number) for number in value[key]) for key in ("mean", "std") if key in value}
+    return Preprocessing(**{**value, **triples})
