@@ -63,13 +63,13 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch_size: int = 64) 
     for epoch in range(epochs):
         started, losses = time.perf_counter(), []
         order = torch.randperm(len(images), generator=generator)
-        for chosen in order.split(batch_size):
+        for chosen in torch.split(order, batch_size):
             if len(chosen) < batch_size:
                 continue
             logits = network(augment(images[chosen], generator))
             loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -82,7 +82,7 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch_size: int = 64) 
 @torch.inference_mode()
 def accuracy(network: SMLPNet, images: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent."""
-    return 100 * (network(images).argmax(dim=1) == labels).float().mean().item()
+    return 100 * float((network(images).argmax(dim=1) == labels).float().mean())
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """The error tree. Every error a user can cause or act on is an `SmlpError`; anything else is a bug.
 
-    SmlpError                  exit code 1
-    ├── UsageError             an option or argument that cannot be right (exit code 2)
-    ├── ConfigError            a network or preprocessing configuration that cannot exist
-    ├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
-    ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
-    ├── ImageError             an image that cannot be read; becomes that image's record
-    ├── DownloadError          official weights that could not be fetched or verified
-    └── MissingDependencyError a package that is needed and not installed, or installed wrongly
+SmlpError                  exit code 1
+├── UsageError             an option or argument that cannot be right (exit code 2)
+├── ConfigError            a network or preprocessing configuration that cannot exist
+├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
+├── ArtifactError          an ONNX file (or its metadata) that cannot be used
+├── ImageError             an image that cannot be read; becomes that image's record
+├── DownloadError          official weights that could not be fetched or verified
+└── MissingDependencyError a package that is needed and not installed, or installed wrongly
 """
 
 from __future__ import annotations

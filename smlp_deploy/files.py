@@ -11,6 +11,12 @@ from pathlib import Path
 
 from smlp_deploy.errors import SmlpError
 
+DATA_FOLDER = Path(__file__).parent / "data"
+"""What ships inside the package."""
+
+BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
+"""The small trained model that commands use when no other is given."""
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:

@@ -91,17 +91,17 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= 65536:
-            raise ConfigError(f"image size {self.image_size} is not an integer from 1 to 65536", where="preprocessing")
+            raise ConfigError(f"image size {self.image_size} is not an integer from 1 to 65536")
         if not 0.05 <= self.crop_pct <= 1:
-            raise ConfigError(f"crop-pct {self.crop_pct} is outside 0.05 to 1", where="preprocessing")
+            raise ConfigError(f"crop-pct {self.crop_pct} is outside 0.05 to 1")
         if self.interpolation not in INTERPOLATIONS:
             raise ConfigError(
                 f"interpolation {self.interpolation!r} is unknown", fix=f"use one of {', '.join(INTERPOLATIONS)}"
             )
         if len(self.mean) != 3 or not all(math.isfinite(m) for m in self.mean):
-            raise ConfigError(f"mean {self.mean} is not three finite numbers", where="preprocessing")
+            raise ConfigError(f"mean {self.mean} is not three finite numbers")
         if len(self.std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise ConfigError(f"std {self.std} is not three positive numbers", where="preprocessing")
+            raise ConfigError(f"std {self.std} is not three positive numbers")
 
     @property
     def resize(self) -> int:
@@ -127,11 +127,12 @@ class ModelCard:
         return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str, *, image_size: int) -> ModelCard:
+    def from_json(cls, text: str, *, where: object, image_size: int) -> ModelCard:
         """Read the JSON form: any of `labels`, `preprocessing` (in part, too) and `training`.
 
         Args:
             text: a JSON object.
+            where: the file it stood in, for errors.
             image_size: of the network, for a preprocessing that does not state it.
 
         Raises:
@@ -142,11 +143,13 @@ class ModelCard:
             labels, preprocessing = document.get("labels"), document.get("preprocessing")
             return cls(
                 labels=None if labels is None else _labels(labels),
-                preprocessing=None if preprocessing is None else _preprocessing({"image_size": image_size, **preprocessing}),
+                preprocessing=None
+                if preprocessing is None
+                else _preprocessing({"image_size": image_size, **preprocessing}),
                 training=dict(document.get("training", {})),
             )
 
-        return _parse(text, build)
+        return _parse(text, where, build)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +204,8 @@ class ModelMetadata:
         return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str) -> ModelMetadata:
-        """Read the JSON form.
+    def from_json(cls, text: str, *, where: object) -> ModelMetadata:
+        """Read the JSON form, which stood in the file `where`.
 
         Raises:
             ConfigError: not that form, a newer schema, or a value out of range.
@@ -220,25 +223,28 @@ class ModelMetadata:
                 }
             )
 
-        return _parse(text, build)
+        return _parse(text, where, build)
 
 
 def _dump(document: dict[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
-def _parse(text: str, build: Callable[[dict[str, Any]], T]) -> T:
+def _parse(text: str, where: object, build: Callable[[dict[str, Any]], T]) -> T:
     try:
         document = json.loads(text)
         schema = document.get("schema", SCHEMA_VERSION)
-        if schema != SCHEMA_VERSION:
-            raise ConfigError(
-                f"metadata schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads",
-                fix="upgrade smlp-deploy, or export again",
-            )
-        return build(document)
+        if schema == SCHEMA_VERSION:
+            return build(document)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, fix=error.fix) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"metadata is damaged: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"metadata is damaged: {type(error).__name__}: {error}", where=where) from None
+    raise ConfigError(
+        f"metadata schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads",
+        where=where,
+        fix="upgrade smlp-deploy, or export again",
+    )
 
 
 def _labels(value: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from smlp_deploy.errors import ImageError
 from smlp_deploy.metadata import Preprocessing
@@ -38,14 +38,14 @@ def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block for ever
-            raise ImageError("is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+            raise ImageError("is a directory without images" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         if not status.st_size:
             raise ImageError("empty file")
         with Image.open(path) as image:
             return prepare(image, preprocessing)
     except ImageError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError("not an image in a format that Pillow reads") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
@@ -60,7 +60,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.floa
     """The network's input for a decoded image: float32, 3 x image_size x image_size."""
     crop = resize_and_crop(to_rgb(image), preprocessing)
     scaled = np.asarray(crop, dtype=np.float32) / np.float32(255)
-    normalised = (scaled - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
+    normalised = (scaled - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 

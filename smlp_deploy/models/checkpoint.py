@@ -189,7 +189,9 @@ def _compare(found: _Shapes, expected: _Shapes) -> None:
         raise CheckpointError(f"{missing[0]!r} of shape {expected[missing[0]]} is missing{_and_others(missing)}")
     unknown = [key for key in found if key not in expected]
     if unknown:
-        raise CheckpointError(f"{unknown[0]!r} of shape {found[unknown[0]]} is not part of sMLPNet{_and_others(unknown)}")
+        raise CheckpointError(
+            f"{unknown[0]!r} of shape {found[unknown[0]]} is not part of sMLPNet{_and_others(unknown)}"
+        )
 
 
 def _and_others(keys: list[str]) -> str:
@@ -348,7 +350,4 @@ def _card(path: Path, text: str | None, config: SMLPNetConfig) -> ModelCard:
             raise CheckpointError(f"cannot read labels and preprocessing: {error}", where=beside) from None
     if text is None:
         return ModelCard()
-    try:
-        return ModelCard.from_json(text, image_size=config.image_size)
-    except ConfigError as error:
-        raise CheckpointError(error.what, where=source, fix=error.fix) from None
+    return ModelCard.from_json(text, where=source, image_size=config.image_size)

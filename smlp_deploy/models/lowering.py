@@ -53,7 +53,9 @@ def pointwise_convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return _convolution(weight[:, :, None, None], bias)
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Conv2d:
+def _convolution(
+    weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1
+) -> nn.Conv2d:
     out_channels, in_channels, kernel, _ = weight.shape
     conv = nn.Conv2d(
         in_channels * groups,
@@ -141,7 +143,7 @@ class LoweredSMLPNet(nn.Module):
         # The final BatchNorm is affine and so commutes with the mean over tokens that follows it.
         head = cast(nn.Linear, network.mlp_head[0])
         weight, bias = fold_into_linear_after(head.weight, head.bias, *batch_norm_affine(network.batch_norm))
-        self.head = nn.Linear(*reversed(weight.shape), dtype=weight.dtype)
+        self.head = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
         self.head.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.head.bias = nn.Parameter(bias.detach(), requires_grad=False)
 

@@ -19,11 +19,10 @@ from platformdirs import user_cache_path
 
 from smlp_deploy.errors import DownloadError
 from smlp_deploy.files import sha256_of, write_text
-from smlp_deploy.models.variants import VARIANTS, Variant
+from smlp_deploy.models.variants import OFFICIAL_URL, VARIANTS, Variant, find_variant
 
 logger = logging.getLogger(__name__)
 
-OFFICIAL_URL = "https://github.com/microsoft/SPACH/releases/download/v1.0/"
 MIRROR_VARIABLE = "SMLP_WEIGHTS_URL"
 
 _TIMEOUT_SECONDS = 30
@@ -37,6 +36,21 @@ Progress = Callable[[int, int | None], None]
 def cache_folder() -> Path:
     """Where weights are kept: the user's cache directory."""
     return user_cache_path("smlp-deploy") / "weights"
+
+
+def find_checkpoint(source: str, *, progress: Progress | None = None) -> Path:
+    """The weights file that a command's argument means: a path, or a variant whose weights are fetched if need be.
+
+    Raises:
+        UsageError: neither a file nor a variant.
+        DownloadError: the variant's weights cannot be had.
+    """
+    if source in VARIANTS:
+        return fetch_weights(VARIANTS[source], progress=progress)
+    path = Path(source)
+    if not path.exists() and not path.suffix:
+        find_variant(source)
+    return path
 
 
 def weights_url(variant: Variant) -> str:
@@ -104,7 +118,9 @@ def _verify(path: Path) -> None:
     except (ValueError, KeyError, TypeError):
         matches = False
     if not matches:
-        raise DownloadError("is not the file that was fetched", where=path, fix=f"delete it and {record.name}, fetch again")
+        raise DownloadError(
+            "is not the file that was fetched", where=path, fix=f"delete it and {record.name}, fetch again"
+        )
 
 
 def _download(url: str, part: Path, progress: Progress | None) -> None:

@@ -104,9 +104,7 @@ class SMLPNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images
         entered = -1
-        for stage, token_mix, channel_mix in zip(
-            self.config.stages(), self.token_mix, self.channel_mix, strict=True
-        ):
+        for stage, token_mix, channel_mix in zip(self.config.stages(), self.token_mix, self.channel_mix, strict=True):
             if stage != entered:
                 x = self.to_patch_embedding[stage](x)
                 entered = stage

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
+from smlp_deploy.errors import UsageError
 from smlp_deploy.metadata import SMLPNetConfig
+
+OFFICIAL_URL = "https://github.com/microsoft/SPACH/releases/download/v1.0/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,11 @@ class Variant:
     config: SMLPNetConfig
     paper_top1: float
     weights_file: str | None
+
+    @property
+    def weights_url(self) -> str | None:
+        """Where the official weights are."""
+        return OFFICIAL_URL + self.weights_file if self.weights_file else None
 
 
 _ALL = (
@@ -45,6 +54,21 @@ _ALL = (
     ),
 )
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in VARIANTS:
+        close = get_close_matches(name, VARIANTS, n=1)
+        raise UsageError(
+            f"no variant is called {name!r}",
+            fix=f"did you mean {close[0]}?" if close else f"variants: {', '.join(VARIANTS)}",
+        )
+    return VARIANTS[name]
 
 
 def variant_of(config: SMLPNetConfig) -> Variant | None:

@@ -1,0 +1,33 @@
+"""Where artifacts are written and found: `artifacts/<model>-<precision>.onnx`, with its reports beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from smlp_deploy.metadata import ModelMetadata
+
+ARTIFACTS_FOLDER = Path("artifacts")
+ARTIFACT_SUFFIXES = (".onnx",)
+
+
+def default_path(metadata: ModelMetadata) -> Path:
+    """Where an ONNX file goes when no path is given."""
+    batch = f"-batch{metadata.batch}" if metadata.batch else ""
+    return ARTIFACTS_FOLDER / f"{metadata.name}-{metadata.precision}{batch}.onnx"
+
+
+def parity_path(artifact: Path) -> Path:
+    """Where an artifact's parity report goes: `x.onnx` has `x.parity.json`."""
+    return artifact.with_suffix(".parity.json")
+
+
+def failed_path(artifact: Path) -> Path:
+    """The name under which an artifact that failed parity is kept, which nothing picks up by itself."""
+    return artifact.with_name(artifact.name + ".failed")
+
+
+def newest_artifact() -> Path | None:
+    """The artifact written last into the artifacts folder, if there is one."""
+    candidates = [path for suffix in ARTIFACT_SUFFIXES for path in ARTIFACTS_FOLDER.glob(f"*{suffix}")]
+    files = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)

@@ -1,0 +1,164 @@
+"""Batched classification: paths in, one record per path out, in order, whatever the files are."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlp_deploy.errors import ImageError, UsageError
+from smlp_deploy.preprocessing import load_image
+from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.base import FloatArray, Runner
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_TOPK = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class and its softmax probability."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one input: its best classes, best first, or the one-line reason why there are none."""
+
+    path: str
+    scores: tuple[Score, ...] = ()
+    error: str | None = None
+
+
+class Classifier:
+    """Classifies image files with one loaded network; a context manager, because it holds the network's memory.
+
+    Args:
+        runner: the network.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Load an artifact or checkpoint; labels and preprocessing are those inside it.
+
+        Raises:
+            SmlpError: the file cannot be used.
+        """
+        return cls(open_runner(Path(path)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.runner.__exit__(kind, error, traceback)
+
+    def classify(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        topk: int | None = None,
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """One prediction per path, in the order of the paths.
+
+        Worker threads decode up to two batches ahead of the network, so memory is bounded by three batches, however
+        many paths there are; `paths` is read only as far ahead as that.
+
+        Args:
+            paths: image files.
+            batch_size: images per run of the network.
+            topk: classes per prediction; by default 5, or all where there are fewer.
+            workers: decoding threads; by default one per core.
+
+        Raises:
+            UsageError: a number is out of range.
+        """
+        topk = self.resolve_topk(topk)
+        if batch_size < 1 or (workers is not None and workers < 1):
+            raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
+        return self._stream(
+            paths,
+            batch_size=batch_size,
+            topk=topk,
+            workers=workers or available_cores(),
+        )
+
+    def resolve_topk(self, topk: int | None) -> int:
+        """`topk`, or its default where it is None.
+
+        Raises:
+            UsageError: more than the network has classes, or less than 1.
+        """
+        classes = len(self.runner.metadata.labels)
+        if topk is None:
+            return min(DEFAULT_TOPK, classes)
+        if not 1 <= topk <= classes:
+            raise UsageError(f"topk {topk} is not between 1 and the model's {classes} classes", where="--topk")
+        return topk
+
+    def _stream(self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int) -> Iterator[Prediction]:
+        remaining = iter(paths)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
+
+        def fill(length: int) -> None:
+            for path in islice(remaining, max(0, length - len(queue))):
+                queue.append((os.fspath(path), pool.submit(self._load, Path(path))))
+
+        try:
+            fill(2 * batch_size)
+            while queue:
+                batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+                loaded = [(path, future.result()) for path, future in batch]
+                # Refilled before the network runs, so that decoding goes on meanwhile.
+                fill(2 * batch_size)
+                yield from self._predict(loaded, topk)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, path: Path) -> FloatArray | str:
+        try:
+            return load_image(path, self.runner.metadata.preprocessing)
+        except ImageError as error:
+            return str(error)
+
+    def _predict(self, loaded: list[tuple[str, FloatArray | str]], topk: int) -> Iterator[Prediction]:
+        images = [content for _, content in loaded if not isinstance(content, str)]
+        logits = iter(self.runner.infer(np.stack(images)) if images else ())
+        for path, content in loaded:
+            if isinstance(content, str):
+                yield Prediction(path, error=content)
+            else:
+                yield self._prediction(path, next(logits), topk)
+
+    def _prediction(self, path: str, logits: NDArray[np.float32], topk: int) -> Prediction:
+        if not np.isfinite(logits).all():
+            return Prediction(path, error="the network's output has NaN or infinite values")
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = exponentials / exponentials.sum()
+        best = np.argsort(-logits, kind="stable")[:topk]
+        labels = self.runner.metadata.labels
+        return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

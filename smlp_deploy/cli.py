@@ -1,0 +1,367 @@
+"""The command line: one function per verb, which parses, calls and shows. The only place that prints and exits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+
+import typer
+
+from smlp_deploy import __version__
+from smlp_deploy.errors import SmlpError, UsageError, printable
+
+if TYPE_CHECKING:
+    from smlp_deploy.models.checkpoint import Checkpoint
+    from smlp_deploy.records import Write
+
+app = typer.Typer(
+    name="smlp",
+    help="Take a trained sMLPNet from its checkpoint to production, with proof at each step.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+class ExportFormat(StrEnum):
+    onnx = "onnx"
+
+
+class RecordFormat(StrEnum):
+    table = "table"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+CheckpointArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CHECKPOINT|VARIANT]",
+        help="A .pth or .safetensors file, or a variant's name for its official weights. "
+        "Default: the bundled digits model.",
+    ),
+]
+EmaOption = Annotated[bool, typer.Option("--ema", help="Take the moving-average weights of a training checkpoint.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"smlp-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def smlp(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take a trained sMLPNet from its checkpoint to production, with proof at each step."""
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the paper's variants: parameters, MACs, accuracy, and where their weights are."""
+    from smlp_deploy.models.variants import VARIANTS, mac_count, parameter_count
+    from smlp_deploy.terminal import say, show_variants
+
+    if as_json:
+        facts = [
+            {
+                "name": variant.name,
+                "parameters": parameter_count(variant.config),
+                "macs": mac_count(variant.config),
+                "paper_top1": variant.paper_top1,
+                "weights_url": variant.weights_url,
+            }
+            for variant in VARIANTS.values()
+        ]
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    show_variants(VARIANTS)
+    say("smlp download VARIANT fetches official weights")
+
+
+@app.command()
+def download(variant: Annotated[str, typer.Argument(help="A variant's name; smlp models lists them.")]) -> None:
+    """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
+    from smlp_deploy.models.pretrained import fetch_weights
+    from smlp_deploy.models.variants import find_variant
+    from smlp_deploy.terminal import downloading
+
+    with downloading() as progress:
+        path = fetch_weights(find_variant(variant), progress=progress)
+    typer.echo(path)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A checkpoint or an ONNX file.")],
+    ema: EmaOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a file is, from the file itself: configuration, labels, preprocessing, provenance."""
+    from smlp_deploy.inspection import inspect_file
+    from smlp_deploy.terminal import show_facts
+
+    facts = inspect_file(file, ema=ema)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        show_facts(facts)
+
+
+@app.command()
+def export(
+    source: CheckpointArgument = None,
+    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: artifacts/<model>-fp32.onnx.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size. Default: any size.")] = None,
+    opset: Annotated[int, typer.Option(min=18, max=23, help="ONNX operator set.")] = 20,
+    ema: EmaOption = False,
+    labels: Annotated[
+        Path | None, typer.Option(help="Class names: a text file with one per line, or a JSON list.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Channel means of pixels in 0 to 1.")] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Channel standard deviations.")] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="Crop over resized shorter side; 0.875 is 224 of 256.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="Resize filter: nearest, bilinear, bicubic or lanczos.")
+    ] = None,
+    parity_images: Annotated[
+        list[str] | None,
+        typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
+    from smlp_deploy.dependencies import require_onnxruntime, require_torch
+    from smlp_deploy.terminal import say, show_parity, working
+
+    require_torch("to export")
+    require_onnxruntime()
+    from smlp_deploy.artifacts import default_path
+    from smlp_deploy.export import export_checkpoint
+    from smlp_deploy.models.description import describe, read_labels
+
+    given_labels = read_labels(labels) if labels else None
+    given_preprocessing = _preprocessing_options(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    if output is not None and output.suffix != ".onnx":
+        raise UsageError("an ONNX file's name ends in .onnx", where=output)
+    checkpoint = _load(source, ema=ema)
+    metadata = describe(checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch)
+    target = output or default_path(metadata)
+    images = _images(parity_images) if parity_images else None
+    with working(f"exporting {metadata.name} and comparing the file with the trained network"):
+        result = export_checkpoint(checkpoint, metadata, target, opset=opset, images=images)
+    show_parity(result.report)
+    if not result.report.passed:
+        raise SmlpError(
+            f"parity failed: {', '.join(gate.name for gate in result.report.failures)}",
+            where=result.path,
+            fix=f"the report is {result.report_path}",
+        )
+    typer.echo(result.path)
+    say(f"next: smlp predict --model {result.path} IMAGES")
+
+
+@app.command()
+def verify(
+    candidate: Annotated[Path, typer.Argument(help="The artifact to check.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was made from. Default: found by the artifact's own sha256 of it."),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an artifact with its trained network again, on real images and seeded noise."""
+    from smlp_deploy.dependencies import require_torch
+    from smlp_deploy.terminal import show_parity, working
+
+    require_torch("to run the trained network")
+    from smlp_deploy.export import verify_artifact
+
+    paths = _images(images) if images else None
+    with working(f"comparing {candidate} with the trained network"):
+        report = verify_artifact(candidate, reference=reference, images=paths)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        show_parity(report)
+    if not report.passed:
+        raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[
+        list[str], typer.Argument(help="Images, folders, @FILE with a path per line, or - for such a list on stdin.")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="Artifact or checkpoint. Default: the newest in artifacts/, else the bundled model."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per run of the network.")] = 32,
+    topk: Annotated[int | None, typer.Option(min=1, help="Classes per image. Default: 5, or all of fewer.")] = None,
+    format_: Annotated[
+        RecordFormat | None,
+        typer.Option("--format", help="Default: by the output file's suffix, else table."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write records here, not to stdout.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
+    allow_errors: Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")] = False,
+) -> None:
+    """Classify images; labels and preprocessing are those inside the model. One record per image, in order."""
+    from smlp_deploy.classify import Classifier
+    from smlp_deploy.listing import find_images
+    from smlp_deploy.terminal import counting, say
+
+    kind = _record_format(format_, output)
+    images = find_images(inputs, sys.stdin)
+    done = failed = 0
+    with Classifier.open(_model(model)) as classifier:
+        topk = classifier.resolve_topk(topk)
+        predictions = classifier.classify(images, batch_size=batch_size, topk=topk, workers=workers)
+        with _record_stream(output) as stream, counting("images", enabled=output is not None) as advance:
+            write = _record_writer(kind, stream, topk)
+            for prediction in predictions:
+                write(prediction)
+                advance()
+                done += 1
+                failed += prediction.error is not None
+    say(f"{done} images, {failed} failed" + (f", written to {output}" if output else ""))
+    if failed and not allow_errors:
+        raise typer.Exit(1)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line: exit code 0, 1 for an error of ours or a failed check, 2 for wrong usage."""
+    logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
+    try:
+        code = app(args=arguments, prog_name="smlp", standalone_mode=False)
+    except SmlpError as error:
+        _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        _fail(f"{printable(error.format_message())} · smlp --help lists verbs and options", error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class _LazyNotes(logging.Handler):
+    """Shows the library's warnings on stderr; imports what draws them only when there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from smlp_deploy.terminal import note
+
+        note(record.getMessage())
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from smlp_deploy.terminal import show_error
+
+    show_error(message)
+    sys.exit(code)
+
+
+def _load(source: str | None, *, ema: bool) -> Checkpoint:
+    """The checkpoint an argument means; the bundled one, with a note, where none is given."""
+    from smlp_deploy.files import BUNDLED_CHECKPOINT
+    from smlp_deploy.models.checkpoint import load_checkpoint
+    from smlp_deploy.models.pretrained import find_checkpoint
+    from smlp_deploy.terminal import downloading, note
+
+    if source is None:
+        note("no checkpoint given; using the bundled digits model")
+        return load_checkpoint(BUNDLED_CHECKPOINT, ema=ema)
+    with downloading() as progress:
+        path = find_checkpoint(source, progress=progress)
+    return load_checkpoint(path, ema=ema)
+
+
+def _preprocessing_options(
+    *, mean: str | None, std: str | None, crop_pct: float | None, interpolation: str | None
+) -> dict[str, Any]:
+    """The options that were given, as fields of Preprocessing."""
+    given: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            try:
+                red, green, blue = (float(part) for part in text.split(","))
+            except ValueError:
+                raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
+            given[name] = (red, green, blue)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _images(arguments: list[str]) -> list[Path]:
+    from smlp_deploy.listing import find_images
+
+    return list(find_images(arguments, sys.stdin))
+
+
+def _model(given: Path | None) -> Path:
+    """The model to predict with; says which, where none is given."""
+    from smlp_deploy.artifacts import newest_artifact
+    from smlp_deploy.files import BUNDLED_CHECKPOINT
+    from smlp_deploy.terminal import note
+
+    if given is not None:
+        return given
+    newest = newest_artifact()
+    if newest is not None:
+        note(f"no model given; using {newest}, the newest in artifacts/")
+        return newest
+    note("no model given and none in artifacts/; using the bundled digits model")
+    return BUNDLED_CHECKPOINT
+
+
+def _record_format(given: RecordFormat | None, output: Path | None) -> RecordFormat:
+    if given is not None:
+        return given
+    if output is None:
+        return RecordFormat.table
+    try:
+        return RecordFormat(output.suffix.removeprefix("."))
+    except ValueError:
+        raise UsageError(
+            "no format has this suffix", where=output, fix="end it in .jsonl or .csv, or add --format"
+        ) from None
+
+
+@contextlib.contextmanager
+def _record_stream(output: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears whole at the end. Undecodable bytes of file names survive."""
+    from smlp_deploy.files import replacing
+
+    if output is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+        return
+    with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
+        yield stream
+
+
+def _record_writer(kind: RecordFormat, stream: TextIO, topk: int) -> Write:
+    from smlp_deploy.records import csv_writer, jsonl_writer
+    from smlp_deploy.terminal import predictions_writer
+
+    if kind is RecordFormat.jsonl:
+        return jsonl_writer(stream)
+    if kind is RecordFormat.csv:
+        return csv_writer(stream, topk=topk)
+    return predictions_writer(stream)

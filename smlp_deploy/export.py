@@ -1,0 +1,116 @@
+"""From a checkpoint to an artifact that is proven before it gets its name; and the same proof later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from smlp_deploy.artifacts import failed_path, parity_path
+from smlp_deploy.dependencies import require_onnxruntime
+from smlp_deploy.errors import UsageError
+from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
+from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, replacing, sha256_of, write_text
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.models.pretrained import cached_weights
+from smlp_deploy.models.variants import VARIANTS
+from smlp_deploy.parity import ParityReport, compare
+from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.runners.pytorch import PyTorchRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an export left: the artifact (under its failed name, if it failed), its report and the report's file."""
+
+    path: Path
+    report: ParityReport
+    report_path: Path
+
+
+def bundled_images() -> list[Path]:
+    """The real images that ship with the package: ten digits and eight photographs."""
+    return sorted((DATA_FOLDER / "parity").glob("*.jpg"))
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    metadata: ModelMetadata,
+    target: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    images: Sequence[Path] | None = None,
+) -> Export:
+    """Write `checkpoint` as an ONNX file, open that file, and compare it with the trained network.
+
+    Only a file that passes is moved to `target`; one that fails is kept under a `.failed` name, and whatever stood
+    at `target` stays. The report is written in both cases, beside the file.
+
+    Args:
+        checkpoint: the weights.
+        metadata: what the file is to carry.
+        target: the file to write.
+        opset: version of ONNX's default operator set.
+        images: real images to compare on; by default the bundled ones.
+
+    Raises:
+        SmlpError: nothing could be written.
+    """
+    require_onnxruntime()
+    with replacing(target) as temporary, PyTorchRunner(checkpoint, metadata) as reference:
+        metadata = export_onnx(checkpoint.network(), metadata, temporary, opset=opset)
+        sha256 = sha256_of(temporary)
+        logger.info("comparing the file with the trained network")
+        with OnnxRuntimeRunner(temporary) as candidate:
+            report = compare(reference, candidate, images or bundled_images(), artifact_sha256=sha256)
+        path = target
+        if not report.passed:
+            path = failed_path(target)
+            temporary.replace(path)
+    report_path = parity_path(path)
+    write_text(report_path, report.to_json())
+    return Export(path=path, report=report, report_path=report_path)
+
+
+def verify_artifact(
+    candidate: Path, *, reference: Path | None = None, images: Sequence[Path] | None = None
+) -> ParityReport:
+    """Compare an artifact with the trained network it was made from.
+
+    Args:
+        candidate: the artifact.
+        reference: the checkpoint; by default the one whose sha256 the artifact carries, if it is the bundled one or
+            was downloaded.
+        images: real images to compare on; by default the bundled ones.
+
+    Raises:
+        UsageError: no reference is given and none is known.
+        SmlpError: a file cannot be used.
+    """
+    with open_runner(candidate) as runner:
+        path = reference or _find_reference(runner.metadata, candidate)
+        checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
+        if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
+            logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
+        card = checkpoint.card
+        metadata = describe(checkpoint, labels=card.labels or runner.metadata.labels)
+        with PyTorchRunner(checkpoint, metadata) as trained:
+            return compare(trained, runner, images or bundled_images(), artifact_sha256=sha256_of(candidate))
+
+
+def _find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
+    known = [BUNDLED_CHECKPOINT, *filter(None, map(cached_weights, VARIANTS.values()))]
+    for path in known:
+        if path.name == metadata.checkpoint and sha256_of(path) == metadata.checkpoint_sha256:
+            return path
+    raise UsageError(
+        f"made from {metadata.checkpoint}, which is not at hand",
+        where=candidate,
+        fix="give it with --reference CHECKPOINT",
+    )

@@ -1,0 +1,114 @@
+"""The trained network to an fp32 ONNX file: lowered, traced, cleaned of what belongs to this machine, and checked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+
+from smlp_deploy.dependencies import installed_version
+from smlp_deploy.errors import SmlpError
+from smlp_deploy.exporters.graph import INPUT_NAME, OUTPUT_NAME, save_graph
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.models.lowering import LoweredSMLPNet, lower
+from smlp_deploy.models.smlpnet import SMLPNet
+
+DEFAULT_OPSET = 20
+OPSETS = range(18, 24)
+
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+
+
+def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset: int = DEFAULT_OPSET) -> ModelMetadata:
+    """Write the lowered form of `network` as an ONNX file: `images` N, 3, S, S float32 to `logits` N, classes.
+
+    The same weights and metadata give the same bytes. N is any number, unless `metadata.batch` fixes it.
+
+    Args:
+        network: the trained network, float32.
+        metadata: what the file is to carry; the exporting libraries' versions are added.
+        path: overwritten.
+        opset: version of ONNX's default operator set.
+
+    Returns:
+        The metadata as written.
+
+    Raises:
+        SmlpError: the exporter made no valid graph, which is this tool's fault or torch's.
+    """
+    libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
+    metadata = replace(metadata, libraries={**metadata.libraries, **libraries})
+    try:
+        model = _trace(lower(network), batch=metadata.batch, opset=opset)
+        _clean(model)
+        save_graph(model, metadata, path)
+    except (
+        torch.onnx.errors.OnnxExporterError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
+        raise SmlpError(
+            f"export at opset {opset} failed: {str(error).splitlines()[0]}", fix=f"try --opset {DEFAULT_OPSET}"
+        ) from error
+    return metadata
+
+
+def _trace(network: LoweredSMLPNet, *, batch: int | None, opset: int) -> onnx.ModelProto:
+    size = network.config.image_size
+    example = torch.zeros(batch or 2, 3, size, size)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            opset_version=opset,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes about packages and deprecations that are none of the user's business."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Drop the exporter's debug notes, which hold source paths, and name each node after its block."""
+    graph = model.graph
+    for node in graph.node:
+        scopes = [prop.value for prop in node.metadata_props if prop.key == _SCOPES_KEY]
+        node.name = _node_name(node.name, scopes[0] if scopes else "")
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    graph.ClearField("metadata_props")
+    graph.name = "smlpnet"
+
+
+def _node_name(name: str, scopes: str) -> str:
+    """`node_conv2d_1` in the scopes `['', 'blocks.0', 'blocks.0.depthwise', ...]` is `blocks.0.depthwise/conv2d_1`."""
+    modules = [scope for scope in scopes.strip("[]").replace("'", "").split(", ") if scope][:-1]
+    operation = name.removeprefix("node_")
+    return f"{modules[-1]}/{operation}" if modules else operation

@@ -1,0 +1,117 @@
+"""From a checkpoint to the metadata of its artifacts: the labels and preprocessing to use, and where they come from.
+
+The user's options come first, then what the file itself says, then ImageNet's for a head of 1,000 classes. Whatever
+had to be assumed is logged as a warning, never assumed in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from smlp_deploy.dependencies import installed_version
+from smlp_deploy.errors import ConfigError, UsageError
+from smlp_deploy.files import DATA_FOLDER
+from smlp_deploy.metadata import ModelMetadata, Preprocessing
+from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.variants import VARIANTS, variant_of
+
+logger = logging.getLogger(__name__)
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """The names of the 1,000 ILSVRC 2012 classes, in the order of their WordNet ids; each name is unique."""
+    lines = (DATA_FOLDER / "imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
+    return tuple(line.split("\t")[1] for line in lines)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names from a text file with one per line, or from a `.json` file with a list of them.
+
+    Raises:
+        UsageError: the file cannot be read, or is no such list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the labels: {error}", where=path) from None
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise UsageError("holds something else than one name per class", where=path)
+    return tuple(label.strip() for label in labels)
+
+
+def describe(
+    checkpoint: Checkpoint,
+    *,
+    labels: tuple[str, ...] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    batch: int | None = None,
+) -> ModelMetadata:
+    """What artifacts made from `checkpoint` carry.
+
+    Args:
+        checkpoint: the weights.
+        labels: class names that replace the file's own.
+        preprocessing: fields of `Preprocessing` that replace the file's own.
+        batch: the one batch size the artifact is to take, or None for any.
+
+    Raises:
+        ConfigError: as many labels as classes are needed; or a preprocessing value is out of range.
+    """
+    variant = variant_of(checkpoint.config)
+    return ModelMetadata(
+        name=_name(checkpoint),
+        config=checkpoint.config,
+        labels=_labels(checkpoint, labels),
+        preprocessing=_preprocessing(checkpoint, preprocessing or {}),
+        batch=batch,
+        variant=variant.name if variant else None,
+        checkpoint=checkpoint.path.name,
+        checkpoint_sha256=checkpoint.sha256,
+        ema=checkpoint.ema,
+        libraries={name: installed_version(name) or "unknown" for name in ("smlp-deploy", "torch")},
+    )
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    official = {variant.weights_file: variant.name for variant in VARIANTS.values() if variant.weights_file}
+    return official.get(checkpoint.path.name, checkpoint.path.stem)
+
+
+def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    classes = checkpoint.config.num_classes
+    labels = given if given is not None else checkpoint.card.labels
+    if labels is not None:
+        if len(labels) != classes:
+            raise ConfigError(f"{len(labels)} labels for {classes} classes", where=checkpoint.path.name)
+        return labels
+    if classes == 1000:
+        logger.warning("%s states no labels; its 1000 classes are taken for ImageNet's", checkpoint.path.name)
+        return imagenet_labels()
+    logger.warning(
+        "%s states no labels; its %d classes are named by index (--labels FILE names them)",
+        checkpoint.path.name,
+        classes,
+    )
+    return tuple(str(index) for index in range(classes))
+
+
+def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preprocessing:
+    own = checkpoint.card.preprocessing
+    if own is None:
+        own = Preprocessing(image_size=checkpoint.config.image_size)
+        if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
+            logger.warning(
+                "%s states no preprocessing; ImageNet's is taken (resize %d %s, crop %d, its mean and std) "
+                "where no option says otherwise",
+                checkpoint.path.name,
+                own.resize,
+                own.interpolation,
+                own.image_size,
+            )
+    return replace(own, **given)

@@ -1,0 +1,406 @@
+"""Proof that two runners compute the same function: real images and seeded noise through both, compared by gates.
+
+`compare` measures and judges; it never prints. What it measures is relative to the spread of the reference's logits,
+because a difference means nothing without their scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlp_deploy.errors import ImageError
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.preprocessing import load_image
+from smlp_deploy.runners.base import FloatArray, Runner
+
+LARGEST_BATCH = 32
+ODD_BATCH = 7
+MIN_NOISE = 4
+NOISE_SEED = 2109
+
+PERMUTATION_BOUND = 1e-2
+
+_Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Bounds that a candidate must keep.
+
+    Attributes:
+        difference: largest difference of a logit, over the standard deviation of the reference's logits.
+        cosine: smallest cosine between the two logit vectors of one image.
+        top1: share of images with the same best class, among those whose reference margin exceeds `difference`.
+    """
+
+    difference: float
+    cosine: float
+    top1: float = 1.0
+
+
+GATES = {"fp32": Gates(difference=1e-4, cosine=0.99999)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """One gate's verdict; `measured` is NaN where there was nothing to measure."""
+
+    name: str
+    passed: bool
+    limit: str
+    measured: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What a comparison found.
+
+    Attributes:
+        reference: name of the runner taken as the truth.
+        candidate: name of the runner under test.
+        precision: of the candidate, which chose the gates.
+        images: real images compared.
+        noise: seeded noise inputs compared.
+        unreadable: images left out, with the reason.
+        batch_sizes: sizes at which the candidate ran.
+        logit_scale: standard deviation of the reference's logits.
+        max_abs: largest difference of a logit.
+        max_relative: that, over `logit_scale`.
+        min_cosine: smallest cosine between the logit vectors of one input.
+        top1_agreement: share of inputs with the same best class.
+        top5_agreement: mean share of the five best classes in common.
+        nan_count: NaN logits of the candidate.
+        inf_count: infinite logits of the candidate.
+        gates: every gate's verdict.
+        artifact_sha256: of the candidate's file.
+    """
+
+    reference: str
+    candidate: str
+    precision: str
+    images: int
+    noise: int
+    unreadable: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    logit_scale: float
+    max_abs: float
+    max_relative: float
+    min_cosine: float
+    top1_agreement: float
+    top5_agreement: float
+    nan_count: int
+    inf_count: int
+    gates: tuple[GateResult, ...]
+    artifact_sha256: str
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    @property
+    def failures(self) -> tuple[GateResult, ...]:
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    def to_json(self) -> str:
+        """A JSON object; what could not be measured is null."""
+        return json.dumps(_without_nan({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False) + "\n"
+
+
+def compare(
+    reference: Runner,
+    candidate: Runner,
+    image_paths: Sequence[Path],
+    *,
+    gates: Gates | None = None,
+    artifact_sha256: str = "",
+) -> ParityReport:
+    """Run real images, then seeded noise, through both runners and judge the difference.
+
+    The candidate sees every input at its largest batch (the one its file fixes, or 32), and the first ones again
+    alone and in an odd batch. Images are read with the candidate's preprocessing. Memory holds one batch at a time.
+
+    Args:
+        reference: the truth.
+        candidate: what is to be proven.
+        image_paths: real images; one that cannot be read is left out and reported.
+        gates: bounds; by default those of the candidate's precision.
+        artifact_sha256: of the candidate's file, for the report.
+    """
+    metadata = candidate.metadata
+    gates = gates or GATES[metadata.precision]
+    samples = _Samples(image_paths, metadata, fill=metadata.batch or LARGEST_BATCH)
+    logits = _run(reference, candidate, samples)
+    spread = logits.spread()
+    return ParityReport(
+        reference=reference.name,
+        candidate=candidate.name,
+        precision=metadata.precision,
+        images=samples.images,
+        noise=samples.noise,
+        unreadable=tuple(samples.unreadable),
+        batch_sizes=tuple(sorted(logits.batch_sizes)),
+        logit_scale=spread.scale,
+        max_abs=spread.scale * _worst(spread.difference),
+        max_relative=_worst(spread.difference),
+        min_cosine=-_worst(-spread.cosine),
+        top1_agreement=_mean(spread.top1_agrees),
+        top5_agreement=_mean(spread.top5_overlap),
+        nan_count=sum(int(np.isnan(part).sum()) for part in logits.candidate),
+        inf_count=sum(int(np.isinf(part).sum()) for part in logits.candidate),
+        gates=(
+            *_structural_gates(samples, logits, reference.metadata.labels, metadata.labels, gates),
+            *(_numeric_gates(logits.names, spread, gates) if logits.comparable else ()),
+        ),
+        artifact_sha256=artifact_sha256,
+    )
+
+
+class _Samples:
+    """Named inputs: the readable images, then noise to fill up one batch; counted while they are iterated over."""
+
+    def __init__(self, paths: Sequence[Path], metadata: ModelMetadata, *, fill: int) -> None:
+        self._paths = paths
+        self._metadata = metadata
+        self.largest_batch = fill
+        self.images = 0
+        self.noise = 0
+        self.unreadable: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, FloatArray]]:
+        for path in self._paths:
+            try:
+                sample = load_image(path, self._metadata.preprocessing)
+            except ImageError as error:
+                self.unreadable.append(f"{path}: {error}")
+                continue
+            self.images += 1
+            yield path.name, sample
+        rng = np.random.default_rng(NOISE_SEED)
+        size = self._metadata.config.image_size
+        for _ in range(max(MIN_NOISE, self.largest_batch - self.images)):
+            self.noise += 1
+            yield f"noise {self.noise}", rng.standard_normal((3, size, size), dtype=np.float32)
+
+
+class _Logits:
+    """Both runners' logits, row by row, with the name of each row's input."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.reference: list[FloatArray] = []
+        self.candidate: list[FloatArray] = []
+        self.batch_sizes: set[int] = set()
+
+    def add(self, names: Sequence[str], reference: FloatArray, candidate: FloatArray, *, batch: int) -> None:
+        self.names += names
+        self.reference.append(reference)
+        self.candidate.append(candidate)
+        self.batch_sizes.add(batch)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there is anything, and all of it has the reference's shape."""
+        return bool(self.names) and self.shape_mismatch() is None
+
+    def shape_mismatch(self) -> str | None:
+        for expected, found in zip(self.reference, self.candidate, strict=True):
+            if expected.shape != found.shape:
+                return f"logits of shape {found.shape}, the reference's are {expected.shape}"
+        return None
+
+    def spread(self) -> _Spread:
+        if not self.comparable:
+            return _Spread.nothing()
+        return _Spread.between(np.concatenate(self.reference), np.concatenate(self.candidate))
+
+
+def _run(reference: Runner, candidate: Runner, samples: _Samples) -> _Logits:
+    logits = _Logits()
+    iterator = iter(samples)
+    while chunk := list(itertools.islice(iterator, samples.largest_batch)):
+        names = [name for name, _ in chunk]
+        batch = np.stack([sample for _, sample in chunk])
+        expected = reference.infer(batch)
+        if not logits.names:
+            for size in (1, min(ODD_BATCH, len(batch))):
+                some = max(size, min(MIN_NOISE, len(batch)))
+                found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
+                named = [f"{name} in a batch of {size}" for name in names[:some]]
+                logits.add(named, expected[:some], found[:some], batch=size)
+        logits.add(names, expected, candidate.infer(batch), batch=len(batch))
+    return logits
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How far the candidate's logits are from the reference's, for each of n rows; `scale` is the unit.
+
+    `difference` is the largest of a row, over `scale`; `margin` is the reference's lead of its best class, over
+    `scale`; `sorted_difference` is `difference` after sorting both rows, which no permutation of classes changes.
+    """
+
+    scale: float
+    difference: _Doubles
+    sorted_difference: _Doubles
+    cosine: _Doubles
+    margin: _Doubles
+    top1_agrees: _Doubles
+    top5_overlap: _Doubles
+
+    @classmethod
+    def nothing(cls) -> _Spread:
+        return cls(math.nan, *(np.full(1, math.nan) for _ in range(6)))
+
+    @classmethod
+    def between(cls, reference: FloatArray, candidate: FloatArray) -> _Spread:
+        a, b = reference.astype(np.float64), candidate.astype(np.float64)
+        best = np.sort(a, axis=1)[:, ::-1]
+        with np.errstate(all="ignore"):  # NaN and division by a scale of zero give NaN, which fails every gate
+            scale = np.std(a)
+            return cls(
+                scale=float(scale),
+                difference=np.abs(a - b).max(axis=1) / scale,
+                sorted_difference=np.abs(best - np.sort(b, axis=1)[:, ::-1]).max(axis=1) / scale,
+                cosine=(a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)),
+                margin=(best[:, 0] - best[:, min(1, best.shape[1] - 1)]) / scale,
+                top1_agrees=(a.argmax(axis=1) == b.argmax(axis=1)).astype(np.float64),
+                top5_overlap=_top_overlap(a, b, count=min(5, a.shape[1])),
+            )
+
+
+def _top_overlap(a: _Doubles, b: _Doubles, *, count: int) -> _Doubles:
+    best_a, best_b = (np.argsort(-logits, axis=1, kind="stable")[:, :count] for logits in (a, b))
+    overlap: _Doubles = (best_a[:, :, None] == best_b[:, None, :]).any(axis=2).mean(axis=1)
+    return overlap
+
+
+def _worst(values: _Doubles) -> float:
+    return float(np.max(values))  # NaN if any is, unlike Python's max
+
+
+def _mean(values: _Doubles) -> float:
+    return float(np.mean(values))
+
+
+def _structural_gates(
+    samples: _Samples,
+    logits: _Logits,
+    reference_labels: Sequence[str],
+    candidate_labels: Sequence[str],
+    gates: Gates,
+) -> Iterator[GateResult]:
+    """The gates that no option loosens."""
+    unread = f"; not read: {samples.unreadable[0]}" if samples.unreadable else ""
+    yield GateResult(
+        name="images",
+        passed=samples.images > 0,
+        limit="at least 1",
+        measured=samples.images,
+        detail="" if samples.images else f"no real image was compared{unread}",
+    )
+    mismatch = logits.shape_mismatch()
+    yield GateResult(
+        name="shape",
+        passed=mismatch is None,
+        limit="the reference's",
+        measured=math.nan,
+        detail=mismatch or "",
+    )
+    yield _finite_gate(logits)
+    yield _class_order_gate(logits, reference_labels, candidate_labels, gates)
+
+
+def _finite_gate(logits: _Logits) -> GateResult:
+    bad: list[str] = []
+    count = 0
+    names = iter(logits.names)
+    for expected, found in zip(logits.reference, logits.candidate, strict=True):
+        for name, *rows in zip(itertools.islice(names, len(expected)), expected, found, strict=False):
+            wrong = sum(int((~np.isfinite(row)).sum()) for row in rows)
+            count += wrong
+            bad += [name] if wrong else []
+    return GateResult(
+        name="finite",
+        passed=count == 0,
+        limit="no NaN, no infinity",
+        measured=count,
+        detail=f"first at {bad[0]}, {len(bad)} inputs in all" if bad else "",
+    )
+
+
+def _class_order_gate(
+    logits: _Logits, reference_labels: Sequence[str], candidate_labels: Sequence[str], gates: Gates
+) -> GateResult:
+    """Whether classes changed places: among the labels, or among the logits.
+
+    Logits that differ beyond the bound, but hardly once both are sorted, are the same values in another order.
+    """
+    detail = ""
+    reordered = tuple(reference_labels) != tuple(candidate_labels) and sorted(reference_labels) == sorted(
+        candidate_labels
+    )
+    if reordered:
+        index = next(i for i, (a, b) in enumerate(zip(reference_labels, candidate_labels, strict=True)) if a != b)
+        detail = f"label {index} is {candidate_labels[index]!r}, the reference's is {reference_labels[index]!r}"
+    elif logits.comparable:
+        spread = logits.spread()
+        bound = min(gates.difference, PERMUTATION_BOUND)
+        moved = (spread.difference > bound) & (spread.sorted_difference < spread.difference / 10)
+        if moved.mean() > 0.5:
+            detail = f"the logits are the reference's in another order; first at {logits.names[int(moved.argmax())]}"
+    return GateResult(name="class order", passed=not detail, limit="the reference's", measured=math.nan, detail=detail)
+
+
+def _numeric_gates(names: Sequence[str], spread: _Spread, gates: Gates) -> Iterator[GateResult]:
+    """The gates of the precision. NaN passes none of them."""
+    worst = int(spread.difference.argmax())
+    difference = _worst(spread.difference)
+    yield GateResult(
+        name="difference",
+        passed=difference <= gates.difference,
+        limit=f"at most {gates.difference:g} of the logit scale",
+        measured=difference,
+        detail=f"worst at {names[worst]}",
+    )
+    worst = int((-spread.cosine).argmax())
+    cosine = -_worst(-spread.cosine)
+    yield GateResult(
+        name="cosine",
+        passed=cosine >= gates.cosine,
+        limit=f"at least {gates.cosine:g}",
+        measured=cosine,
+        detail=f"worst at {names[worst]}",
+    )
+    decided = ~(spread.margin <= gates.difference)
+    agrees = spread.top1_agrees[decided]
+    agreement = _mean(agrees) if len(agrees) else 1.0
+    wrong = [
+        name
+        for name, is_decided, agreed in zip(names, decided, spread.top1_agrees, strict=True)
+        if is_decided and not agreed
+    ]
+    yield GateResult(
+        name="top-1",
+        passed=agreement >= gates.top1,
+        limit=f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference bound",
+        measured=agreement,
+        detail=f"first at {wrong[0]}" if wrong else "",
+    )
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

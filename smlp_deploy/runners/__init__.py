@@ -1,0 +1,48 @@
+"""Opening a runner for a file; the one place that knows which backend takes which file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from smlp_deploy.dependencies import require_onnxruntime, require_torch
+from smlp_deploy.errors import ArtifactError
+from smlp_deploy.runners.base import Runner
+
+
+def _open_onnx(path: Path) -> Runner:
+    require_onnxruntime()
+    from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(path)
+
+
+def _open_checkpoint(path: Path) -> Runner:
+    require_torch("to run a checkpoint; an exported ONNX file runs without it")
+    from smlp_deploy.models.checkpoint import load_checkpoint
+    from smlp_deploy.models.description import describe
+    from smlp_deploy.runners.pytorch import PyTorchRunner
+
+    checkpoint = load_checkpoint(path)
+    return PyTorchRunner(checkpoint, describe(checkpoint))
+
+
+_OPENERS: dict[str, Callable[[Path], Runner]] = {
+    ".onnx": _open_onnx,
+    ".pth": _open_checkpoint,
+    ".pt": _open_checkpoint,
+    ".safetensors": _open_checkpoint,
+}
+
+
+def open_runner(path: Path) -> Runner:
+    """Load an artifact or checkpoint.
+
+    Raises:
+        ArtifactError, CheckpointError: the file cannot be used.
+        MissingDependencyError: its backend is not installed.
+    """
+    opener = _OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise ArtifactError("no runner for this kind of file", where=path, fix=f"expected {', '.join(_OPENERS)}")
+    return opener(path)

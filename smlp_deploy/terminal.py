@@ -1,0 +1,145 @@
+"""What people see: tables on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from smlp_deploy.classify import Prediction
+from smlp_deploy.errors import printable
+from smlp_deploy.models.variants import Variant, mac_count, parameter_count
+from smlp_deploy.parity import ParityReport
+
+_LABELS_SHOWN = 5
+
+
+def note(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"note: {printable(message)}", style="yellow"))
+
+
+def say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(printable(message)))
+
+
+def show_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {message}", style="red"))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner with the time it takes, on a terminal only."""
+    console = Console(stderr=True)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
+        progress.add_task(what)
+        yield
+
+
+@contextmanager
+def downloading() -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for bytes, on a terminal only."""
+    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counting(what: str, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A running count, on a terminal only."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not enabled) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda: progress.advance(task)
+
+
+def show_variants(variants: Mapping[str, Variant]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("variant", "parameters", "MACs at 224", "paper top-1", "official weights"):
+        table.add_column(heading, justify="right" if heading[0] in "pM" else "left", no_wrap=True)
+    for variant in variants.values():
+        table.add_row(
+            variant.name,
+            f"{parameter_count(variant.config) / 1e6:.1f} M",
+            f"{mac_count(variant.config) / 1e9:.2f} G",
+            f"{variant.paper_top1} %",
+            variant.weights_file or "never released",
+        )
+    _stdout().print(table)
+
+
+def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
+    """Writes one line per prediction as it comes: the file, its best class, and the runners-up."""
+    console = Console(file=stream, highlight=False)
+    path_width = max(20, min(44, console.width // 2))
+
+    def write(prediction: Prediction) -> None:
+        path = printable(prediction.path)
+        if len(path) > path_width:
+            path = "…" + path[1 - path_width :]
+        line = Text(f"{path:<{path_width}}  ")
+        if prediction.error is not None:
+            line.append(f"error: {printable(prediction.error)}", style="red")
+            console.print(line, soft_wrap=True)
+            return
+        best, *others = prediction.scores
+        line.append(f"{printable(best.label)} {best.probability:.1%}", style="bold")
+        line.append("".join(f"  {printable(score.label)} {score.probability:.1%}" for score in others), style="dim")
+        console.print(
+            line, no_wrap=True, overflow="ellipsis" if console.is_terminal else "ignore", crop=console.is_terminal
+        )
+
+    return write
+
+
+def show_parity(report: ParityReport) -> None:
+    """The report's gates as a table on stderr."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("gate", "", "measured", "limit"):
+        table.add_column(heading)
+    for gate in report.gates:
+        measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
+        verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
+        table.add_row(gate.name, verdict, measured, gate.limit)
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    for gate in report.failures:
+        console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
+    for reason in report.unreadable:
+        console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def show_facts(facts: Mapping[str, Any]) -> None:
+    """Nested facts as two columns on stdout; long lists are cut."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in _flatten(facts):
+        table.add_row(key, Text(printable(_fact_text(value))))
+    _stdout().print(table)
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and key != "operators":
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
+    if isinstance(value, list | tuple):
+        shown = ", ".join(str(item) for item in value[:_LABELS_SHOWN])
+        return shown + (f", … ({len(value)} in all)" if len(value) > _LABELS_SHOWN else "")
+    return "none" if value is None else str(value)
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
