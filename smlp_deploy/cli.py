@@ -87,7 +87,7 @@ def models(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(facts, indent=2))
         return
     show_variants(VARIANTS)
-    say("smlp download VARIANT fetches official weights")
+    say("next: smlp download smlpnet_small")
 
 
 @app.command()
@@ -163,7 +163,7 @@ def export(
     images = _images(parity_images) if parity_images else None
     with working(f"exporting {metadata.name} and comparing the file with the trained network"):
         result = export_checkpoint(checkpoint, metadata, target, opset=opset, images=images)
-    show_parity(result.report)
+    show_parity(result.report, stderr=True)
     if not result.report.passed:
         raise SmlpError(
             f"parity failed: {', '.join(gate.name for gate in result.report.failures)}",
@@ -200,7 +200,7 @@ def verify(
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        show_parity(report)
+        show_parity(report, stderr=False)
     if not report.passed:
         raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
 
@@ -237,14 +237,18 @@ def predict(
     with Classifier.open(_model(model)) as classifier:
         topk = classifier.resolve_topk(topk)
         predictions = classifier.classify(images, batch_size=batch_size, topk=topk, workers=workers)
-        with _record_stream(output) as stream, counting("images", enabled=output is not None) as advance:
+        records_on_terminal = output is None and sys.stdout.isatty()
+        with (
+            _record_stream(output) as stream,
+            counting("images", records_on_terminal=records_on_terminal) as advance,
+        ):
             write = _record_writer(kind, stream, topk)
             for prediction in predictions:
                 write(prediction)
                 advance()
                 done += 1
                 failed += prediction.error is not None
-    say(f"{done} images, {failed} failed" + (f", written to {output}" if output else ""))
+    say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:
         raise typer.Exit(1)
 
@@ -257,7 +261,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except SmlpError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        _fail(f"{printable(error.format_message())} · smlp --help lists verbs and options", error.exit_code)
+        # With no verb at all the help was shown and the message is empty.
+        message = printable(error.format_message())
+        _fail(f"{message} · smlp --help lists verbs and options" if message else "no verb given", error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,17 +1,22 @@
 """From an image file to the network's input, as `Preprocessing` describes.
 
 The numbers are those of torchvision's PIL path (Resize with antialias on the shorter side, CenterCrop, ToTensor,
-Normalize), within 1 of 255 on any pixel; only the crop's own pixels are ever resized. What is done with orientation,
-transparency, CMYK and 16-bit images is stated in `docs/images.md`.
+Normalize), bit for bit, unless one side is over 32 times the other: there a pixel may be off by 1 of 255. What is done
+with orientation, transparency, CMYK and 16-bit images is stated in `docs/images.md`.
 """
 
 from __future__ import annotations
 
+import math
 import stat
 import warnings
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -24,6 +29,11 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+_WIDEST_FILTER = 3  # source pixels on either side at scale 1: Lanczos
+_LONG = 32  # an axis resized to more than this many crops is not resized whole
+# From Pillow 13 a resize whose height shrinks much more than its width starts with the vertical pass.
+_MAY_START_VERTICALLY = int(PIL.__version__.split(".")[0]) >= 13
 
 # Pillow merely warns between its limit (89 megapixels) and twice that; here the limit is the limit.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -83,12 +93,63 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resize the shorter side to `preprocessing.resize` and crop the centre, computing only the crop's pixels."""
+    """Resize the shorter side to `preprocessing.resize` and crop the centre, computing little but the crop's pixels.
+
+    The two passes are made one by one, in the order in which Pillow makes them when it resizes the whole image.
+    """
     width, height = image.size
     short, size = preprocessing.resize, preprocessing.image_size
     new_width = short if width <= height else int(short * width / height)
     new_height = short if height <= width else int(short * height / width)
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    scale_x, scale_y = width / new_width, height / new_height
-    box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
-    return image.resize((size, size), _RESAMPLING[preprocessing.interpolation], box=box)
+    columns, rows = _span(width, new_width, size), _span(height, new_height, size)
+    image = image.crop((columns.begin, rows.begin, columns.end, rows.end))
+    resampling = _RESAMPLING[preprocessing.interpolation]
+    if _MAY_START_VERTICALLY and height - new_height > max(0, 2 * (width - new_width)):
+        return _resize_width(_resize_height(image, rows, size, resampling), columns, size, resampling)
+    return _resize_height(_resize_width(image, columns, size, resampling), rows, size, resampling)
+
+
+class _Span(NamedTuple):
+    """What one axis of the crop is computed from.
+
+    Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `count` pixels of which the
+    first `skip` are not of the crop.
+    """
+
+    begin: int
+    end: int
+    start: float
+    stop: float
+    count: int
+    skip: int
+
+
+@lru_cache(maxsize=1024)
+def _span(length: int, resized: int, size: int) -> _Span:
+    """The least of an axis that gives the same pixels as resizing all of it.
+
+    Pillow takes the ends as float32. Where they are no such numbers the whole axis is resized, unless it is so long
+    that this would cost much memory: there a pixel may be off by 1.
+    """
+    first = round((resized - size) / 2)
+    scale = Fraction(length, resized)
+    margin = math.ceil(_WIDEST_FILTER * max(scale, 1)) + 1
+    begin = max(0, math.floor(first * scale) - margin)
+    end = min(length, math.ceil((first + size) * scale) + margin)
+    start, stop = first * scale - begin, (first + size) * scale - begin
+    exact = all(Fraction(float(np.float32(number))) == number for number in (start, stop, stop - start))
+    if exact or resized > _LONG * size:
+        return _Span(begin, end, float(start), float(stop), size, 0)
+    return _Span(0, length, 0, length, resized, first)
+
+
+def _resize_width(image: Image.Image, span: _Span, size: int, resampling: Image.Resampling) -> Image.Image:
+    box = (span.start, 0, span.stop, image.height)
+    resized = image.resize((span.count, image.height), resampling, box=box)
+    return resized.crop((span.skip, 0, span.skip + size, image.height))
+
+
+def _resize_height(image: Image.Image, span: _Span, size: int, resampling: Image.Resampling) -> Image.Image:
+    box = (0, span.start, image.width, span.stop)
+    resized = image.resize((image.width, span.count), resampling, box=box)
+    return resized.crop((0, span.skip, image.width, span.skip + size))

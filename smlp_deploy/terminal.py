@@ -7,13 +7,22 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from smlp_deploy.classify import Prediction
 from smlp_deploy.errors import printable
-from smlp_deploy.models.variants import Variant, mac_count, parameter_count
+from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
 from smlp_deploy.parity import ParityReport
 
 _LABELS_SHOWN = 5
@@ -33,29 +42,32 @@ def show_error(message: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner with the time it takes, on a terminal only."""
-    console = Console(stderr=True)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
+    """A spinner while something slow runs."""
+    with _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(what)
         yield
 
 
 @contextmanager
 def downloading() -> Iterator[Callable[[int, int | None], None]]:
-    """A bar for bytes, on a terminal only."""
-    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    """A bar for bytes, once there are any."""
+    with _progress(TextColumn("downloading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 @contextmanager
-def counting(what: str, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A running count, on a terminal only."""
-    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not enabled) as progress:
+def counting(what: str, *, records_on_terminal: bool) -> Iterator[Callable[[], None]]:
+    """A running count, unless the records themselves scroll by on the terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"), TimeElapsedColumn())
+    with _progress(*columns, enabled=not records_on_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda: progress.advance(task)
+
+
+def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
 
 
 def show_variants(variants: Mapping[str, Variant]) -> None:
@@ -70,13 +82,16 @@ def show_variants(variants: Mapping[str, Variant]) -> None:
             f"{variant.paper_top1} %",
             variant.weights_file or "never released",
         )
-    _stdout().print(table)
+    console = _stdout()
+    console.print(table)
+    console.print(f"official weights: {OFFICIAL_URL}", soft_wrap=True)
 
 
 def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
     """Writes one line per prediction as it comes: the file, its best class, and the runners-up."""
     console = Console(file=stream, highlight=False)
     path_width = max(20, min(44, console.width // 2))
+    console.print(Text(f"{'image':<{path_width}}  best classes", style="bold"))
 
     def write(prediction: Prediction) -> None:
         path = printable(prediction.path)
@@ -97,8 +112,8 @@ def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
     return write
 
 
-def show_parity(report: ParityReport) -> None:
-    """The report's gates as a table on stderr."""
+def show_parity(report: ParityReport, *, stderr: bool) -> None:
+    """The report's gates as a table, and what failed."""
     table = Table(box=None, pad_edge=False)
     for heading in ("gate", "", "measured", "limit"):
         table.add_column(heading)
@@ -106,7 +121,7 @@ def show_parity(report: ParityReport) -> None:
         measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
         verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
         table.add_row(gate.name, verdict, measured, gate.limit)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
     console.print(table)
     for gate in report.failures:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)

@@ -317,7 +317,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     for key, tensor in tensors.items():
         allowed = (torch.int64,) if _is_counter(key) else _WEIGHT_DTYPES
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in allowed:
-            kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+            kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "").replace("strided", "dense")
             raise CheckpointError(f"{key!r} is {kind}, expected dense {str(allowed[0])[6:]}", where=path)
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"refused: {key!r} claims more values than the file holds", where=path)

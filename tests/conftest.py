@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from recipe import CASES, config_of, recipe_weights
+
+from smlp_deploy.export import Export, export_checkpoint
+from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+
+IMAGES = Path(__file__).parent.parent / "images"
+
+
+@pytest.fixture(scope="session")
+def digits() -> Checkpoint:
+    """The bundled model."""
+    return load_checkpoint(BUNDLED_CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def digits_export(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The bundled model as an ONNX file that passed parity; not to be written to."""
+    target = tmp_path_factory.mktemp("export") / "digits-fp32.onnx"
+    return export_checkpoint(digits, describe(digits), target)
+
+
+@pytest.fixture(scope="session")
+def digit_images() -> list[Path]:
+    """Twelve held-out digits as JPEGs."""
+    return sorted(IMAGES.glob("*.jpg"))
+
+
+@pytest.fixture
+def micro_pth(tmp_path: Path) -> Path:
+    """A small official-style checkpoint with recipe weights, 10 classes, 32 x 32."""
+    path = tmp_path / "micro.pth"
+    torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1)}, path)
+    return path
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A real photograph, 385 x 256."""
+    with Image.open(DATA_FOLDER / "parity" / "chelsea.jpg") as image:
+        return image.convert("RGB")

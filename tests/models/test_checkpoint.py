@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe import CASES, config_of, recipe_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smlp_deploy.errors import CheckpointError, ConfigError
+from smlp_deploy.metadata import METADATA_KEY, SMLPNetConfig
+from smlp_deploy.models.checkpoint import Checkpoint, infer_config, load_checkpoint
+from smlp_deploy.models.smlpnet import SMLPNet
+
+CONFIG = config_of(CASES["micro"])
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    return recipe_weights(CONFIG, 1)
+
+
+def saved(tmp_path: Path, content: Any, name: str = "model.pth") -> Path:
+    path = tmp_path / name
+    torch.save(content, path)
+    return path
+
+
+def assert_holds(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> None:
+    assert checkpoint.config == CONFIG
+    state_dict = checkpoint.network().state_dict()
+    assert state_dict.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(state_dict[key], tensor), key
+
+
+def test_official_training_checkpoint_loads(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    network = SMLPNet(CONFIG)
+    optimizer = torch.optim.AdamW(network.parameters())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    network(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    ema = {f"module.{key}": tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    content = {
+        "model": collections.OrderedDict(weights),
+        "model_ema": ema,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+        "epoch": 299,
+        "args": argparse.Namespace(model="smlpnet_tiny", lr=1e-3, data_path=None, device="cuda", betas=(0.9, 0.99)),
+    }
+    path = saved(tmp_path, content)
+    assert_holds(load_checkpoint(path), weights)
+    averaged = load_checkpoint(path, ema=True)
+    assert averaged.ema
+    assert torch.equal(averaged.state_dict["mlp_head.0.bias"], weights["mlp_head.0.bias"] + 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_bare_state_dict_loads_whatever_its_prefix(tmp_path: Path, weights: dict[str, Tensor], prefix: str) -> None:
+    path = saved(tmp_path, {prefix + key: tensor for key, tensor in weights.items()})
+    assert_holds(load_checkpoint(path), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_become_float32(tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    path = saved(tmp_path, {key: t.to(dtype) if t.is_floating_point() else t for key, t in weights.items()})
+    loaded = load_checkpoint(path)
+    expected = weights["mlp_head.0.weight"].to(dtype).float()
+    assert torch.equal(loaded.state_dict["mlp_head.0.weight"], expected)
+
+
+def test_safetensors_carry_labels_and_preprocessing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    path = tmp_path / "model.safetensors"
+    card = {"labels": list("abcdefghij"), "preprocessing": {"mean": [0.5, 0.5, 0.5], "crop_pct": 1}}
+    save_file(weights, path, metadata={METADATA_KEY: json.dumps(card)})
+    checkpoint = load_checkpoint(path)
+    assert_holds(checkpoint, weights)
+    assert checkpoint.card.labels == tuple("abcdefghij")
+    assert checkpoint.card.preprocessing is not None
+    assert checkpoint.card.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert checkpoint.card.preprocessing.image_size == CONFIG.image_size
+
+
+def test_a_json_beside_the_file_does_the_same(micro_pth: Path) -> None:
+    micro_pth.with_suffix(".json").write_text(json.dumps({"labels": list("abcdefghij")}))
+    assert load_checkpoint(micro_pth).card.labels == tuple("abcdefghij")
+
+
+def test_a_damaged_json_beside_the_file_is_an_error(micro_pth: Path) -> None:
+    micro_pth.with_suffix(".json").write_text('{"labels": "abc"}')
+    with pytest.raises(ConfigError, match=r"labels are not a list.*micro\.json"):
+        load_checkpoint(micro_pth)
+
+
+def test_missing_counters_do_not_matter(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    path = saved(tmp_path, {key: t for key, t in weights.items() if not key.endswith("num_batches_tracked")})
+    assert_holds(load_checkpoint(path), weights)
+
+
+def test_network_owns_its_weights(micro_pth: Path) -> None:
+    checkpoint = load_checkpoint(micro_pth)
+    with torch.no_grad():
+        checkpoint.network().mlp_head[0].bias.zero_()  # type: ignore[operator, union-attr]
+    assert checkpoint.state_dict["mlp_head.0.bias"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        SMLPNetConfig(dim=5, depths=(1,), expansion=1, patch_size=1, image_size=3, num_classes=1),
+        SMLPNetConfig(dim=2, depths=(3, 1, 2), expansion=4, patch_size=2, image_size=24, num_classes=17),
+        SMLPNetConfig(dim=80, depths=(2, 8, 14, 2)),
+    ],
+)
+def test_configuration_is_recovered_from_shapes(config: SMLPNetConfig) -> None:
+    with torch.device("meta"):
+        shapes = {key: tuple(tensor.shape) for key, tensor in SMLPNet(config).state_dict().items()}
+    assert infer_config(shapes) == config
+
+
+class TestRefusesWhatDoesNotFit:
+    def test_a_shape(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["channel_mix.3.2.net.3.weight"] = torch.zeros(3, 5)
+        expected = "'channel_mix.3.2.net.3.weight' has shape (3, 5), expected (32, 96)"
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_a_missing_key(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        del weights["token_mix.2.1.proh_w.bias"]
+        with pytest.raises(CheckpointError, match=r"'token_mix\.2\.1\.proh_w\.bias' of shape \(2,\) is missing"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_an_unknown_key(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["head_dist.bias"] = torch.zeros(3)
+        with pytest.raises(CheckpointError, match=r"'head_dist\.bias' of shape \(3,\) is not part of sMLPNet"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_a_block_of_another_width(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["token_mix.1.0.conv_merge.Conv.weight"] = torch.zeros(17, 1, 3, 3)
+        with pytest.raises(CheckpointError, match=r"has shape \(17, 1, 3, 3\), expected \(8, 1, 3, 3\)"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_another_network(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="not an sMLPNet checkpoint"):
+            load_checkpoint(saved(tmp_path, {"conv1.weight": torch.zeros(3)}))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_values_that_are_no_numbers(self, tmp_path: Path, weights: dict[str, Tensor], bad: float) -> None:
+        weights["mlp_head.0.weight"][3, 4] = bad
+        with pytest.raises(CheckpointError, match=r"'mlp_head\.0\.weight' has values that are NaN"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    @pytest.mark.parametrize(
+        ("dtype", "reason"),
+        [
+            (torch.int32, r"'mlp_head\.0\.weight' is dense int32, expected dense float32"),
+            (torch.complex64, r"asks for torch\.ComplexFloatStorage, which is not weights"),
+        ],
+    )
+    def test_types_that_are_no_weights(
+        self, tmp_path: Path, weights: dict[str, Tensor], dtype: torch.dtype, reason: str
+    ) -> None:
+        weights["mlp_head.0.weight"] = weights["mlp_head.0.weight"].to(dtype)
+        with pytest.raises(CheckpointError, match=reason):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_a_tensor_that_claims_more_than_its_storage(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["mlp_head.0.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
+        with pytest.raises(CheckpointError, match="claims more values than the file holds"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_what_is_not_a_state_dict(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds a list"):
+            load_checkpoint(saved(tmp_path, [1, 2]))
+        with pytest.raises(CheckpointError, match="'epoch' is a int, not a tensor"):
+            load_checkpoint(saved(tmp_path, {"epoch": 3}))
+
+    def test_absent_moving_averages(self, micro_pth: Path) -> None:
+        with pytest.raises(CheckpointError, match="has no 'model_ema'"):
+            load_checkpoint(micro_pth, ema=True)
+
+
+class Runs:
+    """Unpickling it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+class TestRefusesWhatIsUnsafe:
+    @pytest.mark.parametrize(
+        ("name", "wanted"), [("system", r"posix\.system|nt\.system"), ("eval", r"(builtins|__builtin__)\.eval")]
+    )
+    def test_code(self, tmp_path: Path, weights: dict[str, Tensor], name: str, wanted: str) -> None:
+        proof = tmp_path / "proof"
+        call = {
+            "system": Runs(os.system, f"touch {proof}"),
+            "eval": Runs(eval, f"open({str(proof)!r}, 'w')"),
+        }[name]
+        path = saved(tmp_path, {"model": weights, "args": call})
+        with pytest.raises(CheckpointError, match=f"refused, and nothing was run: the file asks for ({wanted})"):
+            load_checkpoint(path)
+        assert not proof.exists()
+
+    @pytest.mark.parametrize("protocol", [0, 2, 4])
+    def test_a_bare_pickle(self, tmp_path: Path, protocol: int) -> None:
+        proof, path = tmp_path / "proof", tmp_path / "model.pth"
+        path.write_bytes(pickle.dumps(Runs(os.system, f"touch {proof}"), protocol=protocol))
+        with pytest.raises(CheckpointError, match="not a zip-format torch file"):
+            load_checkpoint(path)
+        assert not proof.exists()
+
+    def test_imports_by_another_opcode(self, tmp_path: Path, micro_pth: Path) -> None:
+        proof = tmp_path / "proof"
+        hostile = pickle.dumps(Runs(os.system, f"touch {proof}"), protocol=4)
+        path = rewritten(micro_pth, tmp_path / "model.pth", lambda name, data: hostile if "data.pkl" in name else data)
+        with pytest.raises(CheckpointError, match="the file asks for STACK_GLOBAL"):
+            load_checkpoint(path)
+        assert not proof.exists()
+
+    def test_compressed_members(self, tmp_path: Path, micro_pth: Path) -> None:
+        path = rewritten(micro_pth, tmp_path / "model.pth", compression=zipfile.ZIP_DEFLATED)
+        with pytest.raises(CheckpointError, match="members are compressed"):
+            load_checkpoint(path)
+
+    def test_a_flipped_bit(self, micro_pth: Path) -> None:
+        content = bytearray(micro_pth.read_bytes())
+        content[len(content) // 2] ^= 1
+        micro_pth.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(micro_pth)
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+    def test_a_member_twice(self, micro_pth: Path) -> None:
+        with zipfile.ZipFile(micro_pth, "a") as archive:
+            archive.writestr(archive.namelist()[0], b"again")
+        with pytest.raises(CheckpointError, match="occurs twice"):
+            load_checkpoint(micro_pth)
+
+    def test_a_safetensors_key_twice(self, tmp_path: Path) -> None:
+        entry = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+        header = f"{{{entry},{entry}}}".encode()
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(CheckpointError, match="occurs twice"):
+            load_checkpoint(path)
+
+    def test_a_safetensors_header_that_lies(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+        with pytest.raises(CheckpointError, match="claims more bytes"):
+            load_checkpoint(path)
+
+
+def rewritten(source: Path, target: Path, change: Any = None, *, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)) if change else old.read(name))
+    return target
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
+def test_truncated_files_are_refused(micro_pth: Path, keep: int) -> None:
+    micro_pth.write_bytes(micro_pth.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="empty file" if keep == 0 else "not a zip-format torch file"):
+        load_checkpoint(micro_pth)
+
+
+def test_truncated_safetensors_are_refused(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        load_checkpoint(path)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "folder.pth").mkdir()
+    for name, reason in [("absent.pth", "no such file"), ("folder.pth", "is a directory"), ("x.txt", "file name")]:
+        with pytest.raises(CheckpointError, match=reason):
+            load_checkpoint(tmp_path / name)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from recipe import recipe_input, recipe_network
+from torch import Tensor, nn
+
+from smlp_deploy.models.lowering import (
+    axial_matrix,
+    batch_norm_affine,
+    fold_into_convolution_before,
+    fold_into_linear_after,
+    lower,
+    pointwise_convolution,
+)
+
+SIX_TOKENS_PER_SIDE = (2, 10, 6, 6)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_equal_to_rounding(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.float64
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.fixture
+def norm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(10, dtype=torch.float64).eval()
+    norm.load_state_dict(
+        {
+            "weight": normal(10, seed=1),
+            "bias": normal(10, seed=2),
+            "running_mean": normal(10, seed=3),
+            "running_var": normal(10, seed=4).abs() + 0.1,
+            "num_batches_tracked": torch.tensor(1),
+        }
+    )
+    return norm.requires_grad_(False)
+
+
+def test_batch_norm_is_a_scale_and_a_shift(norm: nn.BatchNorm2d) -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    scale, shift = batch_norm_affine(norm)
+    assert_equal_to_rounding(x * scale[:, None, None] + shift[:, None, None], norm(x))
+
+
+def test_batch_norm_folds_into_the_convolution_before(norm: nn.BatchNorm2d) -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    conv = nn.Conv2d(10, 10, 3, padding=1, groups=10, bias=False, dtype=torch.float64).requires_grad_(False)
+    weight, bias = fold_into_convolution_before(conv.weight, *batch_norm_affine(norm))
+    folded = nn.functional.conv2d(x, weight, bias, padding=1, groups=10)
+    assert_equal_to_rounding(folded, norm(conv(x)))
+
+
+def test_layer_norm_affine_folds_into_the_linear_after() -> None:
+    x = normal(7, 10)
+    norm = nn.LayerNorm(10, dtype=torch.float64).requires_grad_(False)
+    norm.weight.copy_(normal(10, seed=1))
+    norm.bias.copy_(normal(10, seed=2))
+    linear = nn.Linear(10, 30, dtype=torch.float64).requires_grad_(False)
+    weight, bias = fold_into_linear_after(linear.weight, linear.bias, norm.weight, norm.bias)
+    plain = nn.functional.layer_norm(x, (10,), eps=norm.eps)
+    assert_equal_to_rounding(plain @ weight.T + bias, linear(norm(x)))
+
+
+def test_final_batch_norm_folds_through_the_mean_into_the_head(norm: nn.BatchNorm2d) -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    head = nn.Linear(10, 5, dtype=torch.float64).requires_grad_(False)
+    weight, bias = fold_into_linear_after(head.weight, head.bias, *batch_norm_affine(norm))
+    assert_equal_to_rounding(x.mean(dim=(2, 3)) @ weight.T + bias, head(norm(x).mean(dim=(2, 3))))
+
+
+def test_axial_convolutions_are_matrices_on_the_left() -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    n, channels, grid, _ = x.shape
+    projection = nn.Conv2d(grid, grid, 1, dtype=torch.float64).requires_grad_(False)
+    matrix, bias = axial_matrix(projection)
+    channels_last = x.permute(0, 2, 3, 1)
+
+    along_width = projection(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    assert_equal_to_rounding((matrix @ channels_last + bias).permute(0, 3, 1, 2), along_width)
+
+    along_height = projection(x.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)
+    product = matrix @ channels_last.reshape(n, grid, grid * channels) + bias
+    assert_equal_to_rounding(product.reshape(n, grid, grid, channels).permute(0, 3, 1, 2), along_height)
+
+
+def test_linear_over_channels_is_a_pointwise_convolution() -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    linear = nn.Linear(10, 4, dtype=torch.float64).requires_grad_(False)
+    conv = pointwise_convolution(linear.weight, linear.bias)
+    assert_equal_to_rounding(conv(x), linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["micro", "small-input", "two-stage"])
+def test_lowered_network_computes_the_same_in_float64(name: str) -> None:
+    network = recipe_network(name).double()
+    with torch.inference_mode():
+        expected = network(recipe_input(name).double())
+        assert_equal_to_rounding(lower(network)(recipe_input(name).double()), expected)
+
+
+def test_lowering_leaves_the_trained_network_alone() -> None:
+    network = recipe_network("micro")
+    before = copy.deepcopy(network.state_dict())
+    lowered = lower(network)
+    with torch.no_grad():
+        for parameter in lowered.parameters():
+            parameter.zero_()
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert not lowered.training
+
+
+def test_lowered_network_keeps_the_dtype() -> None:
+    assert {tensor.dtype for tensor in lower(recipe_network("micro")).state_dict().values()} == {torch.float32}
