@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits import ROOT, Digits, load_digits
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from digits import ROOT, Digits, load_digits
 from smlp_deploy.metadata import METADATA_KEY, ModelCard, Preprocessing, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.preprocessing import prepare

@@ -1,8 +1,8 @@
 """From an image file to the network's input, as `Preprocessing` describes.
 
 The numbers are those of torchvision's PIL path (Resize with antialias on the shorter side, CenterCrop, ToTensor,
-Normalize), bit for bit, unless one side is over 32 times the other: there a pixel may be off by 1 of 255. What is done
-with orientation, transparency, CMYK and 16-bit images is stated in `docs/images.md`.
+Normalize), bit for bit; only an image hundreds of times as long as it is wide may have pixels off by 1 of 255. What is
+done with orientation, transparency, CMYK and 16-bit images is stated in `docs/images.md`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import stat
 import warnings
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -31,7 +31,7 @@ _RESAMPLING = {
 }
 
 _WIDEST_FILTER = 3  # source pixels on either side at scale 1: Lanczos
-_LONG = 32  # an axis resized to more than this many crops is not resized whole
+_LONG = 1 << 16  # an axis that would become longer than this is never resized whole
 # From Pillow 13 a resize whose height shrinks much more than its width starts with the vertical pass.
 _MAY_START_VERTICALLY = int(PIL.__version__.split(".")[0]) >= 13
 
@@ -109,10 +109,11 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     return _resize_height(_resize_width(image, columns, size, resampling), rows, size, resampling)
 
 
-class _Span(NamedTuple):
+@dataclass(frozen=True)
+class _Span:
     """What one axis of the crop is computed from.
 
-    Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `count` pixels of which the
+    Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `length` pixels of which the
     first `skip` are not of the crop.
     """
 
@@ -120,7 +121,7 @@ class _Span(NamedTuple):
     end: int
     start: float
     stop: float
-    count: int
+    length: int
     skip: int
 
 
@@ -133,23 +134,23 @@ def _span(length: int, resized: int, size: int) -> _Span:
     """
     first = round((resized - size) / 2)
     scale = Fraction(length, resized)
-    margin = math.ceil(_WIDEST_FILTER * max(scale, 1)) + 1
+    margin = math.ceil(_WIDEST_FILTER * max(scale, Fraction(1))) + 1
     begin = max(0, math.floor(first * scale) - margin)
     end = min(length, math.ceil((first + size) * scale) + margin)
     start, stop = first * scale - begin, (first + size) * scale - begin
     exact = all(Fraction(float(np.float32(number))) == number for number in (start, stop, stop - start))
-    if exact or resized > _LONG * size:
+    if exact or resized > _LONG:
         return _Span(begin, end, float(start), float(stop), size, 0)
     return _Span(0, length, 0, length, resized, first)
 
 
 def _resize_width(image: Image.Image, span: _Span, size: int, resampling: Image.Resampling) -> Image.Image:
     box = (span.start, 0, span.stop, image.height)
-    resized = image.resize((span.count, image.height), resampling, box=box)
+    resized = image.resize((span.length, image.height), resampling, box=box)
     return resized.crop((span.skip, 0, span.skip + size, image.height))
 
 
 def _resize_height(image: Image.Image, span: _Span, size: int, resampling: Image.Resampling) -> Image.Image:
     box = (0, span.start, image.width, span.stop)
-    resized = image.resize((image.width, span.count), resampling, box=box)
+    resized = image.resize((image.width, span.length), resampling, box=box)
     return resized.crop((0, span.skip, image.width, span.skip + size))

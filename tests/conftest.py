@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from recipe import CASES, config_of, recipe_weights
 
+from recipe import CASES, config_of, recipe_weights
 from smlp_deploy.export import Export, export_checkpoint
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint

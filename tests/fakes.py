@@ -49,4 +49,5 @@ def quadrant_means(batch: FloatArray) -> FloatArray:
     """Four logits of an image: the sums of its quadrants, so that every class depends on the input."""
     n, _, height, width = batch.shape
     quadrants = batch.reshape(n, 3, 2, height // 2, 2, width // 2).sum(axis=(1, 3, 5))
-    return quadrants.reshape(n, 4).astype(np.float32)
+    logits: FloatArray = quadrants.reshape(n, 4).astype(np.float32)
+    return logits

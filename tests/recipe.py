@@ -58,7 +58,8 @@ def _scaled(key: str, z: NDArray[np.float32]) -> NDArray[np.float32]:
         return one(0.05) * z
     if z.ndim == 1:
         return one(1) + one(0.1) * z
-    return z / np.sqrt(one(np.prod(z.shape[1:])))
+    scaled: NDArray[np.float32] = z / np.sqrt(one(np.prod(z.shape[1:])))
+    return scaled
 
 
 def recipe_network(name: str) -> SMLPNet:

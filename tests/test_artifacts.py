@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from fakes import metadata
 
+from fakes import metadata
 from smlp_deploy.artifacts import default_path, failed_path, newest_artifact, parity_path
 
 

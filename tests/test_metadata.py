@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import metadata
 
+from fakes import metadata
 from smlp_deploy.errors import ConfigError
 from smlp_deploy.metadata import ModelCard, ModelMetadata, Preprocessing, SMLPNetConfig
 

@@ -38,19 +38,18 @@ def test_pixels_are_those_of_resizing_the_whole_image(crop_pct: float) -> None:
     for path in sorted((DATA_FOLDER / "parity").glob("[a-c]*.jpg")):
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
-        for size in (photo.size, (500, 375), (333, 517), (224, 224), (100, 90), (1000, 260), (200, 500)):
+        for size in (photo.size, (500, 375), (333, 517), (224, 224), (100, 90), (1000, 260), (200, 500), (20, 900)):
             image = photo.resize(size, Image.Resampling.BILINEAR)
             found, expected = resize_and_crop(image, preprocessing), whole_image_resize_and_crop(image, preprocessing)
             np.testing.assert_array_equal(pixels(found), pixels(expected), err_msg=f"{path.name} at {size}")
 
 
-@pytest.mark.parametrize("size", [(20, 900), (2000, 37)])
+@pytest.mark.parametrize("size", [(3, 9000), (9000, 3)])
 def test_pixels_of_very_long_images_are_off_by_1_at_most(photo: Image.Image, size: tuple[int, int]) -> None:
     image, preprocessing = photo.resize(size), Preprocessing(image_size=47)
     found, expected = resize_and_crop(image, preprocessing), whole_image_resize_and_crop(image, preprocessing)
     difference = np.abs(pixels(found) - pixels(expected))
     assert difference.max() <= 1
-    assert (difference == 0).mean() >= 0.999
 
 
 def test_values_are_normalised_and_channels_first(photo: Image.Image) -> None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from recipe import recipe_input, recipe_network
 from torch import Tensor, nn
 
+from recipe import recipe_input, recipe_network
 from smlp_deploy.models.lowering import (
     axial_matrix,
     batch_norm_affine,

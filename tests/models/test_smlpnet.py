@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from recipe import CASES, config_of, recipe_input, recipe_network, recipe_weights
 
+from recipe import CASES, config_of, recipe_input, recipe_network, recipe_weights
 from smlp_deploy.models.smlpnet import SMLPNet
 
 

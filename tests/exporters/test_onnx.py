@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from recipe import CASES, config_of, recipe_weights
+from smlp_deploy.errors import SmlpError
+from smlp_deploy.export import Export, export_checkpoint
+from smlp_deploy.exporters import onnx as exporter
+from smlp_deploy.exporters.onnx import OPSETS, export_onnx
+from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+
+
+@pytest.fixture
+def model(digits_export: Export) -> onnx.ModelProto:
+    return onnx.load(digits_export.path)
+
+
+def test_the_batch_axis_is_dynamic_for_real(digits: Checkpoint, digits_export: Export) -> None:
+    session = onnxruntime.InferenceSession(digits_export.path)
+    network = digits.network()
+    for size in (1, 2, 7, 64):
+        images = np.random.default_rng(size).standard_normal((size, 3, 32, 32), dtype=np.float32)
+        logits = session.run(["logits"], {"images": images})[0]
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        assert logits.shape == (size, 10)
+        assert np.abs(logits - expected).max() < 1e-4 * expected.std()
+
+
+def test_input_and_output_are_as_documented(model: onnx.ModelProto) -> None:
+    (images,), (logits,) = model.graph.input, model.graph.output
+    assert (images.name, logits.name) == ("images", "logits")
+    for value, sizes in ((images, [3, 32, 32]), (logits, [10])):
+        tensor = value.type.tensor_type
+        assert tensor.elem_type == onnx.TensorProto.FLOAT
+        assert tensor.shape.dim[0].dim_param == "batch"
+        assert [dim.dim_value for dim in tensor.shape.dim[1:]] == sizes
+
+
+def test_axial_mlps_are_products_with_the_constant_on_the_left(model: onnx.ModelProto, digits: Checkpoint) -> None:
+    blocks = sum(digits.config.depths)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    assert len(products) == 2 * blocks
+    for node in products:
+        rows, columns = weights[node.input[0]].dims
+        assert rows == columns
+        assert node.input[1] not in weights
+    counts = Counter(node.op_type for node in model.graph.node)
+    # An embedding per stage; depth-wise, fuse and two MLP convolutions per block: none is left for an axial MLP.
+    assert counts["Conv"] == len(digits.config.depths) + 4 * blocks
+    # Into channels-last and back, once per block; the axial products need none of their own.
+    assert counts["Transpose"] == 2 * blocks
+    assert counts["BatchNormalization"] == counts["LayerNormalization"] == 0
+
+
+def test_everything_needed_is_inside(model: onnx.ModelProto, digits: Checkpoint, digits_export: Export) -> None:
+    (prop,) = model.metadata_props
+    assert prop.key == METADATA_KEY
+    metadata = ModelMetadata.from_json(prop.value, where="test")
+    assert metadata.labels == tuple("0123456789")
+    assert metadata.preprocessing == digits.card.preprocessing
+    assert metadata.config == digits.config
+    assert metadata.checkpoint_sha256 == digits.sha256
+    assert metadata.libraries.keys() == {"smlp-deploy", "torch", "onnx", "onnxscript"}
+
+
+def test_nothing_of_this_machine_is_inside(digits_export: Export) -> None:
+    content = digits_export.path.read_bytes()
+    for word in (str(Path(exporter.__file__).parent.parent), str(Path.home()), "site-packages", "stack_trace"):
+        assert word.encode() not in content
+
+
+def test_nodes_are_named_after_their_block(model: onnx.ModelProto) -> None:
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert {name.split("/")[0] for name in names if "/" in name} >= {
+        "embeddings.0",
+        "blocks.0",
+        "blocks.5.fuse",
+        "head",
+    }
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(digits: Checkpoint, digits_export: Export, tmp_path: Path) -> None:
+    export_onnx(digits.network(), describe(digits), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == digits_export.path.read_bytes()
+
+
+@pytest.mark.parametrize("opset", [min(OPSETS), max(OPSETS)])
+def test_other_opsets_and_a_fixed_batch(micro_pth: Path, tmp_path: Path, opset: int) -> None:
+    checkpoint = load_checkpoint(micro_pth)
+    result = export_checkpoint(checkpoint, describe(checkpoint, batch=3), tmp_path / "x.onnx", opset=opset)
+    assert result.report.passed
+    model = onnx.load(result.path)
+    assert next(entry.version for entry in model.opset_import if entry.domain == "") == opset
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
+
+
+def test_an_invalid_graph_is_one_clear_error(
+    digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(model: onnx.ModelProto) -> None:
+        model.graph.node[0].input[0] = "nowhere"
+
+    monkeypatch.setattr(exporter, "_clean", damage)
+    with pytest.raises(SmlpError, match="export at opset 20 failed"):
+        export_onnx(digits.network(), describe(digits), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("name", ["smlpnet_tiny", "smlpnet_small", "smlpnet_base"])
+def test_full_size_networks_export_and_pass_parity(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.pth"
+    torch.save({"model": recipe_weights(config_of(CASES[name]), CASES[name]["seed"])}, path)
+    checkpoint = load_checkpoint(path)
+    result = export_checkpoint(checkpoint, describe(checkpoint), tmp_path / f"{name}.onnx")
+    assert result.report.passed, result.report.failures
+    assert describe(checkpoint).variant == name

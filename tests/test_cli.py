@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from recipe import CASES, config_of, recipe_weights
+from smlp_deploy import __version__, export
+from smlp_deploy.cli import main
+from smlp_deploy.export import Export
+from smlp_deploy.metadata import METADATA_KEY
+
+
+class Outcome(NamedTuple):
+    code: int | str | None
+    out: str
+    err: str
+
+
+class Smlp:
+    """Runs the command line in this process, in a folder of the test's own."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
+
+    def __call__(self, *arguments: str | Path) -> Outcome:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        out, err = self._capture.readouterr()
+        assert "Traceback" not in err
+        return Outcome(caught.value.code, out, err)
+
+
+@pytest.fixture
+def smlp(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smlp:
+    monkeypatch.chdir(tmp_path)
+    return Smlp(capsys)
+
+
+@pytest.fixture
+def artifact(digits_export: Export, tmp_path: Path) -> Path:
+    path = tmp_path / "artifacts" / "digits-fp32.onnx"
+    path.parent.mkdir()
+    shutil.copy(digits_export.path, path)
+    return path
+
+
+def one_error(outcome: Outcome) -> str:
+    """The one line on stderr that says what is wrong."""
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert outcome.err.endswith(line + "\n")
+    return line
+
+
+def test_help_of_every_verb(smlp: Smlp) -> None:
+    top = smlp("--help")
+    assert top.code == 0
+    for verb in ("models", "download", "inspect", "export", "verify", "predict"):
+        assert verb in top.out
+        outcome = smlp(verb, "--help")
+        assert outcome.code == 0
+        assert "Usage: smlp" in outcome.out
+        assert outcome.err == ""
+
+
+def test_version(smlp: Smlp) -> None:
+    assert smlp("--version") == (0, f"smlp-deploy {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["exprot"], "No such command 'exprot'. Did you mean 'export'?"),
+        (["export", "--opset", "99"], "Invalid value for '--opset'"),
+        (["export", "--format", "h5"], "Invalid value for '--format'"),
+        (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
+        (["export", "-o", "x.pt"], "an ONNX file's name ends in .onnx · x.pt"),
+        (["export", "smlpnet_tny"], "no variant is called 'smlpnet_tny' · did you mean smlpnet_tiny?"),
+        (["export", "--labels", "absent.txt"], "cannot read the labels"),
+        (["download", "resnet50"], "no variant is called 'resnet50' · variants: smlpnet_tiny"),
+        (["predict"], "Missing argument"),
+        (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
+        (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
+        (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
+        (["inspect", "x.txt"], "neither a checkpoint nor an ONNX file · x.txt"),
+        ([], "no verb given"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], message: str) -> None:
+    outcome = smlp(*arguments)
+    assert outcome.code == 2
+    assert message in one_error(outcome)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "absent.pth"], "no such file · absent.pth"),
+        (["export", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
+        (["download", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
+        (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
+        (["export", "--std", "0,1,1"], "not three positive numbers"),
+        (["predict", "--model", "absent.onnx", "a.jpg"], "no such file · absent.onnx"),
+        (["verify", "absent.onnx"], "no such file · absent.onnx"),
+        (["inspect", "absent.onnx"], "no such file · absent.onnx"),
+        (["inspect", "absent.pth"], "no such file · absent.pth"),
+    ],
+)
+def test_an_error_of_ours_is_one_line_and_exit_1(smlp: Smlp, arguments: list[str], message: str) -> None:
+    outcome = smlp(*arguments)
+    assert outcome.code == 1
+    assert message in one_error(outcome)
+    assert outcome.out == ""
+
+
+class TestModels:
+    def test_table(self, smlp: Smlp) -> None:
+        outcome = smlp("models")
+        assert outcome.code == 0
+        rows = {line.split()[0]: line for line in outcome.out.splitlines()}
+        assert "24.1 M" in rows["smlpnet_tiny"]
+        assert "10.31 G" in rows["smlpnet_small"]
+        assert "83.4 %" in rows["smlpnet_base"]
+        assert "never released" in rows["smlpnet_tiny"]
+        assert "https://github.com/microsoft/SPACH/releases/download/v1.0/" in outcome.out
+
+    def test_json(self, smlp: Smlp) -> None:
+        facts = {variant["name"]: variant for variant in json.loads(smlp("models", "--json").out)}
+        assert facts["smlpnet_tiny"]["parameters"] == 24123584
+        assert facts["smlpnet_tiny"]["weights_url"] is None
+        assert facts["smlpnet_base"]["weights_url"].endswith("/smlp_b.pth")
+
+
+class TestExport:
+    def test_the_bundled_model_by_default(self, smlp: Smlp) -> None:
+        outcome = smlp("export", "--format", "onnx")
+        assert outcome.code == 0
+        assert outcome.out == "artifacts/smlpnet_digits-fp32.onnx\n"
+        assert "using the bundled digits model" in outcome.err
+        assert "next: smlp predict --model artifacts/smlpnet_digits-fp32.onnx" in outcome.err
+        assert json.loads(Path("artifacts/smlpnet_digits-fp32.parity.json").read_text())["passed"]
+        # With no model named, predict now finds it.
+        image = Path(__file__).parent.parent / "images" / "digit-7-3504.jpg"
+        prediction = smlp("predict", image)
+        assert "using artifacts/smlpnet_digits-fp32.onnx" in prediction.err
+
+    def test_options_reach_the_file(self, smlp: Smlp, micro_pth: Path) -> None:
+        Path("labels.txt").write_text("\n".join("abcdefghij"))
+        options = ["--labels", "labels.txt", "--mean", "0.1,0.2,0.3", "--std", "1,2,3", "--crop-pct", "0.9"]
+        outcome = smlp(
+            "export", micro_pth, *options, "--interpolation", "bilinear", "--batch", "4", "-o", "deep/x.onnx"
+        )
+        assert outcome.code == 0
+        assert "note:" not in outcome.err
+        prop = next(prop for prop in onnx.load("deep/x.onnx").metadata_props if prop.key == METADATA_KEY)
+        metadata = json.loads(prop.value)
+        assert metadata["labels"] == list("abcdefghij")
+        assert metadata["batch"] == 4
+        assert metadata["preprocessing"] == {
+            "crop_pct": 0.9,
+            "image_size": 32,
+            "interpolation": "bilinear",
+            "mean": [0.1, 0.2, 0.3],
+            "std": [1, 2, 3],
+        }
+
+    def test_what_is_assumed_is_said(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth)
+        assert "micro.pth states no labels; its 10 classes are named by index" in outcome.err
+        assert "micro.pth states no preprocessing" in outcome.err
+
+    def test_a_failed_parity_says_which_gate_and_image(self, smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(export, "bundled_images", list)
+        outcome = smlp("export")
+        assert outcome.code == 1
+        assert "parity failed: images · artifacts/smlpnet_digits-fp32.onnx.failed" in one_error(outcome)
+        assert "images: no real image was compared" in outcome.err
+        assert not Path("artifacts/smlpnet_digits-fp32.onnx").exists()
+
+    def test_hostile_checkpoints_run_nothing(self, smlp: Smlp) -> None:
+        class Runs:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return os.system, ("touch proof",)
+
+        torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1), "args": Runs()}, "hostile.pth")
+        outcome = smlp("export", "hostile.pth")
+        assert outcome.code == 1
+        assert "refused, and nothing was run: the file asks for posix.system" in one_error(outcome)
+        assert not Path("proof").exists()
+
+
+class TestVerifyAndInspect:
+    def test_verify(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("verify", artifact)
+        assert outcome.code == 0
+        assert "difference" in outcome.out
+
+    def test_verify_json_on_own_images(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        outcome = smlp("verify", artifact, "--json", "--images", digit_images[0].parent)
+        report = json.loads(outcome.out)
+        assert report["passed"]
+        assert report["images"] == 12
+
+    def test_verify_fails_on_a_changed_file(self, smlp: Smlp, artifact: Path) -> None:
+        model = onnx.load(artifact)
+        next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias").raw_data = bytes(40)
+        onnx.save(model, artifact)
+        outcome = smlp("verify", artifact)
+        assert outcome.code == 1
+        assert "FAILED" in outcome.out
+        assert "parity failed: difference" in one_error(outcome)
+
+    def test_inspect(self, smlp: Smlp, artifact: Path, micro_pth: Path) -> None:
+        assert "smlpnet_digits.safetensors" in smlp("inspect", artifact).out
+        assert json.loads(smlp("inspect", "--json", artifact).out)["metadata"]["labels"] == list("0123456789")
+        assert json.loads(smlp("inspect", "--json", micro_pth).out)["parameters"] == 73190
+
+
+class TestPredict:
+    def test_table(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        outcome = smlp("predict", *digit_images)
+        assert outcome.code == 0
+        assert len(outcome.out.splitlines()) == 13
+        assert "12 images, 0 failed" in outcome.err
+
+    def test_the_bundled_checkpoint_without_artifacts(self, smlp: Smlp, digit_images: list[Path]) -> None:
+        outcome = smlp("predict", "--format", "jsonl", "--topk", "1", digit_images[0])
+        assert json.loads(outcome.out)["predictions"][0]["label"] == "0"
+        assert "using the bundled digits model" in outcome.err
+
+    def test_six_files_six_records(self, smlp: Smlp, artifact: Path, photo: Image.Image) -> None:
+        folder = Path("mixed")
+        folder.mkdir()
+        photo.save(folder / "a.jpg")
+        whole = (folder / "a.jpg").read_bytes()
+        (folder / "b.jpg").write_bytes(whole[:4000])
+        (folder / "c.jpg").write_text("text")
+        (folder / "d.jpg").touch()
+        photo.convert("CMYK").save(folder / "e.jpg")
+        Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(folder / "f.png")
+        outcome = smlp("predict", "--format", "jsonl", folder)
+        assert outcome.code == 1
+        records = [json.loads(line) for line in outcome.out.splitlines()]
+        assert [record["path"] for record in records] == [
+            f"mixed/{name}" for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.png")
+        ]
+        assert ["error" in record for record in records] == [False, True, True, True, False, False]
+        assert "6 images, 3 failed" in outcome.err
+        assert smlp("predict", "--allow-errors", folder).code == 0
+
+    def test_a_file_of_records_appears_whole(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        outcome = smlp("predict", "-o", "out/records.csv", *digit_images)
+        assert (outcome.code, outcome.out) == (0, "")
+        with Path("out/records.csv").open(newline="") as stream:
+            assert [row["path"] for row in csv.DictReader(stream)] == [str(path) for path in digit_images]
+        assert [path.name for path in Path("out").iterdir()] == ["records.csv"]
+
+    def test_a_list_of_images(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        Path("list.txt").write_text("\n".join(map(str, digit_images)))
+        assert len(smlp("predict", "--format", "jsonl", "@list.txt").out.splitlines()) == 12
+
+    def test_names_cannot_disturb_the_terminal(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("predict", "a\x1b[31m\n[bold]b.jpg")
+        assert r"a\x1b[31m\n[bold]b.jpg" in outcome.out
+        assert len(outcome.out.splitlines()) == 2
+
+    def test_topk_beyond_the_classes(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("predict", "--topk", "11", "a.jpg")
+        assert outcome.code == 2
+        assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+
+
+def test_undecodable_names_survive_the_whole_way(artifact: Path, tmp_path: Path, digit_images: list[Path]) -> None:
+    name = os.fsdecode(b"\xff\xfe.jpg")
+    shutil.copy(digit_images[0], tmp_path / name)
+    command = [sys.executable, "-m", "smlp_deploy", "predict", "--format", "jsonl", "-m", str(artifact), "."]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout)["path"] == name
