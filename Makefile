@@ -1,0 +1,30 @@
+# make demo   everything once: install, export the bundled model with its parity report, classify images/*.jpg
+# make test   what CI runs: ruff, mypy --strict, pytest with coverage
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test clean
+
+demo: .venv/demo
+	$(BIN)/smlp export --format onnx
+	$(BIN)/smlp predict images/*.jpg
+
+test: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) ".[cpu,export]"
+	touch $@
+
+.venv/test: .venv/demo
+	$(INSTALL) ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv artifacts build dist *.egg-info
