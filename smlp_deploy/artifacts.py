@@ -8,6 +8,7 @@ from smlp_deploy.metadata import ModelMetadata
 
 ARTIFACTS_FOLDER = Path("artifacts")
 ARTIFACT_SUFFIXES = (".onnx",)
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def default_path(metadata: ModelMetadata) -> Path:

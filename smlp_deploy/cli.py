@@ -232,7 +232,7 @@ def predict(
     from smlp_deploy.terminal import counting, say
 
     kind = _record_format(format_, output)
-    images = find_images(inputs, sys.stdin)
+    images = find_images(inputs, _stdin())
     done = failed = 0
     with Classifier.open(_model(model)) as classifier:
         topk = classifier.resolve_topk(topk)
@@ -316,7 +316,14 @@ def _preprocessing_options(
 def _images(arguments: list[str]) -> list[Path]:
     from smlp_deploy.listing import find_images
 
-    return list(find_images(arguments, sys.stdin))
+    return list(find_images(arguments, _stdin()))
+
+
+def _stdin() -> TextIO:
+    """Standard input, in which undecodable bytes of file names survive."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
 
 
 def _model(given: Path | None) -> Path:
@@ -358,7 +365,10 @@ def _record_stream(output: Path | None) -> Iterator[TextIO]:
             sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
-    with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
+    with (
+        replacing(output) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
         yield stream
 
 

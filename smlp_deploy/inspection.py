@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require, require_torch
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
-
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
         UsageError: a file of another kind.
         SmlpError: the file cannot be read.
     """
-    if path.suffix.lower() == ".onnx":
+    if path.suffix.lower() in ARTIFACT_SUFFIXES:
         return _onnx_facts(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _checkpoint_facts(path, ema=ema)

@@ -139,8 +139,9 @@ def compare(
     metadata = candidate.metadata
     gates = gates or GATES[metadata.precision]
     samples = _Samples(image_paths, metadata, fill=metadata.batch or LARGEST_BATCH)
-    logits = _run(reference, candidate, samples)
-    spread = logits.spread()
+    parts = list(_run(reference, candidate, samples))
+    mismatch = _shape_mismatch(parts)
+    spread = _Spread.nothing() if mismatch else _Spread.between(parts)
     return ParityReport(
         reference=reference.name,
         candidate=candidate.name,
@@ -148,18 +149,21 @@ def compare(
         images=samples.images,
         noise=samples.noise,
         unreadable=tuple(samples.unreadable),
-        batch_sizes=tuple(sorted(logits.batch_sizes)),
+        batch_sizes=tuple(sorted({part.batch_size for part in parts})),
         logit_scale=spread.scale,
         max_abs=spread.scale * _worst(spread.difference),
         max_relative=_worst(spread.difference),
         min_cosine=-_worst(-spread.cosine),
         top1_agreement=_mean(spread.top1_agrees),
         top5_agreement=_mean(spread.top5_overlap),
-        nan_count=sum(int(np.isnan(part).sum()) for part in logits.candidate),
-        inf_count=sum(int(np.isinf(part).sum()) for part in logits.candidate),
+        nan_count=sum(int(np.isnan(part.candidate).sum()) for part in parts),
+        inf_count=sum(int(np.isinf(part.candidate).sum()) for part in parts),
         gates=(
-            *_structural_gates(samples, logits, reference.metadata.labels, metadata.labels, gates),
-            *(_numeric_gates(logits.names, spread, gates) if logits.comparable else ()),
+            _images_gate(samples),
+            _gate("shape", not mismatch, "the reference's", math.nan, mismatch),
+            _finite_gate(parts),
+            _class_order_gate(spread, reference.metadata.labels, metadata.labels, gates),
+            *(() if mismatch else _numeric_gates(spread, gates)),
         ),
         artifact_sha256=artifact_sha256,
     )
@@ -192,53 +196,36 @@ class _Samples:
             yield f"noise {self.noise}", rng.standard_normal((3, size, size), dtype=np.float32)
 
 
-class _Logits:
-    """Both runners' logits, row by row, with the name of each row's input."""
+@dataclass(frozen=True)
+class _Part:
+    """Both runners' logits for some inputs, which the candidate ran in batches of one size."""
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.reference: list[FloatArray] = []
-        self.candidate: list[FloatArray] = []
-        self.batch_sizes: set[int] = set()
-
-    def add(self, names: Sequence[str], reference: FloatArray, candidate: FloatArray, *, batch: int) -> None:
-        self.names += names
-        self.reference.append(reference)
-        self.candidate.append(candidate)
-        self.batch_sizes.add(batch)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether there is anything, and all of it has the reference's shape."""
-        return bool(self.names) and self.shape_mismatch() is None
-
-    def shape_mismatch(self) -> str | None:
-        for expected, found in zip(self.reference, self.candidate, strict=True):
-            if expected.shape != found.shape:
-                return f"logits of shape {found.shape}, the reference's are {expected.shape}"
-        return None
-
-    def spread(self) -> _Spread:
-        if not self.comparable:
-            return _Spread.nothing()
-        return _Spread.between(np.concatenate(self.reference), np.concatenate(self.candidate))
+    names: list[str]
+    reference: FloatArray
+    candidate: FloatArray
+    batch_size: int
 
 
-def _run(reference: Runner, candidate: Runner, samples: _Samples) -> _Logits:
-    logits = _Logits()
+def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_Part]:
     iterator = iter(samples)
+    first = True
     while chunk := list(itertools.islice(iterator, samples.largest_batch)):
         names = [name for name, _ in chunk]
         batch = np.stack([sample for _, sample in chunk])
         expected = reference.infer(batch)
-        if not logits.names:
-            for size in (1, min(ODD_BATCH, len(batch))):
-                some = max(size, min(MIN_NOISE, len(batch)))
-                found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
-                named = [f"{name} in a batch of {size}" for name in names[:some]]
-                logits.add(named, expected[:some], found[:some], batch=size)
-        logits.add(names, expected, candidate.infer(batch), batch=len(batch))
-    return logits
+        for size in (1, min(ODD_BATCH, len(batch))) if first else ():
+            some = max(size, min(MIN_NOISE, len(batch)))
+            found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
+            yield _Part([f"{name} in a batch of {size}" for name in names[:some]], expected[:some], found, size)
+        yield _Part(names, expected, candidate.infer(batch), len(batch))
+        first = False
+
+
+def _shape_mismatch(parts: Sequence[_Part]) -> str:
+    for part in parts:
+        if part.reference.shape != part.candidate.shape:
+            return f"logits of shape {part.candidate.shape}, the reference's are {part.reference.shape}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -249,6 +236,7 @@ class _Spread:
     `scale`; `sorted_difference` is `difference` after sorting both rows, which no permutation of classes changes.
     """
 
+    names: list[str]
     scale: float
     difference: _Doubles
     sorted_difference: _Doubles
@@ -259,15 +247,17 @@ class _Spread:
 
     @classmethod
     def nothing(cls) -> _Spread:
-        return cls(math.nan, *(np.full(1, math.nan) for _ in range(6)))
+        return cls([""], math.nan, *(np.full(1, math.nan) for _ in range(6)))
 
     @classmethod
-    def between(cls, reference: FloatArray, candidate: FloatArray) -> _Spread:
-        a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    def between(cls, parts: Sequence[_Part]) -> _Spread:
+        a = np.concatenate([part.reference for part in parts]).astype(np.float64)
+        b = np.concatenate([part.candidate for part in parts]).astype(np.float64)
         best = np.sort(a, axis=1)[:, ::-1]
         with np.errstate(all="ignore"):  # NaN and division by a scale of zero give NaN, which fails every gate
             scale = np.std(a)
             return cls(
+                names=[name for part in parts for name in part.names],
                 scale=float(scale),
                 difference=np.abs(a - b).max(axis=1) / scale,
                 sorted_difference=np.abs(best - np.sort(b, axis=1)[:, ::-1]).max(axis=1) / scale,
@@ -292,110 +282,69 @@ def _mean(values: _Doubles) -> float:
     return float(np.mean(values))
 
 
-def _structural_gates(
-    samples: _Samples,
-    logits: _Logits,
-    reference_labels: Sequence[str],
-    candidate_labels: Sequence[str],
-    gates: Gates,
-) -> Iterator[GateResult]:
-    """The gates that no option loosens."""
-    unread = f"; not read: {samples.unreadable[0]}" if samples.unreadable else ""
-    yield GateResult(
-        name="images",
-        passed=samples.images > 0,
-        limit="at least 1",
-        measured=samples.images,
-        detail="" if samples.images else f"no real image was compared{unread}",
-    )
-    mismatch = logits.shape_mismatch()
-    yield GateResult(
-        name="shape",
-        passed=mismatch is None,
-        limit="the reference's",
-        measured=math.nan,
-        detail=mismatch or "",
-    )
-    yield _finite_gate(logits)
-    yield _class_order_gate(logits, reference_labels, candidate_labels, gates)
+def _gate(name: str, passed: bool, limit: str, measured: float, detail: str = "") -> GateResult:
+    return GateResult(name=name, passed=bool(passed), limit=limit, measured=measured, detail=detail)
 
 
-def _finite_gate(logits: _Logits) -> GateResult:
+def _images_gate(samples: _Samples) -> GateResult:
+    detail = ""
+    if not samples.images:
+        unread = f"; {samples.unreadable[0]}" if samples.unreadable else ""
+        detail = f"no real image was compared{unread}"
+    return _gate("images", samples.images > 0, "at least 1", samples.images, detail)
+
+
+def _finite_gate(parts: Sequence[_Part]) -> GateResult:
+    """NaN and infinities, of either runner."""
     bad: list[str] = []
     count = 0
-    names = iter(logits.names)
-    for expected, found in zip(logits.reference, logits.candidate, strict=True):
-        for name, *rows in zip(itertools.islice(names, len(expected)), expected, found, strict=False):
-            wrong = sum(int((~np.isfinite(row)).sum()) for row in rows)
-            count += wrong
-            bad += [name] if wrong else []
-    return GateResult(
-        name="finite",
-        passed=count == 0,
-        limit="no NaN, no infinity",
-        measured=count,
-        detail=f"first at {bad[0]}, {len(bad)} inputs in all" if bad else "",
-    )
+    for part in parts:
+        for logits in (part.reference, part.candidate):
+            wrong = ~np.isfinite(logits)
+            count += int(wrong.sum())
+            bad += [part.names[row] for row in np.flatnonzero(wrong.any(axis=1)) if row < len(part.names)]
+    return _gate("finite", not count, "no NaN, no infinity", count, f"first at {bad[0]}" if bad else "")
 
 
 def _class_order_gate(
-    logits: _Logits, reference_labels: Sequence[str], candidate_labels: Sequence[str], gates: Gates
+    spread: _Spread, reference_labels: Sequence[str], candidate_labels: Sequence[str], gates: Gates
 ) -> GateResult:
     """Whether classes changed places: among the labels, or among the logits.
 
     Logits that differ beyond the bound, but hardly once both are sorted, are the same values in another order.
     """
     detail = ""
-    reordered = tuple(reference_labels) != tuple(candidate_labels) and sorted(reference_labels) == sorted(
-        candidate_labels
-    )
-    if reordered:
-        index = next(i for i, (a, b) in enumerate(zip(reference_labels, candidate_labels, strict=True)) if a != b)
-        detail = f"label {index} is {candidate_labels[index]!r}, the reference's is {reference_labels[index]!r}"
-    elif logits.comparable:
-        spread = logits.spread()
-        bound = min(gates.difference, PERMUTATION_BOUND)
-        moved = (spread.difference > bound) & (spread.sorted_difference < spread.difference / 10)
-        if moved.mean() > 0.5:
-            detail = f"the logits are the reference's in another order; first at {logits.names[int(moved.argmax())]}"
-    return GateResult(name="class order", passed=not detail, limit="the reference's", measured=math.nan, detail=detail)
+    pairs = list(enumerate(zip(reference_labels, candidate_labels, strict=False)))
+    if sorted(reference_labels) == sorted(candidate_labels):
+        moved_labels = [
+            f"label {i} is {found!r}, the reference's is {label!r}" for i, (label, found) in pairs if label != found
+        ]
+        detail = moved_labels[0] if moved_labels else ""
+    bound = min(gates.difference, PERMUTATION_BOUND)
+    moved = (spread.difference > bound) & (spread.sorted_difference < spread.difference / 10)
+    if moved.mean() > 0.5:
+        detail = f"the logits are the reference's in another order; first at {spread.names[int(moved.argmax())]}"
+    return _gate("class order", not detail, "the reference's", math.nan, detail)
 
 
-def _numeric_gates(names: Sequence[str], spread: _Spread, gates: Gates) -> Iterator[GateResult]:
+def _numeric_gates(spread: _Spread, gates: Gates) -> Iterator[GateResult]:
     """The gates of the precision. NaN passes none of them."""
-    worst = int(spread.difference.argmax())
+    worst = spread.names[int(spread.difference.argmax())]
     difference = _worst(spread.difference)
-    yield GateResult(
-        name="difference",
-        passed=difference <= gates.difference,
-        limit=f"at most {gates.difference:g} of the logit scale",
-        measured=difference,
-        detail=f"worst at {names[worst]}",
-    )
-    worst = int((-spread.cosine).argmax())
+    limit = f"at most {gates.difference:g} of the logit scale"
+    yield _gate("difference", difference <= gates.difference, limit, difference, f"worst at {worst}")
+
+    worst = spread.names[int((-spread.cosine).argmax())]
     cosine = -_worst(-spread.cosine)
-    yield GateResult(
-        name="cosine",
-        passed=cosine >= gates.cosine,
-        limit=f"at least {gates.cosine:g}",
-        measured=cosine,
-        detail=f"worst at {names[worst]}",
-    )
+    yield _gate("cosine", cosine >= gates.cosine, f"at least {gates.cosine:g}", cosine, f"worst at {worst}")
+
     decided = ~(spread.margin <= gates.difference)
     agrees = spread.top1_agrees[decided]
     agreement = _mean(agrees) if len(agrees) else 1.0
-    wrong = [
-        name
-        for name, is_decided, agreed in zip(names, decided, spread.top1_agrees, strict=True)
-        if is_decided and not agreed
-    ]
-    yield GateResult(
-        name="top-1",
-        passed=agreement >= gates.top1,
-        limit=f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference bound",
-        measured=agreement,
-        detail=f"first at {wrong[0]}" if wrong else "",
-    )
+    limit = f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference bound"
+    wrong = np.flatnonzero(decided & (spread.top1_agrees == 0))
+    detail = f"first at {spread.names[wrong[0]]}" if len(wrong) else ""
+    yield _gate("top-1", agreement >= gates.top1, limit, agreement, detail)
 
 
 def _without_nan(value: Any) -> Any:

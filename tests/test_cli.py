@@ -284,6 +284,16 @@ class TestPredict:
 def test_undecodable_names_survive_the_whole_way(artifact: Path, tmp_path: Path, digit_images: list[Path]) -> None:
     name = os.fsdecode(b"\xff\xfe.jpg")
     shutil.copy(digit_images[0], tmp_path / name)
-    command = [sys.executable, "-m", "smlp_deploy", "predict", "--format", "jsonl", "-m", str(artifact), "."]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout)["path"] == name
+    command = [sys.executable, "-m", "smlp_deploy", "predict", "--format", "jsonl", "-m", str(artifact), ".", "-"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, input=b"\xff\xfe.jpg\n", check=True)
+    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [name, name]
+
+
+def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) -> None:
+    command = [sys.executable, "-m", "smlp_deploy", "predict", "-m", str(artifact), *map(str, digit_images * 400)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()

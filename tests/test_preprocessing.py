@@ -38,7 +38,7 @@ def test_pixels_are_those_of_resizing_the_whole_image(crop_pct: float) -> None:
     for path in sorted((DATA_FOLDER / "parity").glob("[a-c]*.jpg")):
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
-        for size in (photo.size, (500, 375), (333, 517), (224, 224), (100, 90), (1000, 260), (200, 500), (20, 900)):
+        for size in (photo.size, (500, 375), (333, 517), (224, 224), (100, 90), (1000, 260), (300, 900), (20, 900)):
             image = photo.resize(size, Image.Resampling.BILINEAR)
             found, expected = resize_and_crop(image, preprocessing), whole_image_resize_and_crop(image, preprocessing)
             np.testing.assert_array_equal(pixels(found), pixels(expected), err_msg=f"{path.name} at {size}")

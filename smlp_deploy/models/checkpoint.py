@@ -21,14 +21,13 @@ import safetensors
 import torch
 from torch import Tensor
 
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.errors import CheckpointError, ConfigError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import METADATA_KEY, ModelCard, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -95,7 +94,7 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         CheckpointError: it is unsafe, damaged, or not an sMLPNet; the message names the key and both shapes.
     """
     _require_file(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         if ema:
             raise CheckpointError("a safetensors file has no moving-average weights", where=path, fix="omit --ema")
         tensors, card_text = _read_safetensors(path)
@@ -203,8 +202,10 @@ def _is_counter(key: str) -> bool:
 
 
 def _require_file(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise CheckpointError("not a checkpoint's file name", where=path, fix=f"expected {', '.join(SUFFIXES)}")
+    if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        raise CheckpointError(
+            "not a checkpoint's file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
+        )
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "no such file"
         raise CheckpointError(what, where=path, fix="give the path of a weights file")

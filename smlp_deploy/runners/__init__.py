@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require_onnxruntime, require_torch
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.runners.base import Runner
@@ -29,9 +30,7 @@ def _open_checkpoint(path: Path) -> Runner:
 
 _OPENERS: dict[str, Callable[[Path], Runner]] = {
     ".onnx": _open_onnx,
-    ".pth": _open_checkpoint,
-    ".pt": _open_checkpoint,
-    ".safetensors": _open_checkpoint,
+    **dict.fromkeys(CHECKPOINT_SUFFIXES, _open_checkpoint),
 }
 
 

@@ -187,6 +187,30 @@ class TestRefusesWhatDoesNotFit:
         with pytest.raises(CheckpointError, match="'epoch' is a int, not a tensor"):
             load_checkpoint(saved(tmp_path, {"epoch": 3}))
 
+    def test_negative_variances(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["batch_norm.running_var"] *= -1
+        with pytest.raises(CheckpointError, match=r"'batch_norm\.running_var' has negative variances"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_a_stage_without_blocks(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        kept = {key: tensor for key, tensor in weights.items() if not key.startswith("token_mix.4.")}
+        with pytest.raises(CheckpointError, match="4 patch embeddings but stage 3 has no blocks"):
+            load_checkpoint(saved(tmp_path, kept))
+
+    def test_a_tensor_of_another_rank(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        weights["mlp_head.0.weight"] = torch.zeros(3)
+        with pytest.raises(CheckpointError, match=r"'mlp_head\.0\.weight' has shape \(3,\), expected 2 positive sizes"):
+            load_checkpoint(saved(tmp_path, weights))
+
+    def test_an_empty_state_dict(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds no state dict"):
+            load_checkpoint(saved(tmp_path, {}))
+
+    def test_moving_averages_of_safetensors(self, tmp_path: Path, weights: dict[str, Tensor]) -> None:
+        save_file(weights, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="has no moving-average weights"):
+            load_checkpoint(tmp_path / "model.safetensors", ema=True)
+
     def test_absent_moving_averages(self, micro_pth: Path) -> None:
         with pytest.raises(CheckpointError, match="has no 'model_ema'"):
             load_checkpoint(micro_pth, ema=True)
@@ -236,6 +260,30 @@ class TestRefusesWhatIsUnsafe:
     def test_compressed_members(self, tmp_path: Path, micro_pth: Path) -> None:
         path = rewritten(micro_pth, tmp_path / "model.pth", compression=zipfile.ZIP_DEFLATED)
         with pytest.raises(CheckpointError, match="members are compressed"):
+            load_checkpoint(path)
+
+    def test_a_zip_that_is_no_torch_file(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+            archive.writestr("readme.txt", "hello")
+        with pytest.raises(CheckpointError, match=r"no data\.pkl"):
+            load_checkpoint(tmp_path / "model.pth")
+
+    def test_members_that_overlap(self, micro_pth: Path) -> None:
+        with zipfile.ZipFile(micro_pth, "a") as archive:
+            largest = max(archive.infolist(), key=lambda member: member.file_size)
+            for copy in range(64):
+                twin = zipfile.ZipInfo(f"micro/data/x{copy}")
+                twin.header_offset, twin.CRC = largest.header_offset, largest.CRC
+                twin.file_size = twin.compress_size = largest.file_size
+                archive.filelist.append(twin)
+                archive._didModify = True  # type: ignore[attr-defined]
+        with pytest.raises(CheckpointError, match="members claim more bytes than the file has"):
+            load_checkpoint(micro_pth)
+
+    def test_a_safetensors_header_that_is_no_json(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.safetensors"
+        path.write_bytes((3).to_bytes(8, "little") + b"abc")
+        with pytest.raises(CheckpointError, match="its header is not JSON"):
             load_checkpoint(path)
 
     def test_a_flipped_bit(self, micro_pth: Path) -> None:
