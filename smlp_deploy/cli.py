@@ -34,6 +34,12 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
 
 
+class Precision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
 class RecordFormat(StrEnum):
     table = "table"
     jsonl = "jsonl"
@@ -124,9 +130,16 @@ def export(
     source: CheckpointArgument = None,
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: artifacts/<model>-fp32.onnx.", show_default=False)
+        Path | None,
+        typer.Option("-o", "--output", help="Default: artifacts/<model>-<precision>.onnx.", show_default=False),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size. Default: any size.")] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the graph's arithmetic; inputs and outputs stay float32. Default: fp32."),
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="The same as --precision fp16.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")] = False,
     opset: Annotated[int, typer.Option(min=18, max=23, help="ONNX operator set.")] = 20,
     ema: EmaOption = False,
     labels: Annotated[
@@ -157,8 +170,11 @@ def export(
     given_preprocessing = _preprocessing_options(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     if output is not None and output.suffix != ".onnx":
         raise UsageError("an ONNX file's name ends in .onnx", where=output)
+    wanted = _one_precision(precision, fp16=fp16, bf16=bf16)
     checkpoint = _load(source, ema=ema)
-    metadata = describe(checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch)
+    metadata = describe(
+        checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch, precision=wanted
+    )
     target = output or default_path(metadata)
     images = _images(parity_images) if parity_images else None
     with working(f"exporting {metadata.name} and comparing the file with the trained network"):
@@ -296,6 +312,14 @@ def _load(source: str | None, *, ema: bool) -> Checkpoint:
     with downloading() as progress:
         path = find_checkpoint(source, progress=progress)
     return load_checkpoint(path, ema=ema)
+
+
+def _one_precision(given: Precision | None, **flags: bool) -> str:
+    """The precision that the options name, if they do not contradict each other."""
+    wanted = {name for name, flag in flags.items() if flag} | ({given.value} if given else set())
+    if len(wanted) > 1:
+        raise UsageError(f"{' and '.join(sorted(wanted))} contradict each other", fix="choose one precision")
+    return wanted.pop() if wanted else "fp32"
 
 
 def _preprocessing_options(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from smlp_deploy.artifacts import failed_path, parity_path
 from smlp_deploy.dependencies import require_onnxruntime
 from smlp_deploy.errors import UsageError
+from smlp_deploy.exporters.graph import load_graph, save_graph
+from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, replacing, sha256_of, write_text
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
-from smlp_deploy.models.description import describe
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
-from smlp_deploy.parity import ParityReport, compare
+from smlp_deploy.parity import ParityReport, check_half_range, compare
 from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.base import Runner
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.pytorch import PyTorchRunner
+from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +65,12 @@ def export_checkpoint(
         SmlpError: nothing could be written.
     """
     require_onnxruntime()
-    with replacing(target) as temporary, PyTorchRunner(checkpoint, metadata) as reference:
+    with replacing(target) as temporary:
         metadata = export_onnx(checkpoint.network(), metadata, temporary, opset=opset)
-        sha256 = sha256_of(temporary)
-        logger.info("comparing the file with the trained network")
+        if metadata.precision != "fp32":
+            save_graph(to_half(load_graph(temporary), metadata.precision), metadata, temporary)
         with OnnxRuntimeRunner(temporary) as candidate:
-            report = compare(reference, candidate, images or bundled_images(), artifact_sha256=sha256)
+            report = _prove(candidate, checkpoint, metadata, images, sha256_of(temporary))
         path = target
         if not report.passed:
             path = failed_path(target)
@@ -99,9 +101,25 @@ def verify_artifact(
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
             logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
         card = checkpoint.card
-        metadata = describe(checkpoint, labels=card.labels or runner.metadata.labels)
-        with PyTorchRunner(checkpoint, metadata) as trained:
-            return compare(trained, runner, images or bundled_images(), artifact_sha256=sha256_of(candidate))
+        metadata = replace(runner.metadata, labels=card.labels or runner.metadata.labels, config=checkpoint.config)
+        return _prove(runner, checkpoint, metadata, images, sha256_of(candidate))
+
+
+def _prove(
+    candidate: Runner,
+    checkpoint: Checkpoint,
+    metadata: ModelMetadata,
+    images: Sequence[Path] | None,
+    artifact_sha256: str,
+) -> ParityReport:
+    images = bundled_images() if images is None else images
+    with PyTorchRunner(checkpoint, metadata) as trained:
+        report = compare(trained, candidate, images, artifact_sha256=artifact_sha256)
+        if candidate.metadata.precision != "fp16":
+            return report
+        half, recorder = HalfRunner(checkpoint, metadata), RecordingRunner(checkpoint, metadata)
+        with half, recorder:
+            return check_half_range(report, trained, half, recorder, images)
 
 
 def _find_reference(metadata: ModelMetadata, candidate: Path) -> Path:

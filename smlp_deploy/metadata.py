@@ -16,7 +16,7 @@ from smlp_deploy.errors import ConfigError
 
 METADATA_KEY = "smlp_deploy"
 SCHEMA_VERSION = 1
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

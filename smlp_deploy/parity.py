@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,12 @@ MIN_NOISE = 4
 NOISE_SEED = 2109
 
 PERMUTATION_BOUND = 1e-2
+FP16_RANGE = 65504.0
+FP16_SHARE_OF_RANGE = 0.5
+HALF_IMAGES = 2
 
 _Doubles = NDArray[np.float64]
+_Sample = tuple[str, FloatArray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +41,23 @@ class Gates:
     """Bounds that a candidate must keep.
 
     Attributes:
-        difference: largest difference of a logit, over the standard deviation of the reference's logits.
         cosine: smallest cosine between the two logit vectors of one image.
-        top1: share of images with the same best class, among those whose reference margin exceeds `difference`.
+        difference: largest difference of a logit, over the standard deviation of the reference's logits; None for
+            any.
+        top1: share of images with the same best class, among those whose reference margin exceeds `difference`, or
+            the measured difference where that is None.
     """
 
-    difference: float
     cosine: float
+    difference: float | None = None
     top1: float = 1.0
 
 
-GATES = {"fp32": Gates(difference=1e-4, cosine=0.99999)}
+GATES = {
+    "fp32": Gates(cosine=0.99999, difference=1e-4),
+    "fp16": Gates(cosine=0.9999),
+    "bf16": Gates(cosine=0.999),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,27 @@ class GateResult:
     limit: str
     measured: float
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfReport:
+    """What true fp16 arithmetic does, and how near to its range the activations come.
+
+    Attributes:
+        images: inputs run in fp16 arithmetic.
+        max_relative: largest difference of a logit to the reference, over the standard deviation of its logits.
+        min_cosine: smallest cosine between the logit vectors of one input.
+        largest_activation: largest absolute value over all parity images, in fp32.
+        layer: where it occurs.
+        range: the largest finite fp16 number.
+    """
+
+    images: int
+    max_relative: float
+    min_cosine: float
+    largest_activation: float
+    layer: str
+    range: float = FP16_RANGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +114,7 @@ class ParityReport:
         inf_count: infinite logits of the candidate.
         gates: every gate's verdict.
         artifact_sha256: of the candidate's file.
+        half: for fp16, what its arithmetic and range were measured to be.
     """
 
     reference: str
@@ -102,6 +134,7 @@ class ParityReport:
     inf_count: int
     gates: tuple[GateResult, ...]
     artifact_sha256: str
+    half: HalfReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -169,6 +202,52 @@ def compare(
     )
 
 
+def check_half_range(
+    report: ParityReport, reference: Runner, half: Runner, recorder: ActivationRecorder, image_paths: Sequence[Path]
+) -> ParityReport:
+    """`report` with what an fp16 graph in ONNX Runtime on a CPU hides: its arithmetic there is fp32.
+
+    The lowered network runs a few images in true fp16 arithmetic, and all of them in fp32 while its activations are
+    watched: half of fp16's range is the bound, because other images will have larger ones.
+
+    Args:
+        report: of the fp16 artifact.
+        reference: the trained network.
+        half: the lowered network in fp16 arithmetic.
+        recorder: the lowered network in fp32, recording its activations.
+        image_paths: the parity images.
+    """
+    samples = _Samples(image_paths, reference.metadata, fill=LARGEST_BATCH)
+    iterator = iter(samples)
+    first = [_stacked(itertools.islice(iterator, HALF_IMAGES))]
+    names, batch = first[0]
+    spread = _Spread.between([_Part(names, reference.infer(batch), half.infer(batch), len(batch))])
+    for _, inputs in itertools.chain(first, _chunks(iterator, samples.largest_batch)):
+        recorder.infer(inputs)
+    layer, largest = recorder.largest()
+    found = HalfReport(
+        images=len(batch),
+        max_relative=_worst(spread.difference),
+        min_cosine=-_worst(-spread.cosine),
+        largest_activation=largest,
+        layer=layer,
+    )
+    cosine, bound = GATES["fp16"].cosine, FP16_SHARE_OF_RANGE * FP16_RANGE
+    gates = (
+        _gate("fp16 arithmetic", found.min_cosine >= cosine, f"cosine at least {cosine:g}", found.min_cosine),
+        _gate("fp16 range", largest <= bound, f"activations at most {bound:g}", largest, f"largest in {layer}"),
+    )
+    return replace(report, half=found, gates=(*report.gates, *gates))
+
+
+class ActivationRecorder(Runner, Protocol):
+    """A runner that remembers the largest absolute activation it has seen."""
+
+    def largest(self) -> tuple[str, float]:
+        """The layer's name and the value."""
+        ...
+
+
 class _Samples:
     """Named inputs: the readable images, then noise to fill up one batch; counted while they are iterated over."""
 
@@ -180,7 +259,7 @@ class _Samples:
         self.noise = 0
         self.unreadable: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[str, FloatArray]]:
+    def __iter__(self) -> Iterator[_Sample]:
         for path in self._paths:
             try:
                 sample = load_image(path, self._metadata.preprocessing)
@@ -207,18 +286,23 @@ class _Part:
 
 
 def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_Part]:
-    iterator = iter(samples)
-    first = True
-    while chunk := list(itertools.islice(iterator, samples.largest_batch)):
-        names = [name for name, _ in chunk]
-        batch = np.stack([sample for _, sample in chunk])
+    for index, (names, batch) in enumerate(_chunks(iter(samples), samples.largest_batch)):
         expected = reference.infer(batch)
-        for size in (1, min(ODD_BATCH, len(batch))) if first else ():
+        for size in (1, min(ODD_BATCH, len(batch))) if index == 0 else ():
             some = max(size, min(MIN_NOISE, len(batch)))
             found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
             yield _Part([f"{name} in a batch of {size}" for name in names[:some]], expected[:some], found, size)
         yield _Part(names, expected, candidate.infer(batch), len(batch))
-        first = False
+
+
+def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], FloatArray]]:
+    while chunk := list(itertools.islice(samples, size)):
+        yield _stacked(chunk)
+
+
+def _stacked(samples: Iterable[_Sample]) -> tuple[list[str], FloatArray]:
+    names, inputs = zip(*samples, strict=True)
+    return list(names), np.stack(inputs)
 
 
 def _shape_mismatch(parts: Sequence[_Part]) -> str:
@@ -320,7 +404,7 @@ def _class_order_gate(
             f"label {i} is {found!r}, the reference's is {label!r}" for i, (label, found) in pairs if label != found
         ]
         detail = moved_labels[0] if moved_labels else ""
-    bound = min(gates.difference, PERMUTATION_BOUND)
+    bound = PERMUTATION_BOUND if gates.difference is None else min(gates.difference, PERMUTATION_BOUND)
     moved = (spread.difference > bound) & (spread.sorted_difference < spread.difference / 10)
     if moved.mean() > 0.5:
         detail = f"the logits are the reference's in another order; first at {spread.names[int(moved.argmax())]}"
@@ -329,19 +413,20 @@ def _class_order_gate(
 
 def _numeric_gates(spread: _Spread, gates: Gates) -> Iterator[GateResult]:
     """The gates of the precision. NaN passes none of them."""
-    worst = spread.names[int(spread.difference.argmax())]
     difference = _worst(spread.difference)
-    limit = f"at most {gates.difference:g} of the logit scale"
-    yield _gate("difference", difference <= gates.difference, limit, difference, f"worst at {worst}")
+    if gates.difference is not None:
+        worst = spread.names[int(spread.difference.argmax())]
+        limit = f"at most {gates.difference:g} of the logit scale"
+        yield _gate("difference", difference <= gates.difference, limit, difference, f"worst at {worst}")
 
     worst = spread.names[int((-spread.cosine).argmax())]
     cosine = -_worst(-spread.cosine)
     yield _gate("cosine", cosine >= gates.cosine, f"at least {gates.cosine:g}", cosine, f"worst at {worst}")
 
-    decided = ~(spread.margin <= gates.difference)
+    decided = ~(spread.margin <= (difference if gates.difference is None else gates.difference))
     agrees = spread.top1_agrees[decided]
     agreement = _mean(agrees) if len(agrees) else 1.0
-    limit = f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference bound"
+    limit = f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference"
     wrong = np.flatnonzero(decided & (spread.top1_agrees == 0))
     detail = f"first at {spread.names[wrong[0]]}" if len(wrong) else ""
     yield _gate("top-1", agreement >= gates.top1, limit, agreement, detail)

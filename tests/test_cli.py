@@ -85,6 +85,7 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
+        (["export", "--fp16", "--bf16"], "bf16 and fp16 contradict each other"),
         (["export", "-o", "x.pt"], "an ONNX file's name ends in .onnx · x.pt"),
         (["export", "smlpnet_tny"], "no variant is called 'smlpnet_tny' · did you mean smlpnet_tiny?"),
         (["export", "--labels", "absent.txt"], "cannot read the labels"),
@@ -174,6 +175,11 @@ class TestExport:
             "mean": [0.1, 0.2, 0.3],
             "std": [1, 2, 3],
         }
+
+    def test_half_precision(self, smlp: Smlp) -> None:
+        outcome = smlp("export", "--half")
+        assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.onnx\n")
+        assert "fp16 range" in outcome.err
 
     def test_what_is_assumed_is_said(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("export", micro_pth)

@@ -37,6 +37,29 @@ def test_own_images_are_compared(digits: Checkpoint, digit_images: list[Path], t
     assert result.report.images == 3
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_proven_too(digits: Checkpoint, tmp_path: Path, precision: str) -> None:
+    result = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "x.onnx")
+    assert result.report.passed
+    assert result.report.precision == precision
+    assert 1e-5 < result.report.max_relative < 0.1
+    assert (result.report.half is not None) == (precision == "fp16")
+    assert verify_artifact(result.path).passed
+    assert result.path.stat().st_size < 0.6 * BUNDLED_CHECKPOINT.stat().st_size
+
+
+def test_activations_near_the_end_of_fp16_fail_with_the_layers_name(digits: Checkpoint, tmp_path: Path) -> None:
+    # The block's output grows a thousandfold; LayerNorm and the head's BatchNorm bring it back, so logits look fine.
+    weights = {key: tensor.clone() for key, tensor in digits.state_dict.items()}
+    for key in ("channel_mix.5.2.net.3.weight", "channel_mix.5.2.net.3.bias", "batch_norm.running_mean"):
+        weights[key] *= 4000
+    weights["batch_norm.running_var"] *= 4000**2
+    loud = replace(digits, state_dict=weights)
+    result = export_checkpoint(loud, describe(loud, precision="fp16"), tmp_path / "x.onnx")
+    failure = next(gate for gate in result.report.failures if gate.name == "fp16 range")
+    assert "blocks.5" in failure.detail
+
+
 class TestAnExportThatFailsParity:
     @pytest.fixture
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:

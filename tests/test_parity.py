@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from fakes import FakeRunner, metadata, quadrant_means
 from smlp_deploy.export import Export, bundled_images, verify_artifact
-from smlp_deploy.parity import Gates, ParityReport, compare
+from smlp_deploy.parity import Gates, ParityReport, check_half_range, compare
 from smlp_deploy.runners.base import FloatArray
 
 IMAGES = bundled_images()[:3]
@@ -33,6 +33,7 @@ def compared(damage: Damage, *, gates: Gates | None = None, batch: int | None = 
 def test_equal_runners_pass() -> None:
     report = compared(lambda logits: logits)
     assert report.passed
+    assert report.half is None
     assert (report.images, report.noise) == (3, 29)
     assert report.max_abs == report.max_relative == 0
     assert report.min_cosine == pytest.approx(1)
@@ -155,6 +156,50 @@ def test_constant_logits_prove_nothing() -> None:
         return np.zeros((len(images), 4), np.float32)
 
     assert failed_gates(compare(FakeRunner(constant), FakeRunner(constant), IMAGES)) >= {"difference", "cosine"}
+
+
+def test_without_a_difference_bound_the_measured_one_is_the_margin() -> None:
+    report = compared(lambda logits: logits + np.float32(5), gates=Gates(cosine=-1))
+    assert report.passed
+    assert "difference" not in {gate.name for gate in report.gates}
+
+
+class Recorder(FakeRunner):
+    def largest(self) -> tuple[str, float]:
+        return "blocks.1", self.value
+
+    value = 100.0
+
+
+class TestHalfRange:
+    def checked(self, *, largest: float = 100.0, damage: Damage = lambda logits: logits) -> ParityReport:
+        reference, recorder = FakeRunner(quadrant_means), Recorder(quadrant_means)
+        recorder.value = largest
+        half = FakeRunner(lambda images: damage(quadrant_means(images)))
+        report = check_half_range(compare(reference, reference, IMAGES), reference, half, recorder, IMAGES)
+        assert half.batch_sizes == [2]
+        assert sum(recorder.batch_sizes) == 32
+        return report
+
+    def test_what_was_measured_is_recorded(self) -> None:
+        report = self.checked()
+        assert report.passed
+        assert report.half is not None
+        assert (report.half.images, report.half.layer, report.half.largest_activation) == (2, "blocks.1", 100)
+        assert json.loads(report.to_json())["half"]["range"] == 65504
+
+    def test_activations_above_half_the_range_fail_with_the_layer(self) -> None:
+        report = self.checked(largest=40000)
+        assert failed_gates(report) == {"fp16 range"}
+        assert report.failures[0].detail == "largest in blocks.1"
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_overflow_in_the_arithmetic_fails(self, bad: float) -> None:
+        assert failed_gates(self.checked(damage=lambda logits: logits * np.float32(bad))) == {"fp16 arithmetic"}
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_an_activation_that_is_no_number_fails(self, bad: float) -> None:
+        assert failed_gates(self.checked(largest=bad)) == {"fp16 range"}
 
 
 class TestARealFileBrokenOnPurpose:

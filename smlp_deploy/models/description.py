@@ -51,6 +51,7 @@ def describe(
     labels: tuple[str, ...] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     batch: int | None = None,
+    precision: str = "fp32",
 ) -> ModelMetadata:
     """What artifacts made from `checkpoint` carry.
 
@@ -59,6 +60,7 @@ def describe(
         labels: class names that replace the file's own.
         preprocessing: fields of `Preprocessing` that replace the file's own.
         batch: the one batch size the artifact is to take, or None for any.
+        precision: of the artifact's arithmetic.
 
     Raises:
         ConfigError: as many labels as classes are needed; or a preprocessing value is out of range.
@@ -70,6 +72,7 @@ def describe(
         labels=_labels(checkpoint, labels),
         preprocessing=_preprocessing(checkpoint, preprocessing or {}),
         batch=batch,
+        precision=precision,
         variant=variant.name if variant else None,
         checkpoint=checkpoint.path.name,
         checkpoint_sha256=checkpoint.sha256,

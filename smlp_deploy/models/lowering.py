@@ -6,7 +6,7 @@ agree to rounding. The forms are those that TensorRT fuses best (`docs/lowering.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +116,11 @@ class LoweredBlock(nn.Module):
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """LayerNorm over the channels without its affine, then the two-layer MLP."""
-        centred = x - x.mean(dim=1, keepdim=True)
+        wide = _at_least_float32(x)
+        centred = wide - wide.mean(dim=1, keepdim=True)
         variance = (centred * centred).mean(dim=1, keepdim=True)
-        mixed: Tensor = self.out(functional.gelu(self.hidden(centred * torch.rsqrt(variance + self.eps))))
+        normal = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
+        mixed: Tensor = self.out(functional.gelu(self.hidden(normal)))
         return mixed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,8 +157,19 @@ class LoweredSMLPNet(nn.Module):
                 x = self.embeddings[stage](x)
                 entered = stage
             x = block(x)
-        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        logits: Tensor = self.head(_at_least_float32(x).mean(dim=(2, 3)))
         return logits
+
+    def narrow(self, dtype: torch.dtype) -> Self:
+        """This network, changed to compute in a 16-bit type where a graph of `exporters/half.py` does: not the head."""
+        self.to(dtype)
+        self.head.float()
+        return self
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """`x` itself, or in float32 where it has 16 bits: for LayerNorm's statistics and the mean over tokens."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def lower(network: SMLPNet) -> LoweredSMLPNet:

@@ -1,4 +1,8 @@
-"""ONNX files in ONNX Runtime on the CPU."""
+"""ONNX files in ONNX Runtime on the CPU.
+
+ONNX Runtime's CPU provider computes an fp16 graph in fp32, weights rounded, and has no bf16 convolution at all. A bf16
+graph is therefore emulated: computed in fp32, with every value that is bf16 in the graph rounded to bf16.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
+import numpy as np
+import onnx
 import onnxruntime
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
@@ -32,12 +39,14 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            source = _loadable(path)
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         # onnxruntime's exceptions share no base class of their own.
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot load it: {reason}", where=path, fix="export it again") from None
-        self.name = f"onnxruntime (CPU) {path.name}"
+        device = "CPU" if source is path else "CPU, bf16 emulated"
+        self.name = f"onnxruntime ({device}) {path.name}"
         self.metadata = _metadata(session, path)
         self._session: onnxruntime.InferenceSession | None = session
 
@@ -68,3 +77,42 @@ def _metadata(session: onnxruntime.InferenceSession, path: Path) -> ModelMetadat
             fix="export the checkpoint with smlp export",
         )
     return ModelMetadata.from_json(text, where=path)
+
+
+def _loadable(path: Path) -> Path | bytes:
+    """The file itself, or a bf16 graph in its emulated form."""
+    model = onnx.load(path, load_external_data=False)
+    if all(tensor.data_type != TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        return path
+    return bytes(emulate_bf16(model).SerializeToString())
+
+
+def emulate_bf16(model: ModelProto) -> ModelProto:
+    """A bf16 graph as an fp32 graph in which every bf16 value is rounded to bf16; `model` is changed in place."""
+    graph = model.graph
+    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if name in narrow:
+                nodes += _rounding(node, i, name)
+    graph.ClearField("node")
+    graph.ClearField("value_info")
+    graph.node.extend(nodes)
+    return model
+
+
+def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
+    """Nodes that round one output of `node`, which is given another name in their favour; a Cast rounds by itself."""
+    if node.op_type == "Cast":
+        node.output[output] = f"{name}_rounded"
+        return [helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT)]
+    node.output[output] = f"{name}_unrounded"
+    return [
+        helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_rounded"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT),
+    ]

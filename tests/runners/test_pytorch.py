@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
+
+
+@pytest.fixture
+def batch() -> FloatArray:
+    return np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+
+
+def test_true_half_arithmetic_is_near_but_not_equal(digits: Checkpoint, batch: FloatArray) -> None:
+    metadata = describe(digits)
+    with PyTorchRunner(digits, metadata) as trained, HalfRunner(digits, metadata) as half:
+        expected, found = trained.infer(batch), half.infer(batch)
+    assert found.dtype == np.float32
+    assert 1e-5 < np.abs(found - expected).max() / expected.std() < 1e-2
+
+
+def test_the_recorder_computes_the_same_and_remembers_the_largest(digits: Checkpoint, batch: FloatArray) -> None:
+    metadata = describe(digits)
+    with PyTorchRunner(digits, metadata) as trained, RecordingRunner(digits, metadata) as recorder:
+        assert np.abs(recorder.infer(batch) - trained.infer(batch)).max() < 1e-4
+        name, largest = recorder.largest()
+        recorder.infer(batch * 1000)
+        assert recorder.largest()[1] > largest > 1
+        recorder.infer(batch)
+        assert recorder.largest()[1] > largest
+    assert name.split(".")[0] in ("blocks", "embeddings")
