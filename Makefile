@@ -1,4 +1,5 @@
-# make demo   everything once: install, export the bundled model with its parity report, classify images/*.jpg
+# make demo   everything once: install, export the bundled model with its parity report, build an FP16
+#             engine, classify images/*.jpg
 # make test   what CI runs: ruff, mypy --strict, pytest with coverage
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
+	$(BIN)/smlp build-engine --fp16
 	$(BIN)/smlp predict images/*.jpg
 
 test: .venv/test
@@ -19,7 +21,7 @@ test: .venv/test
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(INSTALL) ".[cpu,export]"
+	$(INSTALL) ".[cpu,export,rtx]"
 	touch $@
 
 .venv/test: .venv/demo

@@ -17,6 +17,16 @@ def default_path(metadata: ModelMetadata) -> Path:
     return ARTIFACTS_FOLDER / f"{metadata.name}-{metadata.precision}{batch}.onnx"
 
 
+def engine_path(metadata: ModelMetadata) -> Path:
+    """Where an engine goes when no path is given."""
+    return default_path(metadata).with_suffix(".engine")
+
+
+def engine_card_path(engine: Path) -> Path:
+    """Where the facts about an engine go, whose own bytes stay as TensorRT wrote them: `x.engine.json`."""
+    return engine.with_name(engine.name + ".json")
+
+
 def parity_path(artifact: Path) -> Path:
     """Where an artifact's parity report goes: `x.onnx` has `x.parity.json`."""
     return artifact.with_suffix(".parity.json")
@@ -27,8 +37,9 @@ def failed_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".failed")
 
 
-def newest_artifact() -> Path | None:
-    """The artifact written last into the artifacts folder, if there is one."""
-    candidates = [path for suffix in ARTIFACT_SUFFIXES for path in ARTIFACTS_FOLDER.glob(f"*{suffix}")]
+def newest_artifact(precision: str = "") -> Path | None:
+    """The artifact written last into the artifacts folder, if there is one; of a precision, by its name."""
+    pattern = f"*-{precision}*" if precision else "*"
+    candidates = [path for suffix in ARTIFACT_SUFFIXES for path in ARTIFACTS_FOLDER.glob(f"{pattern}{suffix}")]
     files = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)

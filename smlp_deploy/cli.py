@@ -18,6 +18,7 @@ from smlp_deploy import __version__
 from smlp_deploy.errors import SmlpError, UsageError, printable
 
 if TYPE_CHECKING:
+    from smlp_deploy.metadata import ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
     from smlp_deploy.records import Write
 
@@ -38,6 +39,12 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class EngineTarget(StrEnum):
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
 
 
 class RecordFormat(StrEnum):
@@ -158,12 +165,11 @@ def export(
 ) -> None:
     """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
     from smlp_deploy.dependencies import require_onnxruntime, require_torch
-    from smlp_deploy.terminal import say, show_parity, working
+    from smlp_deploy.terminal import say
 
     require_torch("to export")
     require_onnxruntime()
     from smlp_deploy.artifacts import default_path
-    from smlp_deploy.export import export_checkpoint
     from smlp_deploy.models.description import describe, read_labels
 
     given_labels = read_labels(labels) if labels else None
@@ -177,17 +183,80 @@ def export(
     )
     target = output or default_path(metadata)
     images = _images(parity_images) if parity_images else None
-    with working(f"exporting {metadata.name} and comparing the file with the trained network"):
-        result = export_checkpoint(checkpoint, metadata, target, opset=opset, images=images)
-    show_parity(result.report, stderr=True)
-    if not result.report.passed:
-        raise SmlpError(
-            f"parity failed: {', '.join(gate.name for gate in result.report.failures)}",
-            where=result.path,
-            fix=f"the report is {result.report_path}",
-        )
+    path = _export_proven(checkpoint, metadata, target, opset=opset, images=images)
+    typer.echo(path)
+    say(f"next: smlp predict --model {path} IMAGES")
+
+
+@app.command("build-engine")
+def build_engine(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ONNX|CHECKPOINT|VARIANT]",
+            help="What to build. Default: the newest fp32 ONNX file in artifacts/; with none there, one is exported.",
+        ),
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision. Default: the ONNX file's own.")] = False,
+    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch.")] = 1,
+    opt_batch: Annotated[int, typer.Option(min=1, help="Batch to be fastest at.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 32,
+    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.")] = None,
+    target: Annotated[
+        EngineTarget, typer.Option(help="auto: tensorrt if it and a GPU are there, else tensorrt-rtx.")
+    ] = EngineTarget.auto,
+    gpu_arch: Annotated[
+        str | None,
+        typer.Option(metavar="SM,SM", help="Ahead of time, for which GPUs. Default: sm80,sm86,sm89,sm120."),
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(metavar="GIB", min=0.0, help="Bound on scratch memory.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Timing cache to start from and to update.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's own by default.")] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Loadable by later TensorRT versions.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; tensorrt only.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: artifacts/<model>-<precision>.engine.")
+    ] = None,
+) -> None:
+    """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
+    from smlp_deploy.artifacts import engine_path
+    from smlp_deploy.dependencies import require
+    from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
+    from smlp_deploy.files import write_bytes
+    from smlp_deploy.metadata import BatchProfile
+    from smlp_deploy.terminal import building, say, show_kernels
+
+    precision = _one_precision(None, fp16=fp16, bf16=bf16, fp32=fp32) if fp16 or bf16 or fp32 else None
+    profile = BatchProfile.fixed(batch) if batch else BatchProfile(min=min_batch, opt=opt_batch, max=max_batch)
+    flavour = find_flavour(target)
+    options = BuildOptions(
+        profile=profile,
+        architectures=_architectures(gpu_arch, flavour),
+        workspace_gib=workspace,
+        optimization_level=optimization_level,
+        timing_cache=_timing_cache(timing_cache, flavour),
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    require("ml_dtypes", "onnx", purpose="to convert graphs", extra="export")
+    from smlp_deploy.engine import build_engine as build
+    from smlp_deploy.engine import prepare_graph
+
+    graph = prepare_graph(_onnx_file(source), precision)
+    with building() as progress:
+        result = build(graph, output or engine_path(graph.metadata), options, flavour=flavour, progress=progress)
+    if timing_cache is not None and result.timing_cache is not None:
+        write_bytes(timing_cache, result.timing_cache)
+    show_kernels(result.summary)
     typer.echo(result.path)
-    say(f"next: smlp predict --model {result.path} IMAGES")
+    if options.architectures:
+        say(f"built ahead of time by {flavour} for {', '.join(options.architectures)}; it was not run here")
 
 
 @app.command()
@@ -314,6 +383,30 @@ def _load(source: str | None, *, ema: bool) -> Checkpoint:
     return load_checkpoint(path, ema=ema)
 
 
+def _export_proven(
+    checkpoint: Checkpoint,
+    metadata: ModelMetadata,
+    target: Path,
+    *,
+    opset: int = 20,
+    images: list[Path] | None = None,
+) -> Path:
+    """Export, show the parity report, and fail if it does."""
+    from smlp_deploy.export import export_checkpoint
+    from smlp_deploy.terminal import show_parity, working
+
+    with working(f"exporting {metadata.name} and comparing the file with the trained network"):
+        result = export_checkpoint(checkpoint, metadata, target, opset=opset, images=images)
+    show_parity(result.report, stderr=True)
+    if not result.report.passed:
+        raise SmlpError(
+            f"parity failed: {', '.join(gate.name for gate in result.report.failures)}",
+            where=result.path,
+            fix=f"the report is {result.report_path}",
+        )
+    return result.path
+
+
 def _one_precision(given: Precision | None, **flags: bool) -> str:
     """The precision that the options name, if they do not contradict each other."""
     wanted = {name for name, flag in flags.items() if flag} | ({given.value} if given else set())
@@ -341,6 +434,60 @@ def _images(arguments: list[str]) -> list[Path]:
     from smlp_deploy.listing import find_images
 
     return list(find_images(arguments, _stdin()))
+
+
+def _architectures(given: str | None, flavour: str) -> tuple[str, ...]:
+    """The GPU architectures to build for ahead of time; none where TensorRT builds for the GPU at hand."""
+    from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, TensorRT, check_architectures
+
+    tensorrt = TensorRT.load(flavour)
+    if not tensorrt.ahead_of_time:
+        if given is not None:
+            raise UsageError(f"{flavour} builds for the GPU at hand", where="--gpu-arch", fix="--target tensorrt-rtx")
+        return ()
+    names = tuple(name.strip().lower() for name in given.split(",")) if given else DEFAULT_ARCHITECTURES
+    for name in names:
+        if name not in tensorrt.architectures():
+            known = ", ".join(tensorrt.architectures())
+            raise UsageError(f"no architecture is called {name!r}", where="--gpu-arch", fix=f"known: {known}")
+    check_architectures(names)
+    return names
+
+
+def _timing_cache(path: Path | None, flavour: str) -> bytes | None:
+    """The contents of a timing cache, empty where the file is new."""
+    from smlp_deploy.exporters.tensorrt import TensorRT
+    from smlp_deploy.terminal import note
+
+    if path is None:
+        return None
+    if TensorRT.load(flavour).ahead_of_time:
+        note(f"{flavour} takes no timings, so the timing cache changes nothing")
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UsageError(f"cannot read the timing cache: {error.strerror}", where=path) from None
+
+
+def _onnx_file(source: str | None) -> Path:
+    """The ONNX file a build starts from; says so where it was found or had to be made."""
+    from smlp_deploy.artifacts import default_path, newest_artifact
+    from smlp_deploy.terminal import note
+
+    if source is None and (newest := newest_artifact("fp32")) is not None:
+        note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
+        return newest
+    if source is not None and source.endswith(".onnx"):
+        return Path(source)
+    from smlp_deploy.dependencies import require_torch
+
+    require_torch("to export")
+    from smlp_deploy.models.description import describe
+
+    checkpoint = _load(source, ema=False)
+    metadata = describe(checkpoint)
+    note(f"exporting {default_path(metadata)} first")
+    return _export_proven(checkpoint, metadata, default_path(metadata))
 
 
 def _stdin() -> TextIO:

@@ -5,6 +5,7 @@ SmlpError                  exit code 1
 ├── ConfigError            a network or preprocessing configuration that cannot exist
 ├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
 ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
+├── BuildError             an engine that TensorRT did not build, or not as asked
 ├── ImageError             an image that cannot be read; becomes that image's record
 ├── DownloadError          official weights that could not be fetched or verified
 └── MissingDependencyError a package that is needed and not installed, or installed wrongly
@@ -47,6 +48,10 @@ class CheckpointError(SmlpError):
 
 
 class ArtifactError(SmlpError):
+    pass
+
+
+class BuildError(SmlpError):
     pass
 
 

@@ -53,8 +53,13 @@ def _umask() -> int:
 
 def write_text(target: Path, text: str) -> None:
     """Write `text` as UTF-8 to `target`, whole or not at all."""
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write `content` to `target`, whole or not at all."""
     with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def sha256_of(path: Path) -> str:

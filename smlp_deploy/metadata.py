@@ -110,6 +110,30 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchProfile:
+    """The batch sizes an engine takes: any from `min` to `max`, fastest at `opt`.
+
+    Raises:
+        ConfigError: not 1 <= min <= opt <= max.
+    """
+
+    min: int = 1
+    opt: int = 8
+    max: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ConfigError(
+                f"batch profile {self.min}, {self.opt}, {self.max} is not in order", fix="give min <= opt <= max"
+            )
+
+    @classmethod
+    def fixed(cls, batch: int) -> BatchProfile:
+        """Exactly one size."""
+        return cls(min=batch, opt=batch, max=batch)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """What a checkpoint says of itself beside its weights; None where it says nothing.
 

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from smlp_deploy.classify import Prediction
 from smlp_deploy.errors import printable
+from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
 from smlp_deploy.parity import ParityReport
 
@@ -46,6 +47,14 @@ def working(what: str) -> Iterator[None]:
     with _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(what)
         yield
+
+
+@contextmanager
+def building() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the phase that an engine's build is in."""
+    with _progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("building", total=None)
+        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
 
 
 @contextmanager
@@ -127,6 +136,15 @@ def show_parity(report: ParityReport, *, stderr: bool) -> None:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def show_kernels(summary: KernelSummary) -> None:
+    """An engine's kernels in three lines on stderr."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in summary.by_kind.items())
+    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
+    say(f"{summary.count} kernels at batch {summary.batch}: {kinds}")
+    say(f"convolutions and matrix products: {compute}")
+    say(f"{summary.bytes_per_image / 1e6:.1f} MB read and written per image (estimate, from the kernels' shapes)")
 
 
 def show_facts(facts: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ def one_error(outcome: Outcome) -> str:
 def test_help_of_every_verb(smlp: Smlp) -> None:
     top = smlp("--help")
     assert top.code == 0
-    for verb in ("models", "download", "inspect", "export", "verify", "predict"):
+    for verb in ("models", "download", "inspect", "export", "build-engine", "verify", "predict"):
         assert verb in top.out
         outcome = smlp(verb, "--help")
         assert outcome.code == 0
@@ -204,6 +204,45 @@ class TestExport:
         assert outcome.code == 1
         assert "refused, and nothing was run: the file asks for posix.system" in one_error(outcome)
         assert not Path("proof").exists()
+
+
+class TestBuildEngine:
+    def test_the_newest_fp32_file_by_default(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("build-engine", "--fp16", "--gpu-arch", "sm89")
+        assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
+        assert "using artifacts/digits-fp32.onnx, the newest fp32 file" in outcome.err
+        assert "convolutions and matrix products: 31 in Half" in outcome.err
+        assert "built ahead of time by tensorrt-rtx for sm89; it was not run here" in outcome.err
+        # predict still takes the ONNX file.
+        assert "using artifacts/digits-fp32.onnx" in smlp("predict", "absent.jpg").err
+
+    def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")
+        assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16.engine\n")
+        assert "exporting artifacts/micro-fp32.onnx first" in outcome.err
+        assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["options"]["profile"]["max"] == 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--fp16", "--bf16"], "bf16 and fp16 contradict each other"),
+            (["--min-batch", "9", "--opt-batch", "8"], "batch profile 9, 8, 32 is not in order"),
+            (["--gpu-arch", "sm75,sm89"], "build sm75 by itself"),
+            (["--gpu-arch", "sm42"], "no architecture is called 'sm42'"),
+            (["--fp16", "--workspace", "0.00001"], "raise --workspace"),
+            (["--target", "tensorrt"], "tensorrt not installed"),
+            (["cut.onnx"], "not an ONNX file"),
+            (["absent.onnx"], "no such file"),
+        ],
+    )
+    def test_an_error_is_one_line_and_leaves_no_file(
+        self, smlp: Smlp, artifact: Path, arguments: list[str], message: str
+    ) -> None:
+        Path("cut.onnx").write_bytes(artifact.read_bytes()[:100_000])
+        outcome = smlp("build-engine", *arguments)
+        assert outcome.code in (1, 2)
+        assert message in one_error(outcome)
+        assert not list(Path().rglob("*.engine*"))
 
 
 class TestVerifyAndInspect:

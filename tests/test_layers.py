@@ -19,6 +19,7 @@ LAYERS = [
     {"exporters", "runners"},
     {"classify", "parity"},
     {"export", "inspection", "records"},
+    {"engine"},
     {"terminal"},
     {"cli"},
     {"__main__", "__init__"},

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
+from onnx import ModelProto
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
+
+__all__ = ["GraphFacts", "ModelProto", "graph_facts", "load_graph", "read_metadata", "save_graph"]
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
@@ -39,7 +42,7 @@ class GraphFacts:
     weight_bytes: int
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
+def load_graph(path: Path) -> ModelProto:
     """Read an ONNX file, not following any external data.
 
     Raises:
@@ -56,7 +59,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
-def save_graph(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> None:
+def save_graph(model: ModelProto, metadata: ModelMetadata, path: Path) -> None:
     """Write `model` with `metadata` inside, checked with full shape inference; the same model gives the same bytes.
 
     Raises:
@@ -67,7 +70,7 @@ def save_graph(model: onnx.ModelProto, metadata: ModelMetadata, path: Path) -> N
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def read_metadata(model: onnx.ModelProto, path: Path) -> ModelMetadata | None:
+def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
     """The metadata that smlp-deploy wrote into a graph, or None.
 
     Raises:

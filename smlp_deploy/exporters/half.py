@@ -1,8 +1,10 @@
 """An fp32 graph to an fp16 or bf16 graph, node by node; the graph decides the precision of a TensorRT engine.
 
 Inputs and outputs of the graph stay float32, and so do the operations whose sums overflow or lose digits in 16 bits:
-the statistics of each LayerNorm, the mean over tokens, and the head. Everything else takes and gives 16-bit values;
-a Cast stands wherever the two meet.
+the statistics of each LayerNorm and the mean over tokens. The head's sums are float32 too: in bf16, whose 8 digits
+would tie classes, its operands are as well; in fp16 its operands are fp16, which every TensorRT kernel sums in float32,
+because sm75 has no product of float32 operands in TensorRT-RTX. Everything else takes and gives 16-bit values; a Cast
+stands wherever the two meet.
 
 The pass is the project's own because the one converter of the field that keeps graphs valid
 (onnxconverter-common 1.16) knows no bf16, rounds the logits to fp16, and clamps weights without an error.
@@ -20,7 +22,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, versi
 
 from smlp_deploy.errors import ArtifactError
 
-_ALWAYS_FLOAT32 = {"ReduceMean", "Sqrt", "Reciprocal", "Gemm"}
+_STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ class _Half:
     dtype: np.dtype[np.generic]
     largest: float
     min_opset: int
+    float32_operators: frozenset[str]
 
 
 _HALVES = {
-    "fp16": _Half("fp16", TensorProto.FLOAT16, np.dtype(np.float16), 65504.0, 19),
-    "bf16": _Half("bf16", TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16), 3.3895314e38, 22),
+    "fp16": _Half("fp16", TensorProto.FLOAT16, np.dtype(np.float16), 65504.0, 19, _STATISTICS),
+    "bf16": _Half("bf16", TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16), 3.3895314e38, 22, _STATISTICS | {"Gemm"}),
 }
 
 
@@ -68,7 +71,7 @@ class _Conversion:
 
     def run(self) -> ModelProto:
         graph = self.model.graph
-        wide = _float32_nodes(graph.node)
+        wide = _float32_nodes(graph.node, self.half.float32_operators)
         outputs = {value.name for value in graph.output}
         for node in graph.node:
             copy = NodeProto()
@@ -143,8 +146,8 @@ def _float_values(model: ModelProto) -> set[str]:
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
 
 
-def _float32_nodes(nodes: Iterable[NodeProto]) -> set[str]:
-    """Names of the nodes that stay float32: means, heads, and the rest of each decomposed LayerNorm."""
+def _float32_nodes(nodes: Iterable[NodeProto], operators: frozenset[str]) -> set[str]:
+    """Names of the nodes that stay float32: those of the operators, and the rest of each decomposed LayerNorm."""
     producer: dict[str, NodeProto] = {}
     wide: set[str] = set()
     for node in nodes:
@@ -152,7 +155,7 @@ def _float32_nodes(nodes: Iterable[NodeProto]) -> set[str]:
         square = node.op_type == "Mul" and node.input[0] == node.input[1]
         centred = node.op_type in ("Sub", "Add") and "ReduceMean" in made_by
         scaled = node.op_type == "Mul" and "Reciprocal" in made_by
-        if node.op_type in _ALWAYS_FLOAT32 or square or centred or scaled:
+        if node.op_type in operators or square or centred or scaled:
             wide.add(node.name)
         producer.update(dict.fromkeys(node.output, node))
     return wide

@@ -157,13 +157,15 @@ class LoweredSMLPNet(nn.Module):
                 x = self.embeddings[stage](x)
                 entered = stage
             x = block(x)
-        logits: Tensor = self.head(_at_least_float32(x).mean(dim=(2, 3)))
+        mean = _at_least_float32(x).mean(dim=(2, 3))
+        logits: Tensor = self.head(mean.to(self.head.weight.dtype))
         return logits
 
     def narrow(self, dtype: torch.dtype) -> Self:
-        """This network, changed to compute in a 16-bit type where a graph of `exporters/half.py` does: not the head."""
+        """This network, changed to compute in a 16-bit type where a graph of `exporters/half.py` does."""
         self.to(dtype)
-        self.head.float()
+        if dtype == torch.bfloat16:
+            self.head.float()
         return self
 
 

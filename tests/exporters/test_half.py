@@ -55,13 +55,15 @@ def test_the_graph_is_valid_and_computes_in_half(model: onnx.ModelProto, precisi
 
 
 @pytest.mark.parametrize("precision", TYPES)
-def test_statistics_mean_and_head_stay_float32(model: onnx.ModelProto, precision: str) -> None:
+def test_statistics_and_the_mean_stay_float32(model: onnx.ModelProto, precision: str) -> None:
     half = to_half(model, precision)
     types = element_types(half)
     for node in half.graph.node:
-        if node.op_type in ("ReduceMean", "Sqrt", "Reciprocal", "Gemm", "Sub"):
-            floats = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
+        floats = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
+        if node.op_type in ("ReduceMean", "Sqrt", "Reciprocal", "Sub"):
             assert floats == {TensorProto.FLOAT}, node.name
+        if node.op_type == "Gemm":
+            assert floats == {TensorProto.FLOAT if precision == "bf16" else TYPES["fp16"]}
 
 
 def test_fp16_runs_and_agrees(model: onnx.ModelProto, batch: FloatArray) -> None:
@@ -86,8 +88,8 @@ def test_casts_are_few_and_never_doubled(model: onnx.ModelProto, digits: Checkpo
     half = to_half(model, "fp16")
     casts = [node for node in half.graph.node if node.op_type == "Cast"]
     made_by = {name: node.op_type for node in half.graph.node for name in node.output}
-    # Into and out of each LayerNorm, of the input, and before the mean over tokens.
-    assert len(casts) == 2 * sum(digits.config.depths) + 2
+    # Into and out of each LayerNorm and of the mean over tokens, of the input and of the output.
+    assert len(casts) == 2 * sum(digits.config.depths) + 4
     assert all(made_by.get(node.input[0]) != "Cast" for node in casts)
 
 
@@ -115,10 +117,10 @@ def test_a_weight_needed_in_both_types_is_kept_twice() -> None:
         helper.make_node("Gemm", ["hidden", "weight"], ["logits"], name="head"),
     ]
     graph = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
-    half = to_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), "fp16")
+    half = to_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), "bf16")
     onnx.checker.check_model(half, full_check=True)
     assert {tensor.name: tensor.data_type for tensor in half.graph.initializer} == {
-        "weight_fp16": TensorProto.FLOAT16,
+        "weight_bf16": TensorProto.BFLOAT16,
         "weight": TensorProto.FLOAT,
     }
 

@@ -1,0 +1,344 @@
+"""An ONNX graph to a TensorRT engine, with TensorRT 10.12+, 11 or TensorRT-RTX, and proof of what is inside.
+
+The graph decides the precision: networks are strongly typed, and nothing here sets a precision flag. TensorRT-RTX
+builds ahead of time for named GPU architectures and needs no GPU; TensorRT builds for the GPU it finds. What a binding
+has is asked of the binding; all of them share the calls that are made without asking.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
+from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
+from smlp_deploy.metadata import BatchProfile
+
+logger = logging.getLogger(__name__)
+
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+DEFAULT_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+ALONE = "sm75"
+"""With any other architecture beside it the common plan is twice as large and slower on all of them."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase of the build, the steps done and the steps there are."""
+
+_MEMORY_FIGURES = ("Max Scratch Memory", "Total Activation Memory", "Total Weights Memory", "Peak memory usage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        profile: batch sizes the engine takes.
+        architectures: GPU architectures of an ahead-of-time build, `sm89` for example; empty for the GPU at hand.
+        workspace_gib: bound on scratch memory; None for TensorRT's own.
+        optimization_level: 0 to 5; None for TensorRT's own.
+        timing_cache: contents of a timing cache to start from.
+        version_compatible: loadable by later TensorRT versions.
+        hardware_compatible: runs on every GPU from Ampere on; TensorRT only.
+    """
+
+    profile: BatchProfile = field(default_factory=BatchProfile)
+    architectures: tuple[str, ...] = ()
+    workspace_gib: float | None = None
+    optimization_level: int | None = None
+    timing_cache: bytes | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A built engine and what the build said of it.
+
+    Attributes:
+        plan: the bytes as TensorRT wrote them.
+        kernels: at the profile's optimal batch.
+        memory: the log's figures on memory, line by line.
+        timing_cache: its contents after the build, or None.
+    """
+
+    plan: bytes
+    kernels: tuple[Kernel, ...]
+    memory: tuple[str, ...]
+    timing_cache: bytes | None
+
+
+def find_flavour(target: str) -> str:
+    """The flavour to build with: the one asked for, or for `auto` TensorRT where it and a GPU are there, else RTX.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    wanted = list(FLAVOURS) if target == "auto" else [target]
+    there = [flavour for flavour in wanted if find_spec(FLAVOURS[flavour]) is not None]
+    if target == "auto" and "tensorrt" in there and not gpu_present():
+        there.remove("tensorrt")
+    if not there:
+        raise MissingDependencyError(
+            f"{' or '.join(FLAVOURS[flavour] for flavour in wanted)} not installed, needed to build engines",
+            fix='pip install "smlp-deploy[rtx]" (no GPU needed) or "smlp-deploy[gpu]"',
+        )
+    return there[0]
+
+
+def gpu_present() -> bool:
+    """Whether an NVIDIA driver with a GPU is there, as ONNX Runtime's and TensorRT's own loader would find it."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def check_architectures(architectures: Sequence[str]) -> None:
+    """Check the architectures of an ahead-of-time build.
+
+    Raises:
+        UsageError: sm75 stands beside another.
+    """
+    if ALONE in architectures and len(architectures) > 1:
+        raise UsageError(
+            f"{ALONE} beside other architectures makes one plan that is twice as large and slower on all of them",
+            where="--gpu-arch",
+            fix=f"build {ALONE} by itself",
+        )
+
+
+class TensorRT:
+    """One binding of TensorRT.
+
+    Args:
+        module: `tensorrt` or `tensorrt_rtx`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._trt = module
+        self._log = _make_logger(module)
+        self.ahead_of_time = hasattr(module, "ComputeCapability")
+
+    @classmethod
+    def load(cls, flavour: str) -> TensorRT:
+        """The binding of a flavour, loaded once per process, because TensorRT keeps the first logger it is given."""
+        if flavour not in _LOADED:
+            _LOADED[flavour] = cls(importlib.import_module(FLAVOURS[flavour]))
+        return _LOADED[flavour]
+
+    @property
+    def version(self) -> str:
+        return str(self._trt.__version__)
+
+    def architectures(self) -> tuple[str, ...]:
+        """Those it can build for ahead of time."""
+        names = (name.lower() for name in vars(self._trt.ComputeCapability)) if self.ahead_of_time else ()
+        return tuple(sorted((name for name in names if name.startswith("sm")), key=lambda name: int(name[2:])))
+
+    def build(self, graph: bytes, options: BuildOptions, *, progress: Progress | None = None) -> Engine:
+        """Build an engine, then read its kernels.
+
+        Args:
+            graph: an ONNX model; its first input is the image batch.
+            options: how to build it.
+            progress: told of each step; Ctrl-C cancels between steps.
+
+        Raises:
+            BuildError: the parser or the builder refused; the message names the node.
+            KeyboardInterrupt: cancelled; nothing was written.
+        """
+        with self._log.recording() as messages:
+            plan, cache = self._build(graph, options, detailed=not self.ahead_of_time, progress=progress)
+        memory = tuple(line for line in messages if any(figure in line for figure in _MEMORY_FIGURES))
+        kernels = self._logged_kernels(graph, options) if self.ahead_of_time else self._inspected_kernels(plan)
+        return Engine(plan=plan, kernels=kernels, memory=memory, timing_cache=cache)
+
+    def kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
+        """The kernels of a graph at the profile's optimal batch, without keeping an engine."""
+        if self.ahead_of_time:
+            return self._logged_kernels(graph, options)
+        return self.build(graph, options).kernels
+
+    def _logged_kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
+        """From the log of a compile at the optimal batch alone, for the first architecture."""
+        single = BuildOptions(
+            profile=BatchProfile.fixed(options.profile.opt),
+            architectures=options.architectures[:1],
+            workspace_gib=options.workspace_gib,
+        )
+        with self._log.recording() as messages:
+            self._build(graph, single, detailed=True, progress=None)
+        return kernels_from_log(messages)
+
+    def _inspected_kernels(self, plan: bytes) -> tuple[Kernel, ...]:
+        trt = self._trt
+        engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BuildError("the engine that was just built cannot be loaded again", fix="see the log with --verbose")
+        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return kernels_from_inspector(text)
+
+    def _build(
+        self, graph: bytes, options: BuildOptions, *, detailed: bool, progress: Progress | None
+    ) -> tuple[bytes, bytes | None]:
+        trt = self._trt
+        builder = trt.Builder(self._log.handle)
+        if builder is None:
+            raise BuildError("no builder could be made", fix="TensorRT builds need an NVIDIA GPU and driver")
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        self._parse(graph, network)
+        config = builder.create_builder_config()
+        self._configure(config, options, detailed=detailed)
+        self._set_batch(builder, network, config, options.profile, static=detailed and self.ahead_of_time)
+        cache = self._timing_cache(config, options.timing_cache)
+        with _cancellable(trt, config, progress) as cancelled:
+            plan = builder.build_serialized_network(network, config)
+        if cancelled():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise BuildError(f"TensorRT could not build it: {self._log.last_error()}", fix=_advice(options))
+        return bytes(plan), bytes(cache.serialize()) if cache is not None else None
+
+    def _parse(self, graph: bytes, network: Any) -> None:
+        parser = self._trt.OnnxParser(network, self._log.handle)
+        if parser.parse(graph):
+            return
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = [
+            (f"{error.node_operator()} node {error.node_name()!r}: " if error.node_operator() else "") + error.desc()
+            for error in errors
+        ]
+        raise BuildError(f"TensorRT cannot take the graph: {'; '.join(reasons) or 'no reason given'}")
+
+    def _configure(self, config: Any, options: BuildOptions, *, detailed: bool) -> None:
+        trt = self._trt
+        if detailed:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if options.workspace_gib is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            if self.ahead_of_time:
+                config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        if options.architectures:
+            config.num_compute_capabilities = len(options.architectures)
+            for index, name in enumerate(options.architectures):
+                config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+
+    def _set_batch(self, builder: Any, network: Any, config: Any, profile: BatchProfile, *, static: bool) -> None:
+        images = network.get_input(0)
+        batch, *rest = images.shape
+        if batch != -1:
+            if profile != BatchProfile.fixed(batch):
+                raise UsageError(f"the graph takes exactly {batch} images", fix=f"use --batch {batch}")
+        elif static:
+            images.shape = (profile.opt, *rest)
+        else:
+            shapes = builder.create_optimization_profile()
+            shapes.set_shape(images.name, (profile.min, *rest), (profile.opt, *rest), (profile.max, *rest))
+            config.add_optimization_profile(shapes)
+
+    def _timing_cache(self, config: Any, contents: bytes | None) -> Any:
+        if contents is None:
+            return None
+        cache = config.create_timing_cache(contents)
+        config.set_timing_cache(cache, False)
+        return cache
+
+
+_LOADED: dict[str, TensorRT] = {}
+
+
+def _advice(options: BuildOptions) -> str | None:
+    return None if options.workspace_gib is None else "raise --workspace"
+
+
+class _Log:
+    """TensorRT's messages: all to `logging`, and kept while somebody records."""
+
+    handle: Any
+
+    def __init__(self) -> None:
+        self._kept: list[str] | None = None
+        self._error = ""
+
+    def receive(self, message: str, *, is_error: bool) -> None:
+        # An error is raised with this message by whoever called TensorRT; its warnings are advice on building.
+        logger.log(logging.INFO if is_error else logging.DEBUG, "%s", message)
+        if is_error:
+            self._error = message.splitlines()[0]
+        if self._kept is not None:
+            self._kept.append(message)
+
+    def last_error(self) -> str:
+        return self._error or "no reason given"
+
+    @contextmanager
+    def recording(self) -> Iterator[list[str]]:
+        self._kept, self._error = [], ""
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+
+def _make_logger(trt: Any) -> _Log:
+    log = _Log()
+    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    class Handle(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            log.receive(message, is_error=level in errors)
+
+    log.handle = Handle()
+    return log
+
+
+@contextmanager
+def _cancellable(trt: Any, config: Any, progress: Progress | None) -> Iterator[Callable[[], bool]]:
+    """Report progress, and turn Ctrl-C into a cancelled build; yields whether that happened."""
+    cancelled = threading.Event()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if progress is not None:
+                progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    monitor = Monitor()  # TensorRT does not keep it alive
+    config.progress_monitor = monitor
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if in_main_thread else None
+    try:
+        yield cancelled.is_set
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, previous)

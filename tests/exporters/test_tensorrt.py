@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
+from smlp_deploy.export import Export
+from smlp_deploy.exporters import tensorrt
+from smlp_deploy.exporters.half import to_half
+from smlp_deploy.exporters.kernels import summarize
+from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_architectures, find_flavour
+from smlp_deploy.metadata import BatchProfile
+from standin import VERSIONS, StandIn
+
+SM89 = BuildOptions(architectures=("sm89",))
+
+
+@pytest.fixture(scope="session")
+def graph(digits_export: Export) -> bytes:
+    """The bundled model in fp16."""
+    return bytes(to_half(onnx.load(digits_export.path), "fp16").SerializeToString())
+
+
+@pytest.fixture(scope="session")
+def rtx() -> TensorRT:
+    return TensorRT.load("tensorrt-rtx")
+
+
+class TestEveryBinding:
+    """The adapter on stand-ins that have exactly the names of real versions."""
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_builds_with_every_option(self, version: str) -> None:
+        module: Any = StandIn(version)
+        adapter = TensorRT(module)
+        steps: list[tuple[str, int, int]] = []
+        options = BuildOptions(
+            profile=BatchProfile(min=1, opt=4, max=16),
+            architectures=("sm80", "sm89") if adapter.ahead_of_time else (),
+            workspace_gib=0.5,
+            optimization_level=2,
+            timing_cache=b"cache",
+            version_compatible=True,
+            hardware_compatible=not adapter.ahead_of_time,
+        )
+        engine = adapter.build(b"graph", options, progress=lambda *step: steps.append(step))
+        assert engine.plan == b"plan"
+        assert engine.timing_cache == b"cache+"
+        assert engine.memory == ("Max Scratch Memory: 12 bytes",)
+        assert summarize(engine.kernels, batch=4).compute_by_precision == {"Half": 1}
+        assert steps[0] == ("Building engine", 1, 2)
+        assert adapter.ahead_of_time == version.startswith("tensorrt_rtx")
+        strongly_typed = 1 << module.names["NetworkDefinitionCreationFlag"].index("STRONGLY_TYPED")
+        assert ("create_network", strongly_typed) in module.calls
+        assert ("set_shape", "images", (1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)) in module.calls
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_says_what_the_parser_refused(self, version: str) -> None:
+        module: Any = StandIn(version, fail="parse")
+        with pytest.raises(BuildError, match=r"Loop node 'blocks\.1/loop': no importer"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_says_why_the_build_failed(self, version: str) -> None:
+        module: Any = StandIn(version, fail="build")
+        with pytest.raises(BuildError, match="could not build it: out of memory"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    def test_without_a_gpu_there_is_no_builder(self) -> None:
+        module: Any = StandIn("tensorrt-11.4", fail="builder")
+        with pytest.raises(BuildError, match="need an NVIDIA GPU and driver"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    def test_an_engine_that_does_not_load_is_an_error(self) -> None:
+        module: Any = StandIn("tensorrt-10.13", fail="load")
+        with pytest.raises(BuildError, match="cannot be loaded again"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    def test_a_fixed_batch_needs_the_same_profile(self) -> None:
+        module: Any = StandIn("tensorrt-11.4", batch=4)
+        with pytest.raises(UsageError, match="takes exactly 4 images"):
+            TensorRT(module).build(b"graph", BuildOptions())
+        assert TensorRT(module).build(b"graph", BuildOptions(profile=BatchProfile.fixed(4))).plan == b"plan"
+
+    def test_a_name_that_a_version_lacks_would_be_noticed(self) -> None:
+        module: Any = StandIn("tensorrt-11.4")
+        with pytest.raises(AttributeError):
+            _ = module.ComputeCapability
+        with pytest.raises(AttributeError):
+            module.make_Builder()(None).platform_has_fast_fp16()
+
+
+class TestTheRealThing:
+    """TensorRT-RTX builds with no GPU."""
+
+    def test_an_fp16_engine_has_fp16_kernels(self, rtx: TensorRT, graph: bytes) -> None:
+        phases: set[str] = set()
+        engine = rtx.build(graph, SM89, progress=lambda phase, done, total: phases.add(phase))
+        summary = summarize(engine.kernels, batch=8)
+        assert len(engine.plan) > 100_000
+        assert summary.share("fp16") == 1
+        assert all(
+            name.startswith(("blocks.", "embeddings.", "head", "cast/", "mean")) or "/" not in name
+            for kernel in engine.kernels
+            for name in kernel.nodes
+        )
+        assert any("Weights Memory" in line for line in engine.memory)
+        assert phases
+
+    def test_architectures(self, rtx: TensorRT) -> None:
+        assert set(tensorrt.DEFAULT_ARCHITECTURES) | {tensorrt.ALONE} <= set(rtx.architectures())
+
+    def test_a_workspace_too_small(self, rtx: TensorRT, graph: bytes) -> None:
+        with pytest.raises(BuildError, match=r"could not build it: .+ raise --workspace"):
+            rtx.build(graph, BuildOptions(architectures=("sm89",), workspace_gib=1e-5))
+
+    def test_an_operator_it_does_not_know(self, rtx: TensorRT) -> None:
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3]) for name in ("images", "logits")]
+        node = helper.make_node("Frobnicate", ["images"], ["logits"], name="blocks.0/odd", domain="elsewhere")
+        model = helper.make_model(
+            helper.make_graph([node], "g", values[:1], values[1:]),
+            opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("elsewhere", 1)],
+            ir_version=10,
+        )
+        with pytest.raises(BuildError, match=r"Frobnicate node 'blocks\.0/odd'"):
+            rtx.build(model.SerializeToString(), BuildOptions(profile=BatchProfile.fixed(1), architectures=("sm89",)))
+
+    def test_a_truncated_graph(self, rtx: TensorRT, graph: bytes) -> None:
+        with pytest.raises(BuildError, match="cannot take the graph"):
+            rtx.build(graph[: len(graph) // 2], SM89)
+
+    def test_ctrl_c_cancels(self, rtx: TensorRT, graph: bytes) -> None:
+        def interrupt(phase: str, done: int, total: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            rtx.build(graph, SM89, progress=interrupt)
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_a_build_in_another_thread(self, rtx: TensorRT, graph: bytes) -> None:
+        plans: list[bytes] = []
+        thread = threading.Thread(target=lambda: plans.append(rtx.build(graph, SM89).plan))
+        thread.start()
+        thread.join()
+        assert plans
+
+
+class TestFlavours:
+    def test_auto_takes_rtx_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt, "gpu_present", lambda: False)
+        monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
+        assert find_flavour("auto") == "tensorrt-rtx"
+
+    def test_auto_takes_tensorrt_with_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt, "gpu_present", lambda: True)
+        monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
+        assert find_flavour("auto") == "tensorrt"
+
+    @pytest.mark.parametrize("target", ["auto", "tensorrt", "tensorrt-rtx"])
+    def test_none_installed_names_the_extra(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+        monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
+        with pytest.raises(MissingDependencyError, match=r'not installed.*pip install "smlp-deploy\[rtx\]"'):
+            find_flavour(target)
+
+    def test_sm75_only_by_itself(self) -> None:
+        check_architectures(["sm75"])
+        check_architectures(["sm80", "sm89"])
+        with pytest.raises(UsageError, match="build sm75 by itself"):
+            check_architectures(["sm75", "sm89"])
