@@ -260,6 +260,36 @@ def build_engine(
 
 
 @app.command()
+def profile(
+    file: Annotated[Path, typer.Argument(help="An ONNX file that smlp export wrote.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
+    gpu_arch: Annotated[str, typer.Option(metavar="SM", help="Architecture to compile for.")] = "sm89",
+    top: Annotated[int, typer.Option(min=0, help="How many kernels to list, those that move most bytes first.")] = 20,
+    compare: Annotated[Path | None, typer.Option(help="Another ONNX file to put beside it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the kernels TensorRT makes of an ONNX file, their bytes, and a roofline estimate; needs no GPU."""
+    from dataclasses import asdict
+
+    from smlp_deploy.dependencies import require
+    from smlp_deploy.terminal import show_comparison, show_profile, working
+
+    require("onnx", purpose="to read an ONNX file", extra="cpu")
+    from smlp_deploy.profiling import profile_graph
+
+    with working("compiling"):
+        profiles = [
+            profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None
+        ]
+    if as_json:
+        typer.echo(json.dumps([asdict(found) for found in profiles], indent=2, default=str))
+    elif compare is not None:
+        show_comparison(profiles[0], profiles[1])
+    else:
+        show_profile(profiles[0], top=top)
+
+
+@app.command()
 def verify(
     candidate: Annotated[Path, typer.Argument(help="The artifact to check.")],
     reference: Annotated[

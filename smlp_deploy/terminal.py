@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -25,6 +25,9 @@ from smlp_deploy.errors import printable
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
 from smlp_deploy.parity import ParityReport
+
+if TYPE_CHECKING:
+    from smlp_deploy.profiling import GraphProfile
 
 _LABELS_SHOWN = 5
 
@@ -145,6 +148,52 @@ def show_kernels(summary: KernelSummary) -> None:
     say(f"{summary.count} kernels at batch {summary.batch}: {kinds}")
     say(f"convolutions and matrix products: {compute}")
     say(f"{summary.bytes_per_image / 1e6:.1f} MB read and written per image (estimate, from the kernels' shapes)")
+
+
+def show_profile(profile: GraphProfile, *, top: int) -> None:
+    """The kernels that move most, totals, and the roofline estimate, on stdout."""
+    from smlp_deploy.profiling import roofline  # loads onnx, which a table of predictions does not need
+
+    console = _stdout()
+    summary = profile.summary
+    console.print(
+        f"{profile.source}: {profile.precision}, batch {summary.batch}, {profile.architecture}", soft_wrap=True
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("MB", "precision", "kernel", "writes", "ONNX nodes"):
+        table.add_column(heading, justify="right" if heading == "MB" else "left", no_wrap=heading != "ONNX nodes")
+    for kernel in sorted(profile.kernels, key=lambda kernel: -kernel.nbytes)[:top]:
+        written = "x".join(str(size) for size in kernel.outputs[0].shape) if kernel.outputs else ""
+        nodes = Text(", ".join(kernel.nodes))
+        table.add_row(f"{kernel.nbytes / 1e6:.2f}", kernel.precision, kernel.kind, written, nodes)
+    console.print(table)
+    total = summary.bytes_per_image * summary.batch / 1e6
+    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
+    console.print(f"{summary.count} kernels, {total:.0f} MB read and written; convolutions and products: {compute}")
+    estimates = Table(box=None, pad_edge=False, title="at best (an estimate, nothing was run)", title_justify="left")
+    for heading in ("GPU", "us/image", "bound by", "GB/s", "T/s"):
+        estimates.add_column(heading, justify="left" if heading in ("GPU", "bound by") else "right")
+    for estimate in roofline(profile):
+        gpu = estimate.gpu
+        peak = f"{gpu.peak[profile.precision]:g}"
+        estimates.add_row(gpu.name, f"{estimate.microseconds:.0f}", estimate.bound, f"{gpu.bandwidth:g}", peak)
+    console.print(estimates)
+
+
+def show_comparison(first: GraphProfile, second: GraphProfile) -> None:
+    """The totals of two profiles side by side, on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", Text(str(first.source)), Text(str(second.source)), "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    kinds = sorted({*first.summary.by_kind, *second.summary.by_kind})
+    rows = [
+        ("kernels", first.summary.count, second.summary.count),
+        ("KB per image", first.summary.bytes_per_image // 1000, second.summary.bytes_per_image // 1000),
+        *((kind, first.summary.by_kind.get(kind, 0), second.summary.by_kind.get(kind, 0)) for kind in kinds),
+    ]
+    for name, one, other in rows:
+        table.add_row(name, str(one), str(other), f"{other / one:.2f}" if one else "")
+    _stdout().print(table)
 
 
 def show_facts(facts: Mapping[str, Any]) -> None:

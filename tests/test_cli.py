@@ -66,7 +66,7 @@ def one_error(outcome: Outcome) -> str:
 def test_help_of_every_verb(smlp: Smlp) -> None:
     top = smlp("--help")
     assert top.code == 0
-    for verb in ("models", "download", "inspect", "export", "build-engine", "verify", "predict"):
+    for verb in ("models", "download", "inspect", "export", "build-engine", "profile", "verify", "predict"):
         assert verb in top.out
         outcome = smlp(verb, "--help")
         assert outcome.code == 0
@@ -243,6 +243,30 @@ class TestBuildEngine:
         assert outcome.code in (1, 2)
         assert message in one_error(outcome)
         assert not list(Path().rglob("*.engine*"))
+
+
+class TestProfile:
+    def test_table(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("profile", artifact, "--top", "3")
+        assert outcome.code == 0
+        assert "52 kernels" in outcome.out
+        assert "at best (an estimate, nothing was run)" in outcome.out
+        assert "RTX 4090" in outcome.out
+
+    def test_json(self, smlp: Smlp, artifact: Path) -> None:
+        (found,) = json.loads(smlp("profile", artifact, "--json", "--batch", "2").out)
+        assert found["summary"]["batch"] == 2
+        assert len(found["kernels"]) == found["summary"]["count"]
+
+    def test_side_by_side(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("profile", artifact, "--compare", artifact)
+        assert "ratio" in outcome.out
+        assert "1.00" in outcome.out
+
+    def test_an_unknown_architecture(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("profile", artifact, "--gpu-arch", "sm1")
+        assert outcome.code == 2
+        assert "no architecture is called 'sm1'" in one_error(outcome)
 
 
 class TestVerifyAndInspect:

@@ -19,7 +19,7 @@ LAYERS = [
     {"exporters", "runners"},
     {"classify", "parity"},
     {"export", "inspection", "records"},
-    {"engine"},
+    {"engine", "profiling"},
     {"terminal"},
     {"cli"},
     {"__main__", "__init__"},
