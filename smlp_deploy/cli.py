@@ -117,7 +117,7 @@ def download(variant: Annotated[str, typer.Argument(help="A variant's name; smlp
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint or an ONNX file.")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or an engine.")],
     ema: EmaOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES, engine_card_path
 from smlp_deploy.dependencies import require, require_torch
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.files import sha256_of
 
 
 def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
-    """Facts about a checkpoint or an ONNX file, ready for JSON.
+    """Facts about a checkpoint, an ONNX file or an engine, ready for JSON.
 
     Raises:
         UsageError: a file of another kind.
@@ -23,7 +24,13 @@ def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
         return _onnx_facts(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _checkpoint_facts(path, ema=ema)
-    raise UsageError("neither a checkpoint nor an ONNX file", where=path, fix="expected .pth, .safetensors or .onnx")
+    if path.suffix.lower() == ".engine":
+        return _engine_facts(path)
+    raise UsageError(
+        "neither a checkpoint, an ONNX file nor an engine",
+        where=path,
+        fix="expected .pth, .safetensors, .onnx or .engine",
+    )
 
 
 def _checkpoint_facts(path: Path, *, ema: bool) -> dict[str, Any]:
@@ -49,6 +56,20 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
     from smlp_deploy.exporters.graph import graph_facts
 
     return {"kind": "onnx", **_file_facts(path), **asdict(graph_facts(path))}
+
+
+def _engine_facts(path: Path) -> dict[str, Any]:
+    """From the JSON beside an engine, which must be of this very engine; the engine itself is never loaded."""
+    card = engine_card_path(path)
+    try:
+        sha256, facts = sha256_of(path), json.loads(card.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read it: {error.strerror}", where=error.filename) from None
+    except ValueError:
+        raise ArtifactError("is not JSON", where=card, fix="build the engine again") from None
+    if not isinstance(facts, dict) or facts.get("engine_sha256") != sha256:
+        raise ArtifactError("is not about the engine beside it", where=card, fix="build the engine again")
+    return {"kind": "engine", **_file_facts(path), **facts}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_version(smlp: Smlp) -> None:
         (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
-        (["inspect", "x.txt"], "neither a checkpoint nor an ONNX file · x.txt"),
+        (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),
         ([], "no verb given"),
     ],
 )

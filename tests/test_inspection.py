@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from smlp_deploy.errors import UsageError
+from smlp_deploy.engine import build_engine, prepare_graph
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.export import Export
+from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.inspection import inspect_file
 
@@ -29,6 +31,24 @@ def test_an_onnx_file_tells_what_it_is(digits_export: Export) -> None:
     json.dumps(facts)
 
 
+def test_an_engine_tells_what_the_file_beside_it_says(digits_export: Export, tmp_path: Path) -> None:
+    path = tmp_path / "x.engine"
+    options = BuildOptions(architectures=("sm89",))
+    build_engine(prepare_graph(digits_export.path, "fp16"), path, options, flavour="tensorrt-rtx")
+    facts = inspect_file(path)
+    assert facts["kind"] == "engine"
+    assert facts["metadata"]["precision"] == "fp16"
+    path.write_bytes(b"another engine")
+    with pytest.raises(ArtifactError, match="is not about the engine beside it"):
+        inspect_file(path)
+    (tmp_path / "x.engine.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is not JSON"):
+        inspect_file(path)
+    (tmp_path / "x.engine.json").unlink()
+    with pytest.raises(ArtifactError, match=r"cannot read it: No such file or directory · .*x\.engine\.json"):
+        inspect_file(path)
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="neither a checkpoint nor an ONNX file"):
+    with pytest.raises(UsageError, match="neither a checkpoint, an ONNX file nor an engine"):
         inspect_file(tmp_path / "x.txt")
