@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from smlp_deploy.errors import MissingDependencyError
+
+TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""The module of each flavour of TensorRT."""
 
 
 def require(*modules: str, purpose: str, extra: str) -> None:
@@ -37,6 +42,16 @@ def require_onnxruntime() -> None:
             "onnxruntime and onnxruntime-gpu are both installed and own the same folder, so neither can be trusted",
             fix="pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them",
         )
+
+
+def gpu_present() -> bool:
+    """Whether an NVIDIA driver with a GPU is there."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def installed_version(distribution: str) -> str | None:

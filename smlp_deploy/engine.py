@@ -18,7 +18,7 @@ from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
 from smlp_deploy.files import replacing, sha256_of
-from smlp_deploy.metadata import SCHEMA_VERSION, ModelMetadata
+from smlp_deploy.metadata import EngineCard, ModelMetadata
 from smlp_deploy.parity import ParityReport, compare
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -105,20 +105,22 @@ def build_engine(
         summary = summarize(engine.kernels, batch=options.profile.opt)
         check_precision(summary, graph.metadata.precision)
         temporary.write_bytes(engine.plan)
-        facts = {
-            "schema": SCHEMA_VERSION,
-            "engine_sha256": sha256_of(temporary),
-            "onnx": {"file": graph.source.name, "sha256": sha256_of(graph.source)},
-            "metadata": json.loads(graph.metadata.to_json()),
-            "flavour": flavour,
-            "version": tensorrt.version,
-            "ran_here": False,
-            "options": _without_cache(options),
-            "memory": engine.memory,
-            "kernels": asdict(summary),
-            "graph_parity": json.loads(graph.parity.to_json()) if graph.parity else None,
-        }
-        card.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        facts = EngineCard(
+            engine_sha256=sha256_of(temporary),
+            metadata=graph.metadata,
+            onnx_file=graph.source.name,
+            onnx_sha256=sha256_of(graph.source),
+            flavour=flavour,
+            version=tensorrt.version,
+            profile=options.profile,
+            architectures=options.architectures,
+            ran_here=False,
+            options=_other_options(options),
+            memory=engine.memory,
+            kernels=asdict(summary),
+            graph_parity=json.loads(graph.parity.to_json()) if graph.parity else None,
+        )
+        card.write_text(facts.to_json(), encoding="utf-8")
     return EngineBuild(
         path=target, card_path=engine_card_path(target), summary=summary, timing_cache=engine.timing_cache
     )
@@ -137,5 +139,6 @@ def check_precision(summary: KernelSummary, precision: str) -> None:
         )
 
 
-def _without_cache(options: BuildOptions) -> Mapping[str, Any]:
-    return {key: value for key, value in asdict(options).items() if key != "timing_cache"}
+def _other_options(options: BuildOptions) -> Mapping[str, Any]:
+    elsewhere = ("timing_cache", "profile", "architectures")
+    return {key: value for key, value in asdict(options).items() if key not in elsewhere}

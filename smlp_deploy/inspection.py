@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES, engine_card_path
+from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require, require_torch
-from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
+from smlp_deploy.runners.tensorrt import read_card
 
 
 def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
@@ -60,16 +60,7 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
 
 def _engine_facts(path: Path) -> dict[str, Any]:
     """From the JSON beside an engine, which must be of this very engine; the engine itself is never loaded."""
-    card = engine_card_path(path)
-    try:
-        sha256, facts = sha256_of(path), json.loads(card.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"cannot read it: {error.strerror}", where=error.filename) from None
-    except ValueError:
-        raise ArtifactError("is not JSON", where=card, fix="build the engine again") from None
-    if not isinstance(facts, dict) or facts.get("engine_sha256") != sha256:
-        raise ArtifactError("is not about the engine beside it", where=card, fix="build the engine again")
-    return {"kind": "engine", **_file_facts(path), **facts}
+    return {"kind": "engine", **_file_facts(path), **asdict(read_card(path))}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

@@ -250,6 +250,68 @@ class ModelMetadata:
         return _parse(text, where, build)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineCard:
+    """What stands beside an engine, whose own bytes are TensorRT's alone.
+
+    Attributes:
+        engine_sha256: of the engine it is about.
+        metadata: of the graph it was built from.
+        onnx_file: file name of the ONNX source.
+        onnx_sha256: of that file.
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: of TensorRT.
+        profile: batch sizes it takes.
+        architectures: GPUs it was built for ahead of time; empty for the GPU it was built on.
+        ran_here: whether it was run where it was built.
+        options: how it was built.
+        memory: the build log's figures.
+        kernels: what is inside, as a summary.
+        graph_parity: the comparison of the 16-bit graph with the ONNX source, if one was made from it.
+    """
+
+    engine_sha256: str
+    metadata: ModelMetadata
+    onnx_file: str
+    onnx_sha256: str
+    flavour: str
+    version: str
+    profile: BatchProfile
+    architectures: tuple[str, ...]
+    ran_here: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    memory: tuple[str, ...] = ()
+    kernels: Mapping[str, Any] = field(default_factory=dict)
+    graph_parity: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        return (
+            json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str, *, where: object) -> EngineCard:
+        """Read the JSON form, which stood in the file `where`.
+
+        Raises:
+            ConfigError: not that form, a newer schema, or a value out of range.
+        """
+
+        def build(document: dict[str, Any]) -> EngineCard:
+            values = {key: value for key, value in document.items() if key != "schema"}
+            return cls(
+                **{
+                    **values,
+                    "metadata": ModelMetadata.from_json(json.dumps(values["metadata"]), where=where),
+                    "profile": BatchProfile(**values["profile"]),
+                    "architectures": tuple(values["architectures"]),
+                    "memory": tuple(values["memory"]),
+                }
+            )
+
+        return _parse(text, where, build)
+
+
 def _dump(document: dict[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, sort_keys=True, allow_nan=False)
 

@@ -213,14 +213,17 @@ class TestBuildEngine:
         assert "using artifacts/digits-fp32.onnx, the newest fp32 file" in outcome.err
         assert "convolutions and matrix products: 31 in Half" in outcome.err
         assert "built ahead of time by tensorrt-rtx for sm89; it was not run here" in outcome.err
-        # predict still takes the ONNX file.
+        no_gpu = smlp("predict", "--model", "artifacts/smlpnet_digits-fp16.engine", "a.jpg")
+        assert no_gpu.code == 1
+        assert "needs an NVIDIA GPU and driver, and there is none" in one_error(no_gpu)
+        # Without --model, predict still takes the ONNX file.
         assert "using artifacts/digits-fp32.onnx" in smlp("predict", "absent.jpg").err
 
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")
         assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16.engine\n")
         assert "exporting artifacts/micro-fp32.onnx first" in outcome.err
-        assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["options"]["profile"]["max"] == 2
+        assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["profile"]["max"] == 2
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from smlp_deploy.export import Export
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import sha256_of
-from smlp_deploy.metadata import BatchProfile
+from smlp_deploy.metadata import BatchProfile, EngineCard
 
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
 
@@ -25,19 +24,20 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     assert graph.parity is not None
     assert graph.parity.passed
     result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
-    facts = json.loads(result.card_path.read_text())
+    card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
-    assert facts["engine_sha256"] == sha256_of(result.path)
-    assert facts["onnx"] == {"file": digits_export.path.name, "sha256": sha256_of(digits_export.path)}
-    assert facts["metadata"]["labels"] == list("0123456789")
-    assert facts["metadata"]["precision"] == "fp16"
-    assert facts["flavour"] == "tensorrt-rtx"
-    assert facts["options"]["profile"] == {"min": 1, "opt": 4, "max": 8}
-    assert facts["options"]["architectures"] == ["sm89"]
-    assert facts["kernels"]["compute_by_precision"].keys() == {"Half"}
-    assert facts["ran_here"] is False
-    assert facts["graph_parity"]["passed"] is True
-    assert facts["memory"]
+    assert card.engine_sha256 == sha256_of(result.path)
+    assert (card.onnx_file, card.onnx_sha256) == (digits_export.path.name, sha256_of(digits_export.path))
+    assert card.metadata == graph.metadata
+    assert card.metadata.precision == "fp16"
+    assert card.flavour == "tensorrt-rtx"
+    assert card.profile == SM89.profile
+    assert card.architectures == ("sm89",)
+    assert card.kernels["compute_by_precision"].keys() == {"Half"}
+    assert card.ran_here is False
+    assert card.graph_parity is not None
+    assert card.graph_parity["passed"] is True
+    assert card.memory
 
 
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy.engine import build_engine, prepare_graph
-from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.errors import ArtifactError, ConfigError, UsageError
 from smlp_deploy.export import Export
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
@@ -39,10 +39,10 @@ def test_an_engine_tells_what_the_file_beside_it_says(digits_export: Export, tmp
     assert facts["kind"] == "engine"
     assert facts["metadata"]["precision"] == "fp16"
     path.write_bytes(b"another engine")
-    with pytest.raises(ArtifactError, match="is not about the engine beside it"):
+    with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
         inspect_file(path)
     (tmp_path / "x.engine.json").write_text("{")
-    with pytest.raises(ArtifactError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="metadata is damaged"):
         inspect_file(path)
     (tmp_path / "x.engine.json").unlink()
     with pytest.raises(ArtifactError, match=r"cannot read it: No such file or directory · .*x\.engine\.json"):

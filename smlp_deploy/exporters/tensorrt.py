@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
 from smlp_deploy.metadata import BatchProfile
 
 logger = logging.getLogger(__name__)
 
-FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 ALONE = "sm75"
 """With any other architecture beside it the common plan is twice as large and slower on all of them."""
@@ -80,28 +80,16 @@ def find_flavour(target: str) -> str:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    wanted = list(FLAVOURS) if target == "auto" else [target]
-    there = [flavour for flavour in wanted if find_spec(FLAVOURS[flavour]) is not None]
+    wanted = list(TENSORRT_MODULES) if target == "auto" else [target]
+    there = [flavour for flavour in wanted if find_spec(TENSORRT_MODULES[flavour]) is not None]
     if target == "auto" and "tensorrt" in there and not gpu_present():
         there.remove("tensorrt")
     if not there:
         raise MissingDependencyError(
-            f"{' or '.join(FLAVOURS[flavour] for flavour in wanted)} not installed, needed to build engines",
+            f"{' or '.join(TENSORRT_MODULES[flavour] for flavour in wanted)} not installed, needed to build engines",
             fix='pip install "smlp-deploy[rtx]" (no GPU needed) or "smlp-deploy[gpu]"',
         )
     return there[0]
-
-
-def gpu_present() -> bool:
-    """Whether an NVIDIA driver with a GPU is there, as ONNX Runtime's and TensorRT's own loader would find it."""
-    import ctypes
-
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def check_architectures(architectures: Sequence[str]) -> None:
@@ -134,7 +122,7 @@ class TensorRT:
     def load(cls, flavour: str) -> TensorRT:
         """The binding of a flavour, loaded once per process, because TensorRT keeps the first logger it is given."""
         if flavour not in _LOADED:
-            _LOADED[flavour] = cls(importlib.import_module(FLAVOURS[flavour]))
+            _LOADED[flavour] = cls(importlib.import_module(TENSORRT_MODULES[flavour]))
         return _LOADED[flavour]
 
     @property

@@ -28,8 +28,15 @@ def _open_checkpoint(path: Path) -> Runner:
     return PyTorchRunner(checkpoint, describe(checkpoint))
 
 
+def _open_engine(path: Path) -> Runner:
+    from smlp_deploy.runners.tensorrt import TensorRTRunner
+
+    return TensorRTRunner.open(path)
+
+
 _OPENERS: dict[str, Callable[[Path], Runner]] = {
     ".onnx": _open_onnx,
+    ".engine": _open_engine,
     **dict.fromkeys(CHECKPOINT_SUFFIXES, _open_checkpoint),
 }
 

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.metadata import BatchProfile, ModelMetadata
 
 FloatArray = NDArray[np.float32]
 
@@ -39,11 +39,17 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-def in_fixed_batches(batch: FloatArray, size: int, run: Callable[[FloatArray], FloatArray]) -> FloatArray:
-    """Run a batch of any size on a network that takes exactly `size` images: split, and the rest padded with zeros."""
+def in_batches(batch: FloatArray, profile: BatchProfile, run: Callable[[FloatArray], FloatArray]) -> FloatArray:
+    """Run a batch of any size on a network that takes `profile`: split, and a short rest padded with zeros.
+
+    Returns:
+        The logits of `batch`, in memory of their own.
+    """
     results = []
-    for start in range(0, len(batch), size):
-        part = batch[start : start + size]
-        padding = np.zeros((size - len(part), *part.shape[1:]), dtype=part.dtype)
-        results.append(run(np.concatenate([part, padding]))[: len(part)])
+    for start in range(0, len(batch), profile.max):
+        part = batch[start : start + profile.max]
+        missing = max(0, profile.min - len(part))
+        if missing:
+            part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), dtype=part.dtype)])
+        results.append(run(part)[: len(part) - missing].copy())
     return np.concatenate(results)

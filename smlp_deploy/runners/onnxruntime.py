@@ -16,8 +16,8 @@ import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
-from smlp_deploy.runners.base import FloatArray, in_fixed_batches
+from smlp_deploy.metadata import METADATA_KEY, BatchProfile, ModelMetadata
+from smlp_deploy.runners.base import FloatArray, in_batches
 
 _ERRORS_ONLY = 3
 
@@ -52,7 +52,7 @@ class OnnxRuntimeRunner:
 
     def infer(self, batch: FloatArray) -> FloatArray:
         if self.metadata.batch is not None:
-            return in_fixed_batches(batch, self.metadata.batch, self._run)
+            return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
         return self._run(batch)
 
     def _run(self, batch: FloatArray) -> FloatArray:

@@ -3,15 +3,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fakes import FakeRunner, quadrant_means
-from smlp_deploy.runners.base import Runner, in_fixed_batches
+from fakes import quadrant_means
+from smlp_deploy.metadata import BatchProfile
+from smlp_deploy.runners.base import FloatArray, in_batches
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
-def test_any_batch_is_split_and_padded_to_the_fixed_one(count: int) -> None:
-    fake: Runner = FakeRunner(quadrant_means)
+@pytest.mark.parametrize(
+    ("profile", "count", "expected"),
+    [
+        (BatchProfile.fixed(4), 1, [4]),
+        (BatchProfile.fixed(4), 4, [4]),
+        (BatchProfile.fixed(4), 9, [4, 4, 4]),
+        (BatchProfile(min=2, opt=3, max=5), 1, [2]),
+        (BatchProfile(min=2, opt=3, max=5), 8, [5, 3]),
+        (BatchProfile(min=2, opt=3, max=5), 11, [5, 5, 2]),
+        (BatchProfile(), 33, [32, 1]),
+    ],
+)
+def test_any_batch_is_split_and_padded_to_the_profile(profile: BatchProfile, count: int, expected: list[int]) -> None:
+    sizes: list[int] = []
+    buffer = np.zeros((profile.max, 4), np.float32)
+
+    def run(part: FloatArray) -> FloatArray:
+        sizes.append(len(part))
+        buffer[: len(part)] = quadrant_means(part)
+        return buffer[: len(part)]  # reused by the next run, as TensorRT's outputs are
+
     batch = np.random.default_rng(0).standard_normal((count, 3, 8, 8), dtype=np.float32)
-    logits = in_fixed_batches(batch, 4, fake.infer)
-    np.testing.assert_array_equal(logits, quadrant_means(batch))
-    assert isinstance(fake, FakeRunner)
-    assert fake.batch_sizes == [4] * -(-count // 4)
+    np.testing.assert_array_equal(in_batches(batch, profile, run), quadrant_means(batch))
+    assert sizes == expected

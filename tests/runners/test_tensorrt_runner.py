@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import metadata, quadrant_means
+from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.dependencies import gpu_present
+from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
+from smlp_deploy.files import sha256_of
+from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.runners import open_runner, tensorrt
+from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, read_card
+
+
+def card_of(path: Path, **changes: Any) -> EngineCard:
+    values: dict[str, Any] = {
+        "engine_sha256": sha256_of(path),
+        "metadata": metadata(),
+        "onnx_file": "x.onnx",
+        "onnx_sha256": "0" * 64,
+        "flavour": "tensorrt-rtx",
+        "version": "1.7.1.116",
+        "profile": BatchProfile(min=2, opt=3, max=4),
+        "architectures": ("sm89",),
+        "ran_here": False,
+    }
+    return EngineCard(**values | changes)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    path = tmp_path / "x.engine"
+    path.write_bytes(b"an engine")
+    engine_card_path(path).write_text(card_of(path).to_json())
+    return path
+
+
+class Buffers:
+    """Runs nothing, but answers in one buffer that every run overwrites."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._buffer = np.zeros((64, 4), np.float32)
+
+    def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]:
+        images = feed_dict["images"]
+        self.sizes.append(len(images))
+        self._buffer[: len(images)] = quadrant_means(images)
+        return {"logits": self._buffer[: len(images)]}
+
+
+def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
+    session = Buffers()
+    batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
+    with TensorRTRunner(engine, read_card(engine), session) as runner:
+        first = runner.infer(batch)
+        runner.infer(batch * 2)
+        assert runner.metadata == metadata()
+        assert runner.name == "tensorrt-rtx x.engine"
+    np.testing.assert_array_equal(first, quadrant_means(batch))
+    assert session.sizes == [4, 4, 2] * 2
+
+
+def test_without_a_gpu_it_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "gpu_present", lambda: False)
+    with pytest.raises(ArtifactError, match=r"needs an NVIDIA GPU and driver.*x\.engine · use the ONNX file"):
+        open_runner(engine)
+
+
+def test_an_engine_that_the_json_is_not_about_is_never_loaded(engine: Path) -> None:
+    engine.write_bytes(b"an engine of a stranger")
+    with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
+        open_runner(engine)
+
+
+def test_a_missing_or_damaged_json(engine: Path) -> None:
+    card = engine_card_path(engine)
+    card.write_text('{"schema": 1}')
+    with pytest.raises(ConfigError, match="metadata is damaged"):
+        read_card(engine)
+    card.write_bytes(b"\xff\xfe")
+    with pytest.raises(ArtifactError, match="is not JSON"):
+        read_card(engine)
+    card.unlink()
+    with pytest.raises(ArtifactError, match=r"No such file or directory · .*x\.engine\.json · build the engine again"):
+        read_card(engine)
+
+
+class TestTheMachine:
+    @pytest.fixture(autouse=True)
+    def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt, "gpu_present", lambda: True)
+
+    def test_another_flavour_names_the_extra(self, engine: Path) -> None:
+        with pytest.raises(MissingDependencyError, match=r"tensorrt not installed.*smlp-deploy\[gpu\]"):
+            check_machine(engine, card_of(engine, flavour="tensorrt", version="11.4"))
+
+    def test_another_major_version_is_refused(self, engine: Path) -> None:
+        with pytest.raises(MissingDependencyError, match=r"built by tensorrt-rtx 2\.0, installed is 1\."):
+            check_machine(engine, card_of(engine, version="2.0"))
+
+    def test_the_same_or_a_version_compatible_engine_passes(self, engine: Path) -> None:
+        check_machine(engine, card_of(engine))
+        check_machine(engine, card_of(engine, version="2.0", options={"version_compatible": True}))
+
+    @pytest.mark.skipif(gpu_present(), reason="with a driver the message is another")
+    def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
+        with pytest.raises(ArtifactError, match=r"does not load it on this GPU.*built for sm89"):
+            open_runner(engine)
