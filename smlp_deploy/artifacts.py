@@ -7,7 +7,6 @@ from pathlib import Path
 from smlp_deploy.metadata import ModelMetadata
 
 ARTIFACTS_FOLDER = Path("artifacts")
-ARTIFACT_SUFFIXES = (".onnx",)
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -37,9 +36,8 @@ def failed_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".failed")
 
 
-def newest_artifact(precision: str = "") -> Path | None:
-    """The artifact written last into the artifacts folder, if there is one; of a precision, by its name."""
-    pattern = f"*-{precision}*" if precision else "*"
-    candidates = [path for suffix in ARTIFACT_SUFFIXES for path in ARTIFACTS_FOLDER.glob(f"{pattern}{suffix}")]
+def newest_artifact(pattern: str = "*.onnx") -> Path | None:
+    """The file of this pattern that was written last into the artifacts folder, if there is one."""
+    candidates = ARTIFACTS_FOLDER.glob(pattern)
     files = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)

@@ -504,7 +504,7 @@ def _onnx_file(source: str | None) -> Path:
     from smlp_deploy.artifacts import default_path, newest_artifact
     from smlp_deploy.terminal import note
 
-    if source is None and (newest := newest_artifact("fp32")) is not None:
+    if source is None and (newest := newest_artifact("*-fp32*.onnx")) is not None:
         note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
         return newest
     if source is not None and source.endswith(".onnx"):
@@ -535,12 +535,29 @@ def _model(given: Path | None) -> Path:
 
     if given is not None:
         return given
+    engine = newest_artifact("*.engine")
+    if engine is not None and _fits(engine):
+        note(f"no model given; using {engine}, the newest engine in artifacts/")
+        return engine
     newest = newest_artifact()
     if newest is not None:
         note(f"no model given; using {newest}, the newest in artifacts/")
         return newest
     note("no model given and none in artifacts/; using the bundled digits model")
     return BUNDLED_CHECKPOINT
+
+
+def _fits(engine: Path) -> bool:
+    """Whether an engine can run here; says why not."""
+    from smlp_deploy.runners.tensorrt import check_machine, read_card
+    from smlp_deploy.terminal import note
+
+    try:
+        check_machine(engine, read_card(engine))
+    except SmlpError as error:
+        note(f"not using an engine: {error}")
+        return False
+    return True
 
 
 def _record_format(given: RecordFormat | None, output: Path | None) -> RecordFormat:

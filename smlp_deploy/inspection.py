@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import ARTIFACT_SUFFIXES, CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require, require_torch
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
@@ -20,7 +20,7 @@ def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
         UsageError: a file of another kind.
         SmlpError: the file cannot be read.
     """
-    if path.suffix.lower() in ARTIFACT_SUFFIXES:
+    if path.suffix.lower() == ".onnx":
         return _onnx_facts(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _checkpoint_facts(path, ema=ema)

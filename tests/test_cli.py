@@ -217,7 +217,9 @@ class TestBuildEngine:
         assert no_gpu.code == 1
         assert "needs an NVIDIA GPU and driver, and there is none" in one_error(no_gpu)
         # Without --model, predict still takes the ONNX file.
-        assert "using artifacts/digits-fp32.onnx" in smlp("predict", "absent.jpg").err
+        found = smlp("predict", "absent.jpg").err
+        assert "using artifacts/digits-fp32.onnx" in found
+        assert "not using an engine: needs an NVIDIA GPU and driver, and there is none" in found
 
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")

@@ -1,0 +1,47 @@
+"""What needs an NVIDIA GPU: engines that are built, loaded, compared and classified with."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from smlp_deploy import Classifier
+from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present
+from smlp_deploy.engine import build_engine, prepare_graph
+from smlp_deploy.export import Export, verify_artifact
+from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions
+from smlp_deploy.metadata import BatchProfile
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_present(), reason="no NVIDIA GPU and driver here")]
+
+
+@pytest.fixture(params=TENSORRT_MODULES)
+def flavour(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if find_spec(TENSORRT_MODULES[name]) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_an_engine_computes_what_the_trained_network_computes(
+    digits_export: Export, tmp_path: Path, flavour: str, precision: str
+) -> None:
+    options = BuildOptions(
+        profile=BatchProfile(min=1, opt=4, max=8),
+        architectures=DEFAULT_ARCHITECTURES if flavour == "tensorrt-rtx" else (),
+    )
+    target = tmp_path / "x.engine"
+    build_engine(prepare_graph(digits_export.path, precision), target, options, flavour=flavour)
+    report = verify_artifact(target)
+    assert report.passed, report.failures
+
+
+def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], tmp_path: Path, flavour: str) -> None:
+    options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if flavour == "tensorrt-rtx" else ())
+    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, flavour=flavour)
+    with Classifier.open(tmp_path / "x.engine") as classifier:
+        labels = [prediction.scores[0].label for prediction in classifier.classify(digit_images)]
+    assert sum(label == path.name.split("-")[1] for label, path in zip(labels, digit_images, strict=True)) >= 11
