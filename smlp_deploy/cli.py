@@ -18,7 +18,7 @@ from smlp_deploy import __version__
 from smlp_deploy.errors import SmlpError, UsageError, printable
 
 if TYPE_CHECKING:
-    from smlp_deploy.metadata import ModelMetadata
+    from smlp_deploy.metadata import BatchProfile, ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
     from smlp_deploy.records import Write
 
@@ -200,9 +200,9 @@ def build_engine(
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Single precision. Default: the ONNX file's own.")] = False,
-    min_batch: Annotated[int, typer.Option(min=1, help="Smallest batch.")] = 1,
-    opt_batch: Annotated[int, typer.Option(min=1, help="Batch to be fastest at.")] = 8,
-    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch.")] = 32,
+    min_batch: Annotated[int | None, typer.Option(min=1, help="Smallest batch. Default: 1.")] = None,
+    opt_batch: Annotated[int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.")] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch. Default: 32.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.")] = None,
     target: Annotated[
         EngineTarget, typer.Option(help="auto: tensorrt if it and a GPU are there, else tensorrt-rtx.")
@@ -229,12 +229,15 @@ def build_engine(
     from smlp_deploy.dependencies import require
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.metadata import BatchProfile
     from smlp_deploy.terminal import building, say, show_kernels
 
+    if output is not None and output.suffix != ".engine":
+        raise UsageError("an engine's name ends in .engine", where=output)
     precision = _one_precision(None, fp16=fp16, bf16=bf16, fp32=fp32) if fp16 or bf16 or fp32 else None
-    profile = BatchProfile.fixed(batch) if batch else BatchProfile(min=min_batch, opt=opt_batch, max=max_batch)
+    profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
     flavour = find_flavour(target)
+    if hardware_compatible and flavour != "tensorrt":
+        raise UsageError(f"{flavour} builds for the architectures of --gpu-arch", where="--hardware-compatible")
     options = BuildOptions(
         profile=profile,
         architectures=_architectures(gpu_arch, flavour),
@@ -464,6 +467,18 @@ def _images(arguments: list[str]) -> list[Path]:
     from smlp_deploy.listing import find_images
 
     return list(find_images(arguments, _stdin()))
+
+
+def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
+    """The batch profile that the options name."""
+    from smlp_deploy.metadata import BatchProfile
+
+    sizes = {name: size for name, size in given.items() if size is not None}
+    if batch is None:
+        return BatchProfile(**sizes)
+    if sizes:
+        raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
+    return BatchProfile.fixed(batch)
 
 
 def _architectures(given: str | None, flavour: str) -> tuple[str, ...]:
