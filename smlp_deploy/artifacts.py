@@ -26,6 +26,16 @@ def engine_card_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
+def calibration_path(artifact: Path) -> Path:
+    """Where the ranges of an int8 artifact go, which a later one can reuse: `x.calibration.json`."""
+    return artifact.with_suffix(".calibration.json")
+
+
+def sensitivity_path(artifact: Path) -> Path:
+    """Where the harm of each layer in int8 goes: `x.sensitivity.json`."""
+    return artifact.with_suffix(".sensitivity.json")
+
+
 def parity_path(artifact: Path) -> Path:
     """Where an artifact's parity report goes: `x.onnx` has `x.parity.json`."""
     return artifact.with_suffix(".parity.json")

@@ -20,6 +20,7 @@ from smlp_deploy.errors import SmlpError, UsageError, printable
 if TYPE_CHECKING:
     from smlp_deploy.metadata import BatchProfile, ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
+    from smlp_deploy.quantization import Int8Options
     from smlp_deploy.records import Write
 
 app = typer.Typer(
@@ -39,6 +40,13 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
+
+
+class Calibrator(StrEnum):
+    minmax = "minmax"
+    entropy = "entropy"
+    percentile = "percentile"
 
 
 class EngineTarget(StrEnum):
@@ -59,6 +67,27 @@ CheckpointArgument = Annotated[
         metavar="[CHECKPOINT|VARIANT]",
         help="A .pth or .safetensors file, or a variant's name for its official weights. "
         "Default: the bundled digits model.",
+    ),
+]
+Int8Option = Annotated[bool, typer.Option("--int8", help="int8 layers inside an fp16 graph; needs calibration.")]
+CalibrationDataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Image or folder to calibrate int8 on; may be repeated. Folders named like classes give labels. "
+        "Default: training digits, for the bundled model alone."
+    ),
+]
+CalibratorOption = Annotated[Calibrator, typer.Option(help="How the ranges of int8 are chosen.")]
+CalibrationTableOption = Annotated[
+    Path | None, typer.Option(help="Ranges of an earlier int8 export (x.calibration.json); needs no images.")
+]
+MaxDropOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="POINTS",
+        min=0.0,
+        max=100.0,
+        help="Measure each int8 layer and leave as few in fp16 as keep top-1 within this many percentage points.",
     ),
 ]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Take the moving-average weights of a training checkpoint.")]
@@ -147,6 +176,14 @@ def export(
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="The same as --precision fp16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")] = False,
+    int8: Int8Option = False,
+    calibration_data: CalibrationDataOption = None,
+    calibrator: CalibratorOption = Calibrator.minmax,
+    calibration_table: CalibrationTableOption = None,
+    max_drop: MaxDropOption = None,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="int8: a scale per output channel, for TensorRT, not TensorRT-RTX.")
+    ] = False,
     opset: Annotated[int, typer.Option(min=18, max=23, help="ONNX operator set.")] = 20,
     ema: EmaOption = False,
     labels: Annotated[
@@ -176,14 +213,22 @@ def export(
     given_preprocessing = _preprocessing_options(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     if output is not None and output.suffix != ".onnx":
         raise UsageError("an ONNX file's name ends in .onnx", where=output)
-    wanted = _one_precision(precision, fp16=fp16, bf16=bf16)
+    wanted = _one_precision(precision, fp16=fp16, bf16=bf16, int8=int8)
+    quantization = _int8_options(
+        wanted,
+        data=calibration_data,
+        method=calibrator,
+        table=calibration_table,
+        max_drop=max_drop,
+        per_channel=per_channel,
+    )
     checkpoint = _load(source, ema=ema)
     metadata = describe(
-        checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch, precision=wanted
+        checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch, precision=wanted or "fp32"
     )
     target = output or default_path(metadata)
     images = _images(parity_images) if parity_images else None
-    path = _export_proven(checkpoint, metadata, target, opset=opset, images=images)
+    path = _export_proven(checkpoint, metadata, target, opset=opset, images=images, int8=quantization)
     typer.echo(path)
     say(f"next: smlp predict --model {path} IMAGES")
 
@@ -199,7 +244,12 @@ def build_engine(
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.")] = False,
+    int8: Int8Option = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Single precision. Default: the ONNX file's own.")] = False,
+    calibration_data: CalibrationDataOption = None,
+    calibrator: CalibratorOption = Calibrator.minmax,
+    calibration_table: CalibrationTableOption = None,
+    max_drop: MaxDropOption = None,
     min_batch: Annotated[int | None, typer.Option(min=1, help="Smallest batch. Default: 1.")] = None,
     opt_batch: Annotated[int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch. Default: 32.")] = None,
@@ -229,11 +279,11 @@ def build_engine(
     from smlp_deploy.dependencies import require
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.terminal import building, say, show_kernels
+    from smlp_deploy.terminal import building, say, show_kernels, show_sensitivity
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
-    precision = _one_precision(None, fp16=fp16, bf16=bf16, fp32=fp32) if fp16 or bf16 or fp32 else None
+    precision = _one_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
     profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
     flavour = find_flavour(target)
     if hardware_compatible and flavour != "tensorrt":
@@ -251,8 +301,20 @@ def build_engine(
     from smlp_deploy.engine import build_engine as build
     from smlp_deploy.engine import prepare_graph
 
-    graph = prepare_graph(_onnx_file(source), precision)
-    with building() as progress:
+    quantization = _int8_options(
+        precision,
+        data=calibration_data,
+        method=calibrator,
+        table=calibration_table,
+        max_drop=max_drop,
+        per_channel=flavour == "tensorrt",
+    )
+    onnx_file = _onnx_file(source)
+    with building("reading the graph") as progress:
+        graph = prepare_graph(onnx_file, precision, int8=quantization, progress=progress)
+    if graph.sensitivity is not None:
+        show_sensitivity(graph.sensitivity)
+    with building("building") as progress:
         result = build(graph, output or engine_path(graph.metadata), options, flavour=flavour, progress=progress)
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
@@ -423,13 +485,18 @@ def _export_proven(
     *,
     opset: int = 20,
     images: list[Path] | None = None,
+    int8: Int8Options | None = None,
 ) -> Path:
     """Export, show the parity report, and fail if it does."""
     from smlp_deploy.export import export_checkpoint
-    from smlp_deploy.terminal import show_parity, working
+    from smlp_deploy.terminal import building, show_parity, show_sensitivity
 
-    with working(f"exporting {metadata.name} and comparing the file with the trained network"):
-        result = export_checkpoint(checkpoint, metadata, target, opset=opset, images=images)
+    with building(f"exporting {metadata.name} and comparing the file with the trained network") as progress:
+        result = export_checkpoint(
+            checkpoint, metadata, target, opset=opset, images=images, int8=int8, progress=progress
+        )
+    if result.sensitivity is not None:
+        show_sensitivity(result.sensitivity)
     show_parity(result.report, stderr=True)
     if not result.report.passed:
         raise SmlpError(
@@ -440,12 +507,38 @@ def _export_proven(
     return result.path
 
 
-def _one_precision(given: Precision | None, **flags: bool) -> str:
-    """The precision that the options name, if they do not contradict each other."""
+def _int8_options(
+    precision: str | None,
+    *,
+    data: list[str] | None,
+    method: Calibrator,
+    table: Path | None,
+    max_drop: float | None,
+    per_channel: bool,
+) -> Int8Options | None:
+    """How to quantize, or None for another precision, to which these options mean nothing."""
+    if precision != "int8":
+        if data or table or max_drop is not None:
+            raise UsageError("calibration is for int8", fix="add --int8")
+        return None
+    from smlp_deploy.exporters.int8 import read_table
+    from smlp_deploy.quantization import Int8Options
+
+    return Int8Options(
+        images=tuple(_images(data)) if data else (),
+        table=read_table(table) if table else None,
+        method=method.value,
+        max_drop=max_drop,
+        per_channel=per_channel,
+    )
+
+
+def _one_precision(given: Precision | None, **flags: bool) -> str | None:
+    """The precision that the options name, if they do not contradict each other; None if they name none."""
     wanted = {name for name, flag in flags.items() if flag} | ({given.value} if given else set())
     if len(wanted) > 1:
         raise UsageError(f"{' and '.join(sorted(wanted))} contradict each other", fix="choose one precision")
-    return wanted.pop() if wanted else "fp32"
+    return wanted.pop() if wanted else None
 
 
 def _preprocessing_options(

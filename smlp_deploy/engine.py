@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
 from smlp_deploy.files import replacing, sha256_of
 from smlp_deploy.metadata import EngineCard, ModelMetadata
 from smlp_deploy.parity import ParityReport, compare
+from smlp_deploy.quantization import Int8Options, parity_images, quantize_graph
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.sensitivity import SensitivityReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class Graph:
     source: Path
     model: ModelProto
     metadata: ModelMetadata
-    parity: ParityReport | None
+    parity: ParityReport | None = None
+    sensitivity: SensitivityReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,16 @@ class EngineBuild:
     timing_cache: bytes | None
 
 
-def prepare_graph(source: Path, precision: str | None) -> Graph:
+def prepare_graph(
+    source: Path, precision: str | None, *, int8: Int8Options | None = None, progress: Progress | None = None
+) -> Graph:
     """Read an ONNX file and bring it into a precision, which is compared with the file as it is.
 
     Args:
         source: the ONNX file.
-        precision: "fp32", "fp16" or "bf16"; None for the file's own.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for the file's own.
+        int8: how to quantize.
+        progress: told of the steps of quantization.
 
     Raises:
         ArtifactError: the file cannot be used, or its 16-bit form computes something else.
@@ -59,29 +66,36 @@ def prepare_graph(source: Path, precision: str | None) -> Graph:
     if metadata is None:
         raise ArtifactError("smlp-deploy did not write it", where=source, fix="export the checkpoint with smlp export")
     if precision is None or precision == metadata.precision:
-        return Graph(source=source, model=model, metadata=metadata, parity=None)
+        return Graph(source=source, model=model, metadata=metadata)
     if metadata.precision != "fp32":
         raise UsageError(
             f"the graph is {metadata.precision} and decides the precision of its engine, {precision} was asked for",
             where=source,
             fix="give the fp32 file",
         )
-    metadata = replace(metadata, precision=precision)
-    model = to_half(model, precision)
-    parity = _compare(source, model, metadata)
+    sensitivity = None
+    images = bundled_images()
+    if precision == "int8":
+        quantized = quantize_graph(model, metadata, int8 or Int8Options(), progress=progress)
+        model, metadata, sensitivity = quantized.model, quantized.metadata, quantized.sensitivity
+        images = parity_images(quantized.images, metadata) or images
+    else:
+        metadata = replace(metadata, precision=precision)
+        model = to_half(model, precision)
+    parity = _compare(source, model, metadata, images)
     if not parity.passed:
         failed = ", ".join(f"{gate.name} ({gate.detail})" for gate in parity.failures)
         raise ArtifactError(f"in {precision} it computes something else: {failed}", where=source)
-    return Graph(source=source, model=model, metadata=metadata, parity=parity)
+    return Graph(source=source, model=model, metadata=metadata, parity=parity, sensitivity=sensitivity)
 
 
-def _compare(source: Path, model: ModelProto, metadata: ModelMetadata) -> ParityReport:
+def _compare(source: Path, model: ModelProto, metadata: ModelMetadata, images: Sequence[Path]) -> ParityReport:
     require_onnxruntime()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{metadata.precision}.onnx"
         save_graph(model, metadata, path)
         with OnnxRuntimeRunner(source) as reference, OnnxRuntimeRunner(path) as candidate:
-            return compare(reference, candidate, bundled_images(), artifact_sha256=sha256_of(path))
+            return compare(reference, candidate, images, artifact_sha256=sha256_of(path))
 
 
 def build_engine(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smlp_deploy.artifacts import failed_path, parity_path
+from smlp_deploy.artifacts import calibration_path, failed_path, parity_path, sensitivity_path
 from smlp_deploy.dependencies import require_onnxruntime
 from smlp_deploy.errors import UsageError
 from smlp_deploy.exporters.graph import load_graph, save_graph
@@ -19,21 +19,33 @@ from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
 from smlp_deploy.parity import ParityReport, check_half_range, compare
+from smlp_deploy.quantization import (
+    Int8Options,
+    Progress,
+    Quantized,
+    parity_images,
+    quantize_graph,
+)
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
+from smlp_deploy.sensitivity import SensitivityReport
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What an export left: the artifact (under its failed name, if it failed), its report and the report's file."""
+    """What an export left: the artifact (under its failed name, if it failed), its report and the report's file.
+
+    `sensitivity` is each int8 layer's harm and choice, if that was measured.
+    """
 
     path: Path
     report: ParityReport
     report_path: Path
+    sensitivity: SensitivityReport | None = None
 
 
 def bundled_images() -> list[Path]:
@@ -48,6 +60,8 @@ def export_checkpoint(
     *,
     opset: int = DEFAULT_OPSET,
     images: Sequence[Path] | None = None,
+    int8: Int8Options | None = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Write `checkpoint` as an ONNX file, open that file, and compare it with the trained network.
 
@@ -59,15 +73,23 @@ def export_checkpoint(
         metadata: what the file is to carry.
         target: the file to write.
         opset: version of ONNX's default operator set.
-        images: real images to compare on; by default the bundled ones.
+        images: real images to compare on; by default the bundled ones, or those of the calibration.
+        int8: how to quantize, for the precision int8.
+        progress: told of the steps of quantization.
 
     Raises:
         SmlpError: nothing could be written.
     """
     require_onnxruntime()
+    quantized: Quantized | None = None
     with replacing(target) as temporary:
         metadata = export_onnx(checkpoint.network(), metadata, temporary, opset=opset)
-        if metadata.precision != "fp32":
+        if metadata.precision == "int8":
+            quantized = quantize_graph(load_graph(temporary), metadata, int8 or Int8Options(), progress=progress)
+            metadata = quantized.metadata
+            save_graph(quantized.model, metadata, temporary)
+            images = images or parity_images(quantized.images, metadata)
+        elif metadata.precision != "fp32":
             save_graph(to_half(load_graph(temporary), metadata.precision), metadata, temporary)
         with OnnxRuntimeRunner(temporary) as candidate:
             report = _prove(candidate, checkpoint, metadata, images, sha256_of(temporary))
@@ -77,7 +99,21 @@ def export_checkpoint(
             temporary.replace(path)
     report_path = parity_path(path)
     write_text(report_path, report.to_json())
-    return Export(path=path, report=report, report_path=report_path)
+    if quantized is not None:
+        write_quantization(quantized, path)
+    return Export(
+        path=path,
+        report=report,
+        report_path=report_path,
+        sensitivity=quantized.sensitivity if quantized else None,
+    )
+
+
+def write_quantization(quantized: Quantized, artifact: Path) -> None:
+    """Write the calibration table, and the sensitivity report if there is one, beside an int8 artifact."""
+    write_text(calibration_path(artifact), quantized.table.to_json())
+    if quantized.sensitivity is not None:
+        write_text(sensitivity_path(artifact), quantized.sensitivity.to_json())
 
 
 def verify_artifact(
@@ -112,10 +148,12 @@ def _prove(
     images: Sequence[Path] | None,
     artifact_sha256: str,
 ) -> ParityReport:
-    images = bundled_images() if images is None else images
+    if not images and candidate.metadata.precision == "int8":
+        images = parity_images((), candidate.metadata)
+    images = images or bundled_images()
     with PyTorchRunner(checkpoint, metadata) as trained:
         report = compare(trained, candidate, images, artifact_sha256=artifact_sha256)
-        if candidate.metadata.precision != "fp16":
+        if candidate.metadata.precision not in ("fp16", "int8"):
             return report
         half, recorder = HalfRunner(checkpoint, metadata), RecordingRunner(checkpoint, metadata)
         with half, recorder:

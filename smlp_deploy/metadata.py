@@ -16,7 +16,7 @@ from smlp_deploy.errors import ConfigError
 
 METADATA_KEY = "smlp_deploy"
 SCHEMA_VERSION = 1
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -192,6 +192,7 @@ class ModelMetadata:
         checkpoint_sha256: of that file.
         ema: whether its moving-average weights were taken.
         libraries: versions of what wrote the artifact, this tool among them.
+        quantization: how an int8 graph was made; empty for others.
 
     Raises:
         ConfigError: the parts contradict each other.
@@ -208,6 +209,7 @@ class ModelMetadata:
     checkpoint_sha256: str = ""
     ema: bool = False
     libraries: Mapping[str, str] = field(default_factory=dict)
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.labels) != self.config.num_classes:

@@ -25,11 +25,13 @@ from smlp_deploy.errors import printable
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
 from smlp_deploy.parity import ParityReport
+from smlp_deploy.sensitivity import SensitivityReport
 
 if TYPE_CHECKING:
     from smlp_deploy.profiling import GraphProfile
 
 _LABELS_SHOWN = 5
+_LAYERS_SHOWN = 10
 
 
 def note(message: str) -> None:
@@ -53,10 +55,10 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def building() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the phase that an engine's build is in."""
-    with _progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
-        task = progress.add_task("building", total=None)
+def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the phase that something long is in."""
+    with _progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task(what, total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
 
 
@@ -139,6 +141,20 @@ def show_parity(report: ParityReport, *, stderr: bool) -> None:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def show_sensitivity(report: SensitivityReport) -> None:
+    """The int8 layers that do most harm, and what was chosen for each, on stderr."""
+    table = Table(box=None, pad_edge=False, title=f"int8 alone, top-1 {report.measure} lost on {report.inputs} images")
+    for heading in ("layer", "points", "error", "choice"):
+        table.add_column(heading, justify="right" if heading in ("points", "error") else "left")
+    for layer in report.layers[: max(_LAYERS_SHOWN, len(report.left_out))]:
+        table.add_row(layer.layer, f"{layer.drop:.2f}", f"{layer.error:.1e}", layer.precision)
+    Console(stderr=True, highlight=False).print(table)
+    chosen = (
+        f"{len(report.layers) - len(report.left_out)} layers in int8, {len(report.left_out)} left in half precision"
+    )
+    say(f"{chosen}: {report.whole_drop:.2f} points lost, {report.max_drop:g} allowed")
 
 
 def show_kernels(summary: KernelSummary) -> None:

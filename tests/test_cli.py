@@ -85,6 +85,8 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
+        (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
+        (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
         (["export", "--fp16", "--bf16"], "bf16 and fp16 contradict each other"),
         (["export", "-o", "x.pt"], "an ONNX file's name ends in .onnx · x.pt"),
         (["export", "smlpnet_tny"], "no variant is called 'smlpnet_tny' · did you mean smlpnet_tiny?"),
@@ -110,6 +112,7 @@ def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], me
         (["export", "absent.pth"], "no such file · absent.pth"),
         (["export", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
         (["download", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
+        (["export", "--int8", "--calibration-table", "absent.json"], "cannot read the calibration table"),
         (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
         (["export", "--std", "0,1,1"], "not three positive numbers"),
         (["predict", "--model", "absent.onnx", "a.jpg"], "no such file · absent.onnx"),
@@ -180,6 +183,15 @@ class TestExport:
         outcome = smlp("export", "--half")
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.onnx\n")
         assert "fp16 range" in outcome.err
+
+    def test_int8(self, smlp: Smlp) -> None:
+        outcome = smlp("export", "--int8", "--max-drop", "1")
+        assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-int8.onnx\n")
+        assert "33 layers in int8, 0 left in half precision" in outcome.err
+        table = Path("artifacts/smlpnet_digits-int8.calibration.json")
+        again = smlp("export", "--int8", "--calibration-table", table, "-o", "again.onnx")
+        assert again.code == 0
+        assert json.loads(Path("again.calibration.json").read_text()) == json.loads(table.read_text())
 
     def test_what_is_assumed_is_said(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("export", micro_pth)

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from PIL import Image
+
+from digits import Digits, load_digits
+from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
+from smlp_deploy.export import Export
+from smlp_deploy.exporters.half import to_half
+from smlp_deploy.exporters.int8 import METHODS, CalibrationTable, FloatArray, calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.preprocessing import prepare
+from smlp_deploy.sensitivity import choose, measure_sensitivity
+
+SCALINGS = pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+
+
+@pytest.fixture(scope="module")
+def model(digits_export: Export) -> ModelProto:
+    """The fp32 graph; not to be changed."""
+    return onnx.load(digits_export.path)
+
+
+@pytest.fixture(scope="module")
+def training(digits: Checkpoint) -> FloatArray:
+    """128 training digits."""
+    return prepared(load_digits()[0], digits)[::31][:128].copy()
+
+
+@pytest.fixture(scope="module")
+def held_out(digits: Checkpoint) -> tuple[FloatArray, NDArray[np.int64]]:
+    """The 1,000 held-out digits and their labels."""
+    part = load_digits()[1]
+    return prepared(part, digits), part.labels
+
+
+@pytest.fixture(scope="module")
+def expected(model: ModelProto, held_out: tuple[FloatArray, NDArray[np.int64]]) -> FloatArray:
+    """The fp32 logits of the held-out digits."""
+    return run(model, held_out[0])
+
+
+@pytest.fixture(scope="module")
+def tables(model: ModelProto, training: FloatArray) -> dict[str, CalibrationTable]:
+    return {method: calibrate(model, batches(training), method=method) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def table(tables: dict[str, CalibrationTable]) -> CalibrationTable:
+    return tables["minmax"]
+
+
+def prepared(part: Digits, checkpoint: Checkpoint) -> FloatArray:
+    preprocessing = describe(checkpoint).preprocessing
+    return np.stack([prepare(Image.fromarray(pixels), preprocessing) for pixels in part.pixels])
+
+
+def batches(images: FloatArray, size: int = 32) -> Iterator[FloatArray]:
+    yield from (images[at : at + size] for at in range(0, len(images), size))
+
+
+def run(model: ModelProto, batch: FloatArray, output: str = "logits") -> FloatArray:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    result: FloatArray = session.run([output], {"images": batch})[0]
+    return result
+
+
+def cosines(a: FloatArray, b: FloatArray) -> FloatArray:
+    found: FloatArray = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return found
+
+
+def copy_of(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def constants(model: ModelProto) -> dict[str, NDArray[np.generic]]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def set_constant(model: ModelProto, name: str, values: NDArray[np.float32]) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+
+def producers(model: ModelProto) -> dict[str, NodeProto]:
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+@SCALINGS
+@pytest.mark.parametrize("method", METHODS)
+def test_digits_are_still_recognized(
+    model: ModelProto,
+    tables: dict[str, CalibrationTable],
+    held_out: tuple[FloatArray, NDArray[np.int64]],
+    expected: FloatArray,
+    method: str,
+    per_channel: bool,
+) -> None:
+    images, labels = held_out
+    quantized = quantize(model, tables[method], per_channel=per_channel)
+    for graph in (quantized, to_half(quantized, "fp16")):
+        logits = run(graph, images)
+        cosine = cosines(logits, expected)
+        assert cosine.mean() >= 0.999
+        assert cosine.min() >= (0.99 if method == "minmax" else 0.98)
+        assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.99
+        lost = (expected.argmax(axis=1) == labels).mean() - (logits.argmax(axis=1) == labels).mean()
+        assert lost <= 0.005
+
+
+@SCALINGS
+def test_the_graph_is_valid_and_carries_what_it_did(
+    model: ModelProto, table: CalibrationTable, per_channel: bool
+) -> None:
+    before = model.SerializeToString(deterministic=True)
+    quantized = quantize(model, table, per_channel=per_channel)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert model.SerializeToString(deterministic=True) == before
+    assert quantized.metadata_props == model.metadata_props
+    assert quantized.opset_import == model.opset_import
+    names = [node.name for node in quantized.graph.node]
+    assert len(set(names)) == len(names)
+    added = ("QuantizeLinear", "DequantizeLinear")
+    kept = [node.name for node in quantized.graph.node if node.op_type not in added]
+    assert kept == [node.name for node in model.graph.node]
+
+
+def test_convolutions_and_axial_products_are_quantized(model: ModelProto, digits: Checkpoint) -> None:
+    layers = quantized_layers(model)
+    assert len(layers) == 5 * sum(digits.config.depths) + len(digits.config.depths)
+    assert not [name for name in layers if "depthwise" in name or "head" in name]
+    assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
+
+
+def test_only_what_enters_those_layers_is_quantized(model: ModelProto, table: CalibrationTable) -> None:
+    quantized = quantize(model, table, per_channel=False)
+    layers = quantized_layers(model)
+    made_by = producers(quantized)
+    for node in quantized.graph.node:
+        # The depthwise convolutions, every Add of the residual stream and the head are among the others.
+        sources = [made_by[name].op_type if name in made_by else "" for name in node.input]
+        assert sources.count("DequantizeLinear") == (2 if node.name in layers else 0), node.name
+    values = constants(quantized)
+    biases = [values[node.input[2]] for node in quantized.graph.node if node.op_type == "Conv" and len(node.input) == 3]
+    assert {bias.dtype for bias in biases} == {np.dtype(np.float32)}
+
+
+@SCALINGS
+def test_weights_are_int8_and_axial_matrices_scaled_by_row(
+    model: ModelProto, table: CalibrationTable, per_channel: bool
+) -> None:
+    quantized = quantize(model, table, per_channel=per_channel)
+    before, after, made_by = constants(model), constants(quantized), producers(quantized)
+    for node in quantized.graph.node:
+        if node.name not in quantized_layers(model):
+            continue
+        dequantize = made_by[node.input[0 if node.op_type == "MatMul" else 1]]
+        weight = before[dequantize.input[0].removesuffix("_int8")].astype(np.float64)
+        narrow, scale = (after[name] for name in dequantize.input)
+        axes = [attribute.i for attribute in dequantize.attribute if attribute.name == "axis"]
+        by_row = node.op_type == "MatMul" or per_channel
+        assert narrow.dtype == np.int8
+        assert (scale.shape, axes) == ((weight.shape[:1], [0]) if by_row else ((), []))
+        spread = scale.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
+        assert np.abs(narrow.astype(np.float64) * spread - weight).max() <= spread.max() / 2 * (1 + 1e-9)
+        assert np.abs(narrow.astype(int)).max() in (126, 127)
+    assert not [name for name in after if f"{name}_int8" in after]
+
+
+@SCALINGS
+def test_every_scale_is_exact_in_both_half_types(model: ModelProto, table: CalibrationTable, per_channel: bool) -> None:
+    graph = quantize(model, table, per_channel=per_channel)
+    scales = [scale.ravel() for name, scale in constants(graph).items() if name.endswith("_scale")]
+    values = np.concatenate(scales).astype(np.float32)
+    for half in (np.float16, ml_dtypes.bfloat16):
+        assert (values.astype(half).astype(np.float32) == values).all()
+
+
+def test_tensors_that_are_concatenated_share_a_scale(model: ModelProto, table: CalibrationTable) -> None:
+    scales = constants(quantize(model, table, per_channel=False))
+    assert scales["permute_1_scale"] == scales["permute_scale"] == scales["_unsafe_view_scale"]
+    fuse = [name for name in quantized_layers(model) if "fuse" in name]
+    narrowed = replace(table, ranges={**table.ranges, "gelu_1": table.ranges["cat"] / 4})
+    alone = constants(quantize(model, narrowed, per_channel=False, exclude=fuse))
+    assert "permute_1_scale" not in alone
+    assert alone["permute_scale"].astype(np.float64) * 4 == scales["permute_scale"]
+
+
+def test_an_excluded_layer_is_left_as_it_was(model: ModelProto, table: CalibrationTable) -> None:
+    layer = next(name for name in quantized_layers(model) if "blocks.2.hidden" in name)
+    quantized = quantize(model, table, per_channel=False, exclude=[layer])
+    original = next(node for node in model.graph.node if node.name == layer)
+    assert next(node for node in quantized.graph.node if node.name == layer) == original
+    assert "blocks.2.hidden.weight" in constants(quantized)
+    nothing = quantize(model, table, per_channel=False, exclude=quantized_layers(model))
+    assert nothing.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
+
+
+def test_the_half_pass_makes_int8_layers_compute_in_half(model: ModelProto, table: CalibrationTable) -> None:
+    half = to_half(quantize(model, table, per_channel=False), "fp16")
+    onnx.checker.check_model(half, full_check=True)
+    types = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    for value in (*half.graph.input, *half.graph.output, *half.graph.value_info):
+        types[value.name] = value.type.tensor_type.elem_type
+    pairs = [node for node in half.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    found = {types[name] for node in pairs for name in (*node.input, *node.output)}
+    assert found == {TensorProto.FLOAT16, TensorProto.INT8}
+    assert {types[node.output[0]] for node in half.graph.node if node.op_type == "Conv"} == {TensorProto.FLOAT16}
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_other_operator_sets_work_too(digits: Checkpoint, training: FloatArray, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / f"digits-{opset}.onnx"
+    export_onnx(digits.network(), describe(digits), path, opset=opset)
+    model = onnx.load(path)
+    quantized = quantize(model, calibrate(model, [training]), per_channel=False)
+    expected = run(model, training)
+    for graph in (quantized, to_half(quantized, "fp16")):
+        onnx.checker.check_model(graph, full_check=True)
+        assert cosines(run(graph, training), expected).min() >= 0.99
+
+
+def test_minmax_is_the_largest_value_however_the_images_are_batched(
+    model: ModelProto, table: CalibrationTable, training: FloatArray
+) -> None:
+    exposed = copy_of(model)
+    exposed.graph.output.append(next(value for value in model.graph.value_info if value.name == "gelu_1"))
+    assert table.ranges["gelu_1"] == pytest.approx(np.abs(run(exposed, training, "gelu_1")).max(), rel=1e-5)
+    assert table.ranges["images"] == np.abs(training).max()
+    at_once = calibrate(model, [training])
+    assert at_once.ranges == pytest.approx(table.ranges, rel=1e-5)
+    assert (table.images, table.method) == (128, "minmax")
+
+
+def test_only_the_tensors_that_are_quantized_have_ranges(model: ModelProto, table: CalibrationTable) -> None:
+    made_by = producers(model)
+    read = set()
+    for node in quantize(model, table, per_channel=False).graph.node:
+        if node.op_type == "QuantizeLinear":
+            name = node.input[0]
+            while name in made_by and made_by[name].op_type in ("Transpose", "Reshape"):
+                name = made_by[name].input[0]
+            read.add(name)
+    assert read == set(table.ranges)
+
+
+def test_the_other_methods_leave_outliers_out(model: ModelProto, training: FloatArray) -> None:
+    images = training[:16].copy()
+    images[0, :, 3, 3] = 1000
+    ranges = {method: calibrate(model, [images], method=method).ranges["images"] for method in METHODS}
+    assert ranges["minmax"] == 1000
+    assert ranges["entropy"] < 1000
+
+
+def test_calibration_reports_progress_and_prints_nothing(
+    model: ModelProto, training: FloatArray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    calibrate(model, batches(training[:10], 4), method="percentile", progress=seen.append)
+    assert seen == [4, 8, 10]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_table_read_back_gives_the_same_bytes_without_images(
+    model: ModelProto, tables: dict[str, CalibrationTable], method: str
+) -> None:
+    table = tables[method]
+    read = CalibrationTable.from_json(table.to_json(), where="table.json")
+    assert read == table
+    first, second = (quantize(model, each, per_channel=False) for each in (table, read))
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
+
+
+def test_calibrating_again_gives_the_same_table(
+    model: ModelProto, training: FloatArray, table: CalibrationTable
+) -> None:
+    assert calibrate(model, batches(training)) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.pop("ranges"), "damaged: KeyError: 'ranges'"),
+        (lambda document: document.update(ranges=[1, 2]), "damaged"),
+        (lambda document: document["ranges"].update(cat="wide"), "the range of 'cat' is 'wide'"),
+        (lambda document: document["ranges"].update(cat=-1), "the range of 'cat' is -1"),
+        (lambda document: document["ranges"].update(cat=True), "the range of 'cat' is True"),
+        (lambda document: document.update(images=0), "the number of images is 0"),
+        (lambda document: document.update(method="guess"), "the method is 'guess'"),
+        (lambda document: document.update(schema=2), "schema 2 is not 1"),
+    ],
+)
+def test_a_damaged_table_is_an_error(
+    table: CalibrationTable, change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    document = json.loads(table.to_json())
+    change(document)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        CalibrationTable.from_json(json.dumps(document), where="table.json")
+    assert caught.value.where == "table.json"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "ranges": {"cat": NaN}}'])
+def test_what_is_no_table_is_an_error(text: str) -> None:
+    with pytest.raises(ArtifactError, match="damaged"):
+        CalibrationTable.from_json(text, where="table.json")
+
+
+def test_a_table_that_does_not_fit_the_graph_is_an_error(model: ModelProto, table: CalibrationTable) -> None:
+    ranges = {name: value for name, value in table.ranges.items() if name != "cat"}
+    with pytest.raises(ArtifactError, match=r"no range of 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
+        quantize(model, replace(table, ranges=ranges), per_channel=False)
+    with pytest.raises(ArtifactError, match="another checkpoint"):
+        quantize(model, replace(table, checkpoint_sha256="0" * 64), per_channel=False)
+
+
+def test_what_cannot_be_calibrated_is_refused(model: ModelProto, training: FloatArray) -> None:
+    fixed = copy_of(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    infinite = training[:4].copy()
+    infinite[0, 0, 0, 0] = np.inf
+    calls: list[tuple[Callable[[], object], type[SmlpError], str]] = [
+        (lambda: calibrate(model, [training], method="guess"), UsageError, "'guess' is unknown"),
+        (lambda: calibrate(model, []), UsageError, "no calibration images"),
+        (lambda: calibrate(fixed, [training[:3]]), UsageError, "batch of 3 images; the graph takes exactly 4"),
+        (lambda: calibrate(model, [infinite]), ArtifactError, "is not finite on the calibration images"),
+    ]
+    for call, error, message in calls:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_an_unknown_layer_cannot_be_excluded(model: ModelProto, table: CalibrationTable) -> None:
+    with pytest.raises(UsageError, match="'head' is not a layer that is quantized"):
+        quantize(model, table, per_channel=False, exclude=["head"])
+
+
+def test_a_layer_with_a_ruined_scale_is_the_one_left_in_half(model: ModelProto, training: FloatArray) -> None:
+    """One weight 1,000 times larger, of a hidden unit that is never active: harmless in fp32, ruinous per tensor."""
+    damaged = copy_of(model)
+    values = constants(model)
+    bias, weight = (values[f"blocks.5.{name}"].astype(np.float32) for name in ("hidden.bias", "out.weight"))
+    bias[0] = -30
+    weight[0, 0] = 1000 * np.abs(weight).max()
+    set_constant(damaged, "blocks.5.hidden.bias", bias)
+    set_constant(damaged, "blocks.5.out.weight", weight)
+    table = calibrate(damaged, [training])
+    layers = quantized_layers(damaged)
+    expected = run(damaged, training)
+
+    def logits_without(left_out: tuple[str, ...]) -> FloatArray:
+        return run(quantize(damaged, table, per_channel=False, exclude=left_out), training)
+
+    report = measure_sensitivity(
+        layers, lambda layer: logits_without(tuple(name for name in layers if name != layer)), expected
+    )
+    chosen = choose(report, 1.0, logits_without, reference_logits=expected)
+    assert [name.partition("/")[0] for name in chosen.left_out] == ["blocks.5.out"]
+    assert report.layers[0].drop > 5
