@@ -53,13 +53,17 @@ class Classifier:
         self.runner = runner
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, provider: str | None = None) -> Self:
         """Load an artifact or checkpoint; labels and preprocessing are those inside it.
+
+        Args:
+            path: the file.
+            provider: for an ONNX file, what it runs on: "cpu" (the default), "cuda" or "tensorrt".
 
         Raises:
             SmlpError: the file cannot be used.
         """
-        return cls(open_runner(Path(path)))
+        return cls(open_runner(Path(path), provider=provider))
 
     def __enter__(self) -> Self:
         return self

@@ -49,6 +49,12 @@ class Calibrator(StrEnum):
     percentile = "percentile"
 
 
+class Provider(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+    tensorrt = "tensorrt"
+
+
 class EngineTarget(StrEnum):
     auto = "auto"
     tensorrt = "tensorrt"
@@ -396,6 +402,10 @@ def predict(
             "--model", "-m", help="Artifact or checkpoint. Default: the newest in artifacts/, else the bundled model."
         ),
     ] = None,
+    provider: Annotated[
+        Provider | None,
+        typer.Option(help="Where ONNX Runtime runs an ONNX file; never another than asked for. Default: cpu."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per run of the network.")] = 32,
     topk: Annotated[int | None, typer.Option(min=1, help="Classes per image. Default: 5, or all of fewer.")] = None,
     format_: Annotated[
@@ -414,7 +424,7 @@ def predict(
     kind = _record_format(format_, output)
     images = find_images(inputs, _stdin())
     done = failed = 0
-    with Classifier.open(_model(model)) as classifier:
+    with Classifier.open(_model(model, provider), provider=provider) as classifier:
         topk = classifier.resolve_topk(topk)
         predictions = classifier.classify(images, batch_size=batch_size, topk=topk, workers=workers)
         records_on_terminal = output is None and sys.stdout.isatty()
@@ -635,8 +645,8 @@ def _stdin() -> TextIO:
     return sys.stdin
 
 
-def _model(given: Path | None) -> Path:
-    """The model to predict with; says which, where none is given."""
+def _model(given: Path | None, provider: Provider | None) -> Path:
+    """The model to predict with; says which, where none is given. A provider asks for an ONNX file."""
     from smlp_deploy.artifacts import newest_artifact
     from smlp_deploy.files import BUNDLED_CHECKPOINT
     from smlp_deploy.terminal import note
@@ -644,7 +654,7 @@ def _model(given: Path | None) -> Path:
     if given is not None:
         return given
     engine = newest_artifact("*.engine")
-    if engine is not None and _fits(engine):
+    if engine is not None and provider is None and _fits(engine):
         note(f"no model given; using {engine}, the newest engine in artifacts/")
         return engine
     newest = newest_artifact()

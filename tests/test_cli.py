@@ -116,6 +116,7 @@ def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], me
         (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
         (["export", "--std", "0,1,1"], "not three positive numbers"),
         (["predict", "--model", "absent.onnx", "a.jpg"], "no such file · absent.onnx"),
+        (["predict", "--model", "absent.onnx", "--provider", "cuda", "a.jpg"], "has no CUDAExecutionProvider"),
         (["verify", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.pth"], "no such file · absent.pth"),

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require_onnxruntime, require_torch
-from smlp_deploy.errors import ArtifactError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.runners.base import Runner
 
 
-def _open_onnx(path: Path) -> Runner:
+def _open_onnx(path: Path, *, provider: str = "cpu") -> Runner:
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(path)
+    return OnnxRuntimeRunner(path, provider=provider)
 
 
 def _open_checkpoint(path: Path) -> Runner:
@@ -41,14 +41,23 @@ _OPENERS: dict[str, Callable[[Path], Runner]] = {
 }
 
 
-def open_runner(path: Path) -> Runner:
+def open_runner(path: Path, *, provider: str | None = None) -> Runner:
     """Load an artifact or checkpoint.
 
+    Args:
+        path: the file.
+        provider: what ONNX Runtime is to run an ONNX file on: "cpu" (the default), "cuda" or "tensorrt".
+
     Raises:
+        UsageError: a provider for another kind of file.
         ArtifactError, CheckpointError: the file cannot be used.
         MissingDependencyError: its backend is not installed.
     """
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         raise ArtifactError("no runner for this kind of file", where=path, fix=f"expected {', '.join(_OPENERS)}")
-    return opener(path)
+    if provider is None:
+        return opener(path)
+    if opener is not _open_onnx:
+        raise UsageError("a provider is for ONNX files", where=path, fix="omit --provider")
+    return _open_onnx(path, provider=provider)

@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime on the CPU.
+"""ONNX files in ONNX Runtime, on the CPU, or on request with its CUDA or TensorRT provider.
 
 ONNX Runtime's CPU provider computes an fp16 graph in fp32, weights rounded, and has no bf16 convolution at all. A bf16
 graph is therefore emulated: computed in fp32, with every value that is bf16 in the graph rounded to bf16.
@@ -15,9 +15,11 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from smlp_deploy.errors import ArtifactError
+from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.metadata import METADATA_KEY, BatchProfile, ModelMetadata
 from smlp_deploy.runners.base import FloatArray, in_batches
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 _ERRORS_ONLY = 3
 
@@ -27,25 +29,39 @@ class OnnxRuntimeRunner:
 
     Args:
         path: the file.
+        provider: "cpu", "cuda" or "tensorrt"; another than the one asked for is never taken.
 
     Raises:
         ArtifactError: not an ONNX file, or without smlp-deploy's metadata.
+        MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
         ConfigError: its metadata is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, provider: str = "cpu") -> None:
+        wanted = PROVIDERS[provider]
+        if wanted not in onnxruntime.get_available_providers():
+            raise MissingDependencyError(
+                f"the installed ONNX Runtime has no {wanted}",
+                fix='pip install "smlp-deploy[gpu]" in its own environment',
+            )
         if not path.is_file():
             raise ArtifactError("no such file", where=path, fix="smlp export --format onnx makes one")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         try:
             source = _loadable(path)
-            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(source, options, providers=[wanted])
         # onnxruntime's exceptions share no base class of their own.
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"ONNX Runtime cannot load it: {reason}", where=path, fix="export it again") from None
-        device = "CPU" if source is path else "CPU, bf16 emulated"
+        # Listing a provider does not start it: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
+        if session.get_providers()[0] != wanted:
+            raise MissingDependencyError(
+                f"{wanted} does not start here, only {session.get_providers()[0]}",
+                fix="check the NVIDIA driver and CUDA libraries, or use --provider cpu",
+            )
+        device = provider.upper() if source is path else f"{provider.upper()}, bf16 emulated"
         self.name = f"onnxruntime ({device}) {path.name}"
         self.metadata = _metadata(session, path)
         self._session: onnxruntime.InferenceSession | None = session

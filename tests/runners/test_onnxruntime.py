@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
-from smlp_deploy.errors import ArtifactError, ConfigError
+from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.export import Export, export_checkpoint
+from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 
 
 def test_a_fixed_batch_takes_any_number_of_images(digits: Checkpoint, digits_export: Export, tmp_path: Path) -> None:
@@ -43,6 +46,34 @@ def test_a_truncated_file_is_one_clear_error(digits_export: Export, tmp_path: Pa
     path.write_bytes(digits_export.path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match="ONNX Runtime cannot load it"):
         OnnxRuntimeRunner(path)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_an_error(digits_export: Export, provider: str) -> None:
+    if PROVIDERS[provider] in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    with pytest.raises(MissingDependencyError, match=r"has no (CUDA|Tensorrt)ExecutionProvider.*smlp-deploy\[gpu\]"):
+        OnnxRuntimeRunner(digits_export.path, provider=provider)
+
+
+def test_a_provider_that_falls_back_is_an_error(digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What onnxruntime-gpu does without a GPU: it lists CUDA, and gives a session on the CPU.
+    real = onnxruntime.InferenceSession
+
+    def falls_back(source: Path, options: onnxruntime.SessionOptions, providers: list[str]) -> object:
+        return real(source, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
+    with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider does not start here, only CPU"):
+        OnnxRuntimeRunner(digits_export.path, provider="cuda")
+
+
+def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
+    with open_runner(digits_export.path, provider="cpu") as runner:
+        assert runner.name == "onnxruntime (CPU) digits-fp32.onnx"
+    with pytest.raises(UsageError, match="a provider is for ONNX files"):
+        open_runner(BUNDLED_CHECKPOINT, provider="cpu")
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
