@@ -119,12 +119,7 @@ def profile_graph(source: Path, *, batch: int = 8, architecture: str = DEFAULT_A
         MissingDependencyError: TensorRT-RTX is not installed.
     """
     tensorrt = TensorRT.load(find_flavour("tensorrt-rtx"))
-    if architecture not in tensorrt.architectures():
-        raise UsageError(
-            f"no architecture is called {architecture!r}",
-            where="--gpu-arch",
-            fix=f"known: {', '.join(tensorrt.architectures())}",
-        )
+    tensorrt.check_architectures([architecture])
     model = load_graph(source)
     metadata = read_metadata(model, source)
     if metadata is None:

@@ -133,6 +133,21 @@ def test_no_image_fails_though_the_noise_agrees(tmp_path: Path) -> None:
     assert "absent.jpg: no such file" in report.failures[0].detail
 
 
+def test_int8_is_not_judged_on_noise_and_fails_without_images() -> None:
+    int8 = replace(metadata(), precision="int8")
+
+    def wrong_on_noise(images: FloatArray) -> FloatArray:
+        # Noise sums to little over a quadrant; in these two photographs one is bright or dark as a whole.
+        logits = quadrant_means(images)
+        noisy = np.abs(logits).max(axis=1) < 40
+        logits[noisy] *= -1
+        return logits
+
+    assert compare(FakeRunner(quadrant_means), FakeRunner(wrong_on_noise, int8), IMAGES[:2]).passed
+    report = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means, int8), [])
+    assert failed_gates(report) == {"images"}
+
+
 def test_an_unreadable_image_is_left_out_and_reported(tmp_path: Path) -> None:
     report = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [tmp_path / "absent.jpg", *IMAGES])
     assert report.passed

@@ -92,11 +92,11 @@ def find_flavour(target: str) -> str:
     return there[0]
 
 
-def check_architectures(architectures: Sequence[str]) -> None:
-    """Check the architectures of an ahead-of-time build.
+def check_alone(architectures: Sequence[str]) -> None:
+    """Check that sm75 stands by itself.
 
     Raises:
-        UsageError: sm75 stands beside another.
+        UsageError: it stands beside another.
     """
     if ALONE in architectures and len(architectures) > 1:
         raise UsageError(
@@ -149,17 +149,28 @@ class TensorRT:
         with self._log.recording() as messages:
             plan, cache = self._build(graph, options, detailed=not self.ahead_of_time, progress=progress)
         memory = tuple(line for line in messages if any(figure in line for figure in _MEMORY_FIGURES))
-        kernels = self._logged_kernels(graph, options) if self.ahead_of_time else self._inspected_kernels(plan)
+        kernels = self.kernels(graph, options) if self.ahead_of_time else self._inspected_kernels(plan)
         return Engine(plan=plan, kernels=kernels, memory=memory, timing_cache=cache)
 
-    def kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
-        """The kernels of a graph at the profile's optimal batch, without keeping an engine."""
-        if self.ahead_of_time:
-            return self._logged_kernels(graph, options)
-        return self.build(graph, options).kernels
+    def check_architectures(self, architectures: Sequence[str]) -> None:
+        """Check the architectures of an ahead-of-time build.
 
-    def _logged_kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
-        """From the log of a compile at the optimal batch alone, for the first architecture."""
+        Raises:
+            UsageError: one is unknown, or sm75 stands beside another.
+        """
+        known = self.architectures()
+        unknown = [name for name in architectures if name not in known]
+        if unknown:
+            raise UsageError(
+                f"no architecture is called {unknown[0]!r}", where="--gpu-arch", fix=f"known: {', '.join(known)}"
+            )
+        check_alone(architectures)
+
+    def kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
+        """The kernels of a graph, from the log of a compile ahead of time.
+
+        It is compiled at the optimal batch alone, for the first architecture; no engine is kept.
+        """
         single = BuildOptions(
             profile=BatchProfile.fixed(options.profile.opt),
             architectures=options.architectures[:1],
@@ -173,7 +184,9 @@ class TensorRT:
         trt = self._trt
         engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
         if engine is None:
-            raise BuildError("the engine that was just built cannot be loaded again", fix="see the log with --verbose")
+            raise BuildError(
+                "the engine that was just built cannot be loaded again", fix="build it on the GPU it is to run on"
+            )
         text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         return kernels_from_inspector(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
@@ -37,6 +38,22 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+class Closing(ABC):
+    """A context manager that closes itself; runners share it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the network's memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def in_batches(batch: FloatArray, profile: BatchProfile, run: Callable[[FloatArray], FloatArray]) -> FloatArray:

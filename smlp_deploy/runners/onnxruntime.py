@@ -7,24 +7,24 @@ graph is therefore emulated: computed in fp32, with every value that is bf16 in 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.metadata import METADATA_KEY, BatchProfile, ModelMetadata
-from smlp_deploy.runners.base import FloatArray, in_batches
+from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Closing):
     """Runs an ONNX file that `smlp export` wrote.
 
     Args:
@@ -48,9 +48,13 @@ class OnnxRuntimeRunner:
             raise ArtifactError("no such file", where=path, fix="smlp export --format onnx makes one")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        emulated = False
         try:
-            source = _loadable(path)
-            session = onnxruntime.InferenceSession(source, options, providers=[wanted])
+            try:
+                session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+            except KernelMissing:
+                session = onnxruntime.InferenceSession(_emulated(path), options, providers=[wanted])
+                emulated = True
         # onnxruntime's exceptions share no base class of their own.
         except Exception as error:
             reason = str(error).splitlines()[0]
@@ -61,7 +65,7 @@ class OnnxRuntimeRunner:
                 f"{wanted} does not start here, only {session.get_providers()[0]}",
                 fix="check the NVIDIA driver and CUDA libraries, or use --provider cpu",
             )
-        device = provider.upper() if source is path else f"{provider.upper()}, bf16 emulated"
+        device = f"{provider.upper()}, bf16 emulated" if emulated else provider.upper()
         self.name = f"onnxruntime ({device}) {path.name}"
         self.metadata = _metadata(session, path)
         self._session: onnxruntime.InferenceSession | None = session
@@ -75,12 +79,7 @@ class OnnxRuntimeRunner:
         assert self._session is not None, "the runner is closed"
         return cast(FloatArray, self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._session = None
 
 
@@ -95,12 +94,9 @@ def _metadata(session: onnxruntime.InferenceSession, path: Path) -> ModelMetadat
     return ModelMetadata.from_json(text, where=path)
 
 
-def _loadable(path: Path) -> Path | bytes:
-    """The file itself, or a bf16 graph in its emulated form."""
-    model = onnx.load(path, load_external_data=False)
-    if all(tensor.data_type != TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-        return path
-    return bytes(emulate_bf16(model).SerializeToString())
+def _emulated(path: Path) -> bytes:
+    """A graph that ONNX Runtime has no kernels for, with its bf16 emulated."""
+    return bytes(emulate_bf16(onnx.load(path, load_external_data=False)).SerializeToString())
 
 
 def emulate_bf16(model: ModelProto) -> ModelProto:

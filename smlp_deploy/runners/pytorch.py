@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import LoweredBlock, lower
-from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.runners.base import Closing, FloatArray
 
 
-class PyTorchRunner:
+class PyTorchRunner(Closing):
     """Runs a checkpoint's network as trained.
 
     Args:
@@ -25,7 +25,7 @@ class PyTorchRunner:
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
         self.name = f"pytorch (CPU) {checkpoint.path.name}"
         self.metadata = metadata
-        self._network: nn.Module | None = checkpoint.network()
+        self._network: nn.Module | None = self._prepared(checkpoint.network())
 
     def infer(self, batch: FloatArray) -> FloatArray:
         assert self._network is not None, "the runner is closed"
@@ -33,15 +33,14 @@ class PyTorchRunner:
             logits: FloatArray = self._network(self._input(batch)).float().numpy()
         return logits
 
+    def _prepared(self, network: SMLPNet) -> nn.Module:
+        """What is run of the trained network."""
+        return network
+
     def _input(self, batch: FloatArray) -> Tensor:
         return torch.from_numpy(batch)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._network = None
 
 
@@ -51,7 +50,9 @@ class HalfRunner(PyTorchRunner):
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
         super().__init__(checkpoint, metadata)
         self.name = f"pytorch (CPU, lowered, fp16) {checkpoint.path.name}"
-        self._network = lower(checkpoint.network()).narrow(torch.float16)
+
+    def _prepared(self, network: SMLPNet) -> nn.Module:
+        return lower(network).narrow(torch.float16)
 
     def _input(self, batch: FloatArray) -> Tensor:
         return torch.from_numpy(batch).half()
@@ -65,14 +66,16 @@ class RecordingRunner(PyTorchRunner):
     """
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
+        self._largest: dict[str, float] = {}
         super().__init__(checkpoint, metadata)
         self.name = f"pytorch (CPU, lowered) {checkpoint.path.name}"
-        network = lower(checkpoint.network())
-        self._largest: dict[str, float] = {}
-        for name, module in network.named_modules():
+
+    def _prepared(self, network: SMLPNet) -> nn.Module:
+        lowered = lower(network)
+        for name, module in lowered.named_modules():
             if isinstance(module, nn.Conv2d | LoweredBlock):
                 module.register_forward_hook(self._recorder(name))
-        self._network = network
+        return lowered
 
     def _recorder(self, name: str) -> Any:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from smlp_deploy.artifacts import engine_card_path
@@ -17,7 +16,7 @@ from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present, installed_ve
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import EngineCard
-from smlp_deploy.runners.base import FloatArray, in_batches
+from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
 _INPUT, _OUTPUT = "images", "logits"
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
@@ -30,7 +29,7 @@ class Session(Protocol):
     def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]: ...
 
 
-class TensorRTRunner:
+class TensorRTRunner(Closing):
     """Runs an engine; any number of images, split and padded to the engine's batch profile.
 
     Args:
@@ -69,12 +68,7 @@ class TensorRTRunner:
         logits: FloatArray = self._session.infer({_INPUT: batch})[_OUTPUT]
         return logits
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._session = None
         self._stack.close()
 

@@ -14,7 +14,7 @@ from smlp_deploy.export import Export
 from smlp_deploy.exporters import tensorrt
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
-from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_architectures, find_flavour
+from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_alone, find_flavour
 from smlp_deploy.metadata import BatchProfile
 from standin import VERSIONS, StandIn
 
@@ -170,7 +170,7 @@ class TestFlavours:
             find_flavour(target)
 
     def test_sm75_only_by_itself(self) -> None:
-        check_architectures(["sm75"])
-        check_architectures(["sm80", "sm89"])
+        check_alone(["sm75"])
+        check_alone(["sm80", "sm89"])
         with pytest.raises(UsageError, match="build sm75 by itself"):
-            check_architectures(["sm75", "sm89"])
+            check_alone(["sm75", "sm89"])
