@@ -96,6 +96,24 @@ MaxDropOption = Annotated[
         help="Measure each int8 layer and leave as few in fp16 as keep top-1 within this many percentage points.",
     ),
 ]
+MinCosineOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="COSINE",
+        min=-1,
+        max=1,
+        help="Gate: smallest cosine of two logit vectors. Default: the precision's own.",
+    ),
+]
+MaxDifferenceOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE", min=0, help="Gate: largest difference of a logit, in standard deviations of the logits."
+    ),
+]
+MinTop1Option = Annotated[
+    float | None, typer.Option(metavar="SHARE", min=0, max=1, help="Gate: share of images with the same top-1.")
+]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Take the moving-average weights of a training checkpoint.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -205,6 +223,9 @@ def export(
         list[str] | None,
         typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
     ] = None,
+    min_cosine: MinCosineOption = None,
+    max_difference: MaxDifferenceOption = None,
+    min_top1: MinTop1Option = None,
 ) -> None:
     """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
     from smlp_deploy.dependencies import require_onnxruntime, require_torch
@@ -234,7 +255,8 @@ def export(
     )
     target = output or default_path(metadata)
     images = _images(parity_images) if parity_images else None
-    path = _export_proven(checkpoint, metadata, target, opset=opset, images=images, int8=quantization)
+    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    path = _export_proven(checkpoint, metadata, target, opset=opset, images=images, bounds=bounds, int8=quantization)
     typer.echo(path)
     say(f"next: smlp predict --model {path} IMAGES")
 
@@ -276,6 +298,9 @@ def build_engine(
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; tensorrt only.")
     ] = False,
+    min_cosine: MinCosineOption = None,
+    max_difference: MaxDifferenceOption = None,
+    min_top1: MinTop1Option = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: artifacts/<model>-<precision>.engine.")
     ] = None,
@@ -285,7 +310,7 @@ def build_engine(
     from smlp_deploy.dependencies import require
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.terminal import building, say, show_kernels, show_sensitivity
+    from smlp_deploy.terminal import building, say, show_kernels, show_parity, show_sensitivity
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
@@ -315,19 +340,24 @@ def build_engine(
         max_drop=max_drop,
         per_channel=flavour == "tensorrt",
     )
+    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     onnx_file = _onnx_file(source)
     with building("reading the graph") as progress:
-        graph = prepare_graph(onnx_file, precision, int8=quantization, progress=progress)
+        graph = prepare_graph(onnx_file, precision, bounds=bounds, int8=quantization, progress=progress)
     if graph.sensitivity is not None:
         show_sensitivity(graph.sensitivity)
+    path = output or engine_path(graph.metadata)
     with building("building") as progress:
-        result = build(graph, output or engine_path(graph.metadata), options, flavour=flavour, progress=progress)
+        result = build(graph, path, options, flavour=flavour, bounds=bounds, progress=progress)
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)
     typer.echo(result.path)
-    if options.architectures:
-        say(f"built ahead of time by {flavour} for {', '.join(options.architectures)}; it was not run here")
+    if result.parity is not None:
+        show_parity(result.parity, stderr=True)
+    how = f"built ahead of time by {flavour} for {', '.join(options.architectures)}" if options.architectures else ""
+    ran = "run here and compared with its ONNX file" if result.parity else "it was not run here"
+    say(f"{how or f'built by {flavour} for this GPU'}; {ran}")
 
 
 @app.command()
@@ -371,6 +401,9 @@ def verify(
         list[str] | None,
         typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
     ] = None,
+    min_cosine: MinCosineOption = None,
+    max_difference: MaxDifferenceOption = None,
+    min_top1: MinTop1Option = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an artifact with its trained network again, on real images and seeded noise."""
@@ -381,8 +414,9 @@ def verify(
     from smlp_deploy.export import verify_artifact
 
     paths = _images(images) if images else None
+    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     with working(f"comparing {candidate} with the trained network"):
-        report = verify_artifact(candidate, reference=reference, images=paths)
+        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -495,6 +529,7 @@ def _export_proven(
     *,
     opset: int = 20,
     images: list[Path] | None = None,
+    bounds: dict[str, float] | None = None,
     int8: Int8Options | None = None,
 ) -> Path:
     """Export, show the parity report, and fail if it does."""
@@ -503,7 +538,7 @@ def _export_proven(
 
     with building(f"exporting {metadata.name} and comparing the file with the trained network") as progress:
         result = export_checkpoint(
-            checkpoint, metadata, target, opset=opset, images=images, int8=int8, progress=progress
+            checkpoint, metadata, target, opset=opset, images=images, bounds=bounds, int8=int8, progress=progress
         )
     if result.sensitivity is not None:
         show_sensitivity(result.sensitivity)
@@ -549,6 +584,11 @@ def _one_precision(given: Precision | None, **flags: bool) -> str | None:
     if len(wanted) > 1:
         raise UsageError(f"{' and '.join(sorted(wanted))} contradict each other", fix="choose one precision")
     return wanted.pop() if wanted else None
+
+
+def _bounds(**given: float | None) -> dict[str, float]:
+    """The gates' bounds that the options give."""
+    return {name: bound for name, bound in given.items() if bound is not None}
 
 
 def _preprocessing_options(

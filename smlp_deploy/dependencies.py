@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -11,6 +12,9 @@ from smlp_deploy.errors import MissingDependencyError
 
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The module of each flavour of TensorRT."""
+
+# Of the CUDA driver interface's device attributes.
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 def require(*modules: str, purpose: str, extra: str) -> None:
@@ -44,14 +48,40 @@ def require_onnxruntime() -> None:
         )
 
 
-def gpu_present() -> bool:
-    """Whether an NVIDIA driver with a GPU is there."""
+@dataclass(frozen=True, kw_only=True)
+class GpuDevice:
+    """The first NVIDIA GPU, as its driver describes it.
+
+    Attributes:
+        name: as sold.
+        architecture: its compute capability: `sm89` for 8.9.
+        driver: the CUDA version of the driver: 12080 for 12.8.
+    """
+
+    name: str
+    architecture: str
+    driver: int
+
+
+def find_gpu() -> GpuDevice | None:
+    """The first NVIDIA GPU, or None where there is none or no driver."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return None
+    count, major, minor, version_ = (ctypes.c_int(0) for _ in range(4))
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
+    driver.cuDriverGetVersion(ctypes.byref(version_))
+    return GpuDevice(
+        name=name.value.decode(errors="replace"),
+        architecture=f"sm{major.value}{minor.value}",
+        driver=version_.value,
+    )
 
 
 def installed_version(distribution: str) -> str | None:

@@ -18,7 +18,7 @@ from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
-from smlp_deploy.parity import ParityReport, check_half_range, compare
+from smlp_deploy.parity import Bounds, ParityReport, check_half_range, compare
 from smlp_deploy.quantization import (
     Int8Options,
     Progress,
@@ -60,6 +60,7 @@ def export_checkpoint(
     *,
     opset: int = DEFAULT_OPSET,
     images: Sequence[Path] | None = None,
+    bounds: Bounds | None = None,
     int8: Int8Options | None = None,
     progress: Progress | None = None,
 ) -> Export:
@@ -74,6 +75,7 @@ def export_checkpoint(
         target: the file to write.
         opset: version of ONNX's default operator set.
         images: real images to compare on; by default the bundled ones, or those of the calibration.
+        bounds: of the numeric gates, in place of the precision's own.
         int8: how to quantize, for the precision int8.
         progress: told of the steps of quantization.
 
@@ -92,7 +94,8 @@ def export_checkpoint(
         elif metadata.precision != "fp32":
             save_graph(to_half(load_graph(temporary), metadata.precision), metadata, temporary)
         with OnnxRuntimeRunner(temporary) as candidate:
-            report = _prove(candidate, checkpoint, metadata, images, sha256_of(temporary))
+            report = _prove(candidate, checkpoint, metadata, images, bounds, sha256_of(temporary))
+        report = replace(report, candidate=report.candidate.replace(temporary.name, target.name))
         path = target
         if not report.passed:
             path = failed_path(target)
@@ -117,7 +120,11 @@ def write_quantization(quantized: Quantized, artifact: Path) -> None:
 
 
 def verify_artifact(
-    candidate: Path, *, reference: Path | None = None, images: Sequence[Path] | None = None
+    candidate: Path,
+    *,
+    reference: Path | None = None,
+    images: Sequence[Path] | None = None,
+    bounds: Bounds | None = None,
 ) -> ParityReport:
     """Compare an artifact with the trained network it was made from.
 
@@ -126,6 +133,7 @@ def verify_artifact(
         reference: the checkpoint; by default the one whose sha256 the artifact carries, if it is the bundled one or
             was downloaded.
         images: real images to compare on; by default the bundled ones.
+        bounds: of the numeric gates, in place of the precision's own.
 
     Raises:
         UsageError: no reference is given and none is known.
@@ -138,7 +146,7 @@ def verify_artifact(
             logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
         card = checkpoint.card
         metadata = replace(runner.metadata, labels=card.labels or runner.metadata.labels, config=checkpoint.config)
-        return _prove(runner, checkpoint, metadata, images, sha256_of(candidate))
+        return _prove(runner, checkpoint, metadata, images, bounds, sha256_of(candidate))
 
 
 def _prove(
@@ -146,13 +154,14 @@ def _prove(
     checkpoint: Checkpoint,
     metadata: ModelMetadata,
     images: Sequence[Path] | None,
+    bounds: Bounds | None,
     artifact_sha256: str,
 ) -> ParityReport:
     if not images and candidate.metadata.precision == "int8":
         images = parity_images((), candidate.metadata)
     images = images or bundled_images()
     with PyTorchRunner(checkpoint, metadata) as trained:
-        report = compare(trained, candidate, images, artifact_sha256=artifact_sha256)
+        report = compare(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
         if candidate.metadata.precision not in ("fp16", "int8"):
             return report
         half, recorder = HalfRunner(checkpoint, metadata), RecordingRunner(checkpoint, metadata)

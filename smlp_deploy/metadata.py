@@ -264,8 +264,9 @@ class EngineCard:
         flavour: "tensorrt" or "tensorrt-rtx".
         version: of TensorRT.
         profile: batch sizes it takes.
-        architectures: GPUs it was built for ahead of time; empty for the GPU it was built on.
+        architectures: of the GPUs it was built for, ahead of time or where it was built.
         ran_here: whether it was run where it was built.
+        engine_parity: if so, its comparison with the ONNX source.
         options: how it was built.
         memory: the build log's figures.
         kernels: what is inside, as a summary.
@@ -285,6 +286,7 @@ class EngineCard:
     memory: tuple[str, ...] = ()
     kernels: Mapping[str, Any] = field(default_factory=dict)
     graph_parity: Mapping[str, Any] | None = None
+    engine_parity: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         return (

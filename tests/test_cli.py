@@ -302,6 +302,19 @@ class TestVerifyAndInspect:
         assert report["passed"]
         assert report["images"] == 12
 
+    def test_gates_of_ones_own(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("verify", artifact, "--max-difference", "1e-12", "--min-cosine", "0.5", "--json")
+        assert outcome.code == 1
+        assert "parity failed: difference · " in one_error(outcome)
+        assert json.loads(outcome.out)["bounds"] == {"cosine": 0.5, "difference": 1e-12, "top1": 1.0}
+        outcome = smlp("export", "--max-difference", "1e-12")
+        assert outcome.code == 1
+        assert "parity failed: difference" in one_error(outcome)
+        outcome = smlp("build-engine", artifact, "--fp16", "--min-cosine", "1")
+        assert outcome.code == 1
+        assert "in fp16 it computes something else: cosine" in one_error(outcome)
+        assert smlp("verify", artifact, "--min-top1", "1.5").code == 2
+
     def test_verify_fails_on_a_changed_file(self, smlp: Smlp, artifact: Path) -> None:
         model = onnx.load(artifact)
         next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias").raw_data = bytes(40)

@@ -7,14 +7,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from fakes import FakeRunner
 from smlp_deploy import engine
-from smlp_deploy.engine import build_engine, check_precision, prepare_graph
+from smlp_deploy.engine import Graph, build_engine, check_precision, prepare_graph
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.export import Export
+from smlp_deploy.exporters.graph import save_graph
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.runners.tensorrt import TensorRTRunner
 
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
 
@@ -34,7 +38,7 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     assert card.profile == SM89.profile
     assert card.architectures == ("sm89",)
     assert card.kernels["compute_by_precision"].keys() == {"Half"}
-    assert card.ran_here is False
+    assert card.ran_here is (result.parity is not None)
     assert card.graph_parity is not None
     assert card.graph_parity["passed"] is True
     assert card.memory
@@ -56,6 +60,40 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{'Float': 31\}"):
         build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
+
+
+class TestWhereTheEngineRuns:
+    """On a stand-in for the GPU: ONNX Runtime runs the graph that the engine was built from."""
+
+    @pytest.fixture
+    def graph(self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
+        graph = prepare_graph(digits_export.path, "fp16")
+        save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
+        monkeypatch.setattr(engine, "check_machine", lambda path, card: None)
+        return graph
+
+    def test_it_is_compared_with_its_source(
+        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: OnnxRuntimeRunner(tmp_path / "half.onnx"))
+        result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+        card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
+        assert card.ran_here is True
+        assert card.engine_parity is not None
+        assert card.engine_parity["passed"] is True
+        assert card.engine_parity["artifact_sha256"] == sha256_of(result.path)
+
+    def test_one_that_computes_something_else_is_kept_under_a_failed_name(
+        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with OnnxRuntimeRunner(tmp_path / "half.onnx") as half:
+            wrong = FakeRunner(lambda batch: -half.infer(batch), graph.metadata)
+            monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: wrong)
+            with pytest.raises(
+                BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
+            ):
+                build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+        assert {path.name for path in tmp_path.iterdir()} == {"half.onnx", "x.engine.failed"}
 
 
 def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_path: Path) -> None:

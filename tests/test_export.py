@@ -29,6 +29,7 @@ def test_an_export_is_proven_and_says_so_beside_it(digits_export: Export) -> Non
     assert document["passed"] is True
     assert document["artifact_sha256"] == sha256_of(digits_export.path)
     assert document["images"] == len(bundled_images()) == 18
+    assert document["candidate"] == "onnxruntime (CPU) digits-fp32.onnx"
     assert document["max_relative"] < 1e-4
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy import Classifier
-from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present
+from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
 from smlp_deploy.engine import build_engine, prepare_graph
 from smlp_deploy.export import Export, verify_artifact
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions
 from smlp_deploy.metadata import BatchProfile
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu_present(), reason="no NVIDIA GPU and driver here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU and driver here")]
 
 
 @pytest.fixture(params=TENSORRT_MODULES)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ def failed_gates(report: ParityReport) -> set[str]:
 def compared(damage: Damage, *, gates: Gates | None = None, batch: int | None = None) -> ParityReport:
     """The report on a runner whose logits are damaged."""
     candidate = FakeRunner(lambda images: damage(quadrant_means(images)), metadata(batch=batch))
-    return compare(FakeRunner(quadrant_means), candidate, IMAGES, gates=gates)
+    return compare(FakeRunner(quadrant_means), candidate, IMAGES, bounds=asdict(gates) if gates else None)
 
 
 def test_equal_runners_pass() -> None:
@@ -85,6 +85,20 @@ def test_one_value_that_is_no_number_fails_however_loose_the_gates(bad: float) -
     assert "finite" in failed_gates(report)
     assert IMAGES[0].name in report.failures[0].detail
     assert json.loads(report.to_json())["passed"] is False
+
+
+def test_bounds_in_place_of_the_precisions_own_are_judged_by_and_recorded() -> None:
+    def shifted(batch: FloatArray) -> FloatArray:
+        logits = quadrant_means(batch)
+        logits += np.float32(0.001) * logits.std()
+        return logits
+
+    runner, candidate = FakeRunner(quadrant_means), FakeRunner(shifted)
+    assert failed_gates(compare(runner, candidate, IMAGES)) == {"difference"}
+    report = compare(runner, candidate, IMAGES, bounds={"difference": 0.1})
+    assert report.passed
+    assert report.bounds == Gates(cosine=0.99999, difference=0.1)
+    assert json.loads(report.to_json())["bounds"] == {"cosine": 0.99999, "difference": 0.1, "top1": 1.0}
 
 
 def test_all_nan_fails_every_numeric_gate() -> None:

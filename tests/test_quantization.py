@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from digits import load_digits
+from smlp_deploy import quantization
 from smlp_deploy.engine import build_engine, prepare_graph
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.export import Export, export_checkpoint, verify_artifact
@@ -64,12 +65,24 @@ def test_an_int8_export_passes_and_tells_how_it_was_made(int8_export: Export) ->
     assert verify_artifact(int8_export.path).passed
 
 
-def test_accuracy_on_held_out_digits_is_within_half_a_point(int8_export: Export, digits_export: Export) -> None:
+def top1_on_held_out_digits(*paths: Path) -> list[float]:
+    """In percent, of each artifact."""
     _, held_out = load_digits()
-    with open_runner(digits_export.path) as exact, open_runner(int8_export.path) as narrow:
-        images = np.stack([prepare(Image.fromarray(p), exact.metadata.preprocessing) for p in held_out.pixels])
-        right = [(runner.infer(images).argmax(axis=1) == held_out.labels).mean() for runner in (exact, narrow)]
-    assert 100 * abs(right[0] - right[1]) <= 0.5
+    found = []
+    for path in paths:
+        with open_runner(path) as runner:
+            images = np.stack([prepare(Image.fromarray(p), runner.metadata.preprocessing) for p in held_out.pixels])
+            found.append(100 * float((runner.infer(images).argmax(axis=1) == held_out.labels).mean()))
+    return found
+
+
+def test_accuracy_on_held_out_digits_is_kept(
+    digits: Checkpoint, int8_export: Export, digits_export: Export, tmp_path: Path
+) -> None:
+    fp16_export = export_checkpoint(digits, describe(digits, precision="fp16"), tmp_path / "x.onnx")
+    fp32, fp16, int8 = top1_on_held_out_digits(digits_export.path, fp16_export.path, int8_export.path)
+    assert abs(fp32 - fp16) < 0.1 + 1e-9
+    assert abs(fp32 - int8) < 0.5 + 1e-9
 
 
 def test_the_table_makes_the_same_graph_without_images(
@@ -164,3 +177,16 @@ def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) 
     result = build_engine(graph, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), flavour="tensorrt-rtx")
     assert result.summary.share("int8") > 0.8
     assert result.summary.compute_by_precision.keys() == {"Int8", "Half"}
+
+
+def test_of_many_images_an_even_selection_is_used(
+    model: onnx.ModelProto,
+    metadata: ModelMetadata,
+    digit_images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(quantization, "MOST_IMAGES", 4)
+    quantized = quantize_graph(model, metadata, Int8Options(images=tuple(digit_images)))
+    assert quantized.images == tuple(digit_images[0:12:3])
+    assert "4 of the 12 calibration images are used" in caplog.text

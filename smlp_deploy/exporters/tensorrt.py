@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present
+from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
 from smlp_deploy.metadata import BatchProfile
@@ -82,7 +82,7 @@ def find_flavour(target: str) -> str:
     """
     wanted = list(TENSORRT_MODULES) if target == "auto" else [target]
     there = [flavour for flavour in wanted if find_spec(TENSORRT_MODULES[flavour]) is not None]
-    if target == "auto" and "tensorrt" in there and not gpu_present():
+    if target == "auto" and "tensorrt" in there and find_gpu() is None:
         there.remove("tensorrt")
     if not there:
         raise MissingDependencyError(

@@ -1,22 +1,31 @@
 """Engines in TensorRT or TensorRT-RTX, through polygraphy.
 
-An engine is code: it is loaded only if its sha256 is the one in the JSON beside it.
+An engine is code: it is loaded only if its sha256 is the one in the JSON beside it. TensorRT-RTX compiles an engine's
+kernels on the GPU they run on; they are kept in the user's cache directory for the next time, and run as CUDA graphs.
+TensorRT has neither at run time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from platformdirs import user_cache_path
+
 from smlp_deploy.artifacts import engine_card_path
-from smlp_deploy.dependencies import TENSORRT_MODULES, gpu_present, installed_version, require
-from smlp_deploy.errors import ArtifactError, MissingDependencyError
-from smlp_deploy.files import sha256_of
+from smlp_deploy.dependencies import TENSORRT_MODULES, GpuDevice, find_gpu, installed_version, require
+from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
+from smlp_deploy.files import sha256_of, write_bytes
 from smlp_deploy.metadata import EngineCard
 from smlp_deploy.runners.base import Closing, FloatArray, in_batches
+
+logger = logging.getLogger(__name__)
 
 _INPUT, _OUTPUT = "images", "logits"
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
@@ -53,11 +62,15 @@ class TensorRTRunner(Closing):
             ArtifactError: it is not the engine that the JSON beside it is about, or there is no GPU it runs on.
             MissingDependencyError: its flavour of TensorRT is not installed, or another major version is.
         """
-        card = read_card(path)
+        return cls.load(path, read_card(path))
+
+    @classmethod
+    def load(cls, path: Path, card: EngineCard) -> Self:
+        """Load an engine whose facts are known already; otherwise like `open`."""
         check_machine(path, card)
-        stack = ExitStack()
-        runner = cls(path, card, stack.enter_context(_session(path, card)))
-        runner._stack = stack
+        with ExitStack() as stack:
+            runner = cls(path, card, _session(path, card, stack))
+            runner._stack = stack.pop_all()
         return runner
 
     def infer(self, batch: FloatArray) -> FloatArray:
@@ -90,22 +103,33 @@ def read_card(path: Path) -> EngineCard:
     except UnicodeDecodeError:
         raise ArtifactError("is not JSON", where=beside, fix="build the engine again") from None
     card = EngineCard.from_json(text, where=beside)
+    _check_sha256(path, card, sha256)
+    return card
+
+
+def _check_sha256(path: Path, card: EngineCard, sha256: str) -> None:
     if card.engine_sha256 != sha256:
         raise ArtifactError(
             "is not the engine that the JSON beside it is about, so it is not loaded", where=path, fix="build it again"
         )
-    return card
 
 
 def check_machine(path: Path, card: EngineCard) -> None:
     """Check that an engine can run here, as far as can be told without loading it.
 
     Raises:
-        ArtifactError: there is no GPU.
+        ArtifactError: there is no GPU, or it was built for others.
         MissingDependencyError: its flavour is not installed, or another major version of it is.
     """
-    if not gpu_present():
+    gpu = find_gpu()
+    if gpu is None:
         raise ArtifactError("needs an NVIDIA GPU and driver, and there is none", where=path, fix="use the ONNX file")
+    if not _built_for(gpu, card):
+        raise ArtifactError(
+            f"was built for {', '.join(card.architectures)}, this GPU is {gpu.architecture} ({gpu.name})",
+            where=path,
+            fix="build it again for this GPU",
+        )
     extra = _EXTRAS[card.flavour]
     require("polygraphy", TENSORRT_MODULES[card.flavour], purpose=f"to run {card.flavour} engines", extra=extra)
     installed = installed_version(_DISTRIBUTIONS[card.flavour]) or ""
@@ -117,19 +141,76 @@ def check_machine(path: Path, card: EngineCard) -> None:
         )
 
 
-def _session(path: Path, card: EngineCard) -> Any:
-    """polygraphy's runner of the engine, not yet activated."""
+def _built_for(gpu: GpuDevice, card: EngineCard) -> bool:
+    if card.options.get("hardware_compatible"):  # for Ampere and later
+        return int(gpu.architecture[2:]) >= 80
+    return not card.architectures or gpu.architecture in card.architectures
+
+
+def _session(path: Path, card: EngineCard, stack: ExitStack) -> Session:
+    """polygraphy's runner of the engine, active until `stack` is closed."""
     if card.flavour == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
     from polygraphy.exception import PolygraphyException
 
     try:
-        engine = EngineFromBytes(path.read_bytes())()
+        engine = EngineFromBytes(_plan(path, card))()
+        module = importlib.import_module(TENSORRT_MODULES[card.flavour])
+        context = create_context(module, engine, lambda: runtime_cache_path(card), stack)
+        session: Session = stack.enter_context(TrtRunner(context))
     except PolygraphyException:
         raise ArtifactError(
             f"{card.flavour} {card.version} does not load it on this GPU",
             where=path,
             fix=f"it was built for {', '.join(card.architectures) or 'the GPU of its builder'}; build it again here",
         ) from None
-    return TrtRunner(engine)
+    return session
+
+
+def _plan(path: Path, card: EngineCard) -> bytes:
+    """The engine's bytes, checked as they were read, in case the file was replaced since."""
+    plan = path.read_bytes()
+    _check_sha256(path, card, hashlib.sha256(plan).hexdigest())
+    return plan
+
+
+def runtime_cache_path(card: EngineCard) -> Path:
+    """Where the kernels that TensorRT-RTX compiles for this engine, GPU and driver are kept."""
+    gpu = find_gpu()
+    assert gpu is not None, "an engine was loaded without a GPU"
+    name = "".join(c if c.isalnum() else "-" for c in gpu.name)
+    return user_cache_path("smlp-deploy") / "runtime" / f"{card.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
+
+
+def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path], stack: ExitStack) -> Any:
+    """An execution context; of TensorRT-RTX one that captures CUDA graphs and keeps its compiled kernels.
+
+    Args:
+        trt: the binding.
+        engine: loaded by it.
+        cache_path: where compiled kernels are kept; asked only where there are any.
+        stack: writes the kernels when it is closed, if new ones were compiled.
+    """
+    if not hasattr(trt, "IRuntimeCache"):
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    cache = config.create_runtime_cache()
+    path = cache_path()
+    stored = path.read_bytes() if path.is_file() else b""
+    if stored and not cache.deserialize(stored):
+        logger.info("%s is of another environment, so the kernels are compiled anew", path)
+    config.set_runtime_cache(cache)
+    stack.callback(_keep, cache, path, stored)
+    return engine.create_execution_context(config)
+
+
+def _keep(cache: Any, path: Path, stored: bytes) -> None:
+    kernels = bytes(cache.serialize())
+    if kernels == stored:
+        return
+    try:
+        write_bytes(path, kernels)
+    except (OSError, SmlpError) as error:  # the results are right without it, the next start is slower
+        logger.warning("compiled kernels are not kept: %s", error)

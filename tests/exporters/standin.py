@@ -61,6 +61,7 @@ class StandIn:
         self.monitor: Any = None
         self.logger: Any = None
         self.config: dict[str, Any] = {}
+        self.compiled = b"kernels"
         self.images = {"name": "images", "shape": (batch, 3, 8, 8)}
 
     def __getattr__(self, name: str) -> Any:
@@ -151,3 +152,22 @@ class StandIn:
         return lambda logger: self._object(
             "Runtime", deserialize_cuda_engine=lambda plan: None if self.fail == "load" else engine
         )
+
+    def engine(self) -> Strict:
+        """An engine that is loaded; the kernels it compiled are `self.compiled`."""
+        behaviour: dict[str, Any] = {"create_execution_context": self._noted("create_execution_context")}
+        if "IRuntimeCache" in self.names:
+            behaviour["create_runtime_config"] = self._runtime_config
+        return self._object("ICudaEngine", **behaviour)
+
+    def _runtime_config(self) -> Strict:
+        cache = self._object("IRuntimeCache", serialize=lambda: self.compiled, deserialize=self._restore)
+        return self._object(
+            "IRuntimeConfig",
+            create_runtime_cache=lambda: cache,
+            set_runtime_cache=self._noted("set_runtime_cache"),
+        )
+
+    def _restore(self, blob: bytes) -> bool:
+        self.calls.append(("deserialize", blob))
+        return self.fail != "deserialize"

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.export import Export
 from smlp_deploy.exporters import tensorrt
@@ -154,12 +155,12 @@ class TestTheRealThing:
 
 class TestFlavours:
     def test_auto_takes_rtx_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tensorrt, "gpu_present", lambda: False)
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
         monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
         assert find_flavour("auto") == "tensorrt-rtx"
 
     def test_auto_takes_tensorrt_with_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tensorrt, "gpu_present", lambda: True)
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: GpuDevice(name="L4", architecture="sm89", driver=12080))
         monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
         assert find_flavour("auto") == "tensorrt"
 

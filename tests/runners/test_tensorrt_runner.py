@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import pytest
 
 from fakes import metadata, quadrant_means
 from smlp_deploy.artifacts import engine_card_path
-from smlp_deploy.dependencies import gpu_present
+from smlp_deploy.dependencies import GpuDevice, find_gpu
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import BatchProfile, EngineCard
 from smlp_deploy.runners import open_runner, tensorrt
 from smlp_deploy.runners.base import FloatArray
-from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, read_card
+from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, create_context, read_card, runtime_cache_path
+from standin import VERSIONS, StandIn
+
+L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
 
 def card_of(path: Path, **changes: Any) -> EngineCard:
@@ -68,7 +73,7 @@ def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
 
 
 def test_without_a_gpu_it_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "gpu_present", lambda: False)
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
     with pytest.raises(ArtifactError, match=r"needs an NVIDIA GPU and driver.*x\.engine · use the ONNX file"):
         open_runner(engine)
 
@@ -95,7 +100,7 @@ def test_a_missing_or_damaged_json(engine: Path) -> None:
 class TestTheMachine:
     @pytest.fixture(autouse=True)
     def a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tensorrt, "gpu_present", lambda: True)
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: L4)
 
     def test_another_flavour_names_the_extra(self, engine: Path) -> None:
         with pytest.raises(MissingDependencyError, match=r"tensorrt not installed.*smlp-deploy\[gpu\]"):
@@ -109,7 +114,75 @@ class TestTheMachine:
         check_machine(engine, card_of(engine))
         check_machine(engine, card_of(engine, version="2.0", options={"version_compatible": True}))
 
-    @pytest.mark.skipif(gpu_present(), reason="with a driver the message is another")
+    def test_an_engine_for_other_gpus_says_which(self, engine: Path) -> None:
+        with pytest.raises(ArtifactError, match=r"built for sm80, sm86, this GPU is sm89 \(NVIDIA L4\)"):
+            check_machine(engine, card_of(engine, architectures=("sm80", "sm86")))
+
+    def test_a_hardware_compatible_engine_is_for_ampere_and_later(
+        self, engine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        card = card_of(engine, architectures=("sm80",), options={"hardware_compatible": True})
+        check_machine(engine, card)
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, architecture="sm75"))
+        with pytest.raises(ArtifactError, match="built for sm80, this GPU is sm75"):
+            check_machine(engine, card)
+
+    def test_an_engine_that_is_replaced_after_the_check_is_not_loaded(
+        self, engine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        card = read_card(engine)
+        engine.write_bytes(b"an engine of a stranger")
+        with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
+            TensorRTRunner.load(engine, card)
+
+    @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
         with pytest.raises(ArtifactError, match=r"does not load it on this GPU.*built for sm89"):
             open_runner(engine)
+
+
+class TestExecutionContexts:
+    """Contexts are made on stand-ins that have exactly the names of real versions."""
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_rtx_captures_graphs_and_keeps_its_kernels(self, version: str, tmp_path: Path) -> None:
+        module = StandIn(version)
+        path = tmp_path / "cache" / "x.cache"
+        with ExitStack() as stack:
+            create_context(module, module.engine(), lambda: path, stack)
+        context = module.calls[-1]
+        if not version.startswith("tensorrt_rtx"):
+            assert context == ("create_execution_context",)
+            assert not path.exists()
+            return
+        (config,) = context[1:]
+        assert config.cuda_graph_strategy == module.names["CudaGraphStrategy"].index("WHOLE_GRAPH_CAPTURE")
+        assert path.read_bytes() == b"kernels"
+        with ExitStack() as stack:
+            create_context(module, module.engine(), lambda: path, stack)
+        assert ("deserialize", b"kernels") in module.calls
+
+    def test_kernels_of_another_environment_are_replaced(self, tmp_path: Path) -> None:
+        module = StandIn("tensorrt_rtx-1.7", fail="deserialize")
+        path = tmp_path / "x.cache"
+        path.write_bytes(b"of an older driver")
+        with ExitStack() as stack:
+            create_context(module, module.engine(), lambda: path, stack)
+        assert path.read_bytes() == b"kernels"
+
+    def test_a_cache_that_cannot_be_written_is_a_warning(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        module = StandIn("tensorrt_rtx-1.7")
+        (tmp_path / "file").touch()
+        with ExitStack() as stack:
+            create_context(module, module.engine(), lambda: tmp_path / "file" / "x.cache", stack)
+        assert "compiled kernels are not kept: cannot write" in caplog.text
+
+    def test_the_cache_is_of_one_engine_gpu_and_driver(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: L4)
+        card = card_of(engine)
+        path = runtime_cache_path(card)
+        assert path.name == f"{card.engine_sha256[:32]}-NVIDIA-L4-12080.cache"
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, driver=13000))
+        assert runtime_cache_path(card) != path
