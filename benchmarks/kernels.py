@@ -1,0 +1,156 @@
+"""What TensorRT-RTX makes of sMLPNet: kernels, bytes they move, and engine sizes, graph by graph. Needs no GPU.
+
+    python benchmarks/kernels.py [VARIANT ...] [--json FILE]
+
+Each variant gets the seeded weights of `tests/recipe.py`. Its graphs are the straight export of the trained network, as
+`torch.onnx.export` makes it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8 inside fp16,
+calibrated on the package's own eighteen images. Kernels and bytes are those of a build for batch 8 and one
+architecture; the size is of the engine that `smlp build-engine` writes, for any batch from 1 to 32. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from recipe import recipe_weights
+from smlp_deploy.export import bundled_images
+from smlp_deploy.exporters.graph import ModelProto, load_graph
+from smlp_deploy.exporters.half import to_half
+from smlp_deploy.exporters.kernels import summarize
+from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions, TensorRT
+from smlp_deploy.metadata import BatchProfile
+from smlp_deploy.models.checkpoint import load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.models.variants import VARIANTS, Variant
+from smlp_deploy.quantization import Int8Options, quantize_graph
+
+BATCH = 8
+SEED = 1
+TARGETS = {"sm89": DEFAULT_ARCHITECTURES, "sm75": ("sm75",)}
+"""The architecture whose kernels are listed, and those that the engine is built for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One graph on one architecture.
+
+    Attributes:
+        variant: of the paper.
+        graph: how it was made.
+        architecture: that the kernels are for.
+        kernels: how many.
+        megabytes: that they read and write for one batch, 10^6 bytes.
+        engine_megabytes: size of the engine.
+        compute: convolutions and matrix products by element type.
+    """
+
+    variant: str
+    graph: str
+    architecture: str
+    kernels: int
+    megabytes: float
+    engine_megabytes: float
+    compute: dict[str, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kernels, traffic and engine sizes, graph by graph; needs no GPU.")
+    parser.add_argument("variants", nargs="*", default=["smlpnet_tiny"], metavar="VARIANT")
+    parser.add_argument("--json", type=Path, help="Write the figures here, too.")
+    arguments = parser.parse_args()
+    tensorrt = TensorRT.load("tensorrt-rtx")
+    rows = []
+    for name in arguments.variants:
+        for graph, model in graphs(VARIANTS[name]):
+            for architecture in TARGETS:
+                if graph in ("straight fp32", "lowered fp32") and architecture == "sm75":
+                    continue  # TensorRT-RTX has no fp32 matrix product for it
+                rows.append(measure(tensorrt, name, graph, model, architecture))
+                print(rows[-1], file=sys.stderr)
+    show(rows)
+    if arguments.json:
+        document = {"tensorrt_rtx": tensorrt.version, "batch": BATCH, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def graphs(variant: Variant) -> Iterator[tuple[str, ModelProto]]:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / f"{variant.name}.pth"
+        torch.save(recipe_weights(variant.config, SEED), weights)
+        checkpoint = load_checkpoint(weights)
+        yield "straight fp32", straight_export(checkpoint.network())
+        path = Path(folder) / "lowered.onnx"
+        metadata = export_onnx(checkpoint.network(), describe(checkpoint), path)
+        yield "lowered fp32", load_graph(path)
+        yield "fp16", to_half(load_graph(path), "fp16")
+        yield "int8", quantize_graph(load_graph(path), metadata, Int8Options(images=tuple(bundled_images()))).model
+
+
+def straight_export(network: SMLPNet) -> ModelProto:
+    """The trained network as torch exports it, its batch dynamic."""
+    size = network.config.image_size
+    program = torch.onnx.export(
+        network,
+        (torch.zeros(2, 3, size, size),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=20,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def measure(tensorrt: TensorRT, variant: str, graph: str, model: onnx.ModelProto, architecture: str) -> Row:
+    content = model.SerializeToString()
+    single = BuildOptions(profile=BatchProfile.fixed(BATCH), architectures=(architecture,))
+    summary = summarize(tensorrt.kernels(content, single), batch=BATCH)
+    engine = tensorrt.build(content, BuildOptions(architectures=TARGETS[architecture]))
+    return Row(
+        variant=variant,
+        graph=graph,
+        architecture=architecture,
+        kernels=summary.count,
+        megabytes=round(summary.bytes_per_image * BATCH / 1e6, 1),
+        engine_megabytes=round(len(engine.plan) / 1e6, 1),
+        compute=dict(summary.compute_by_precision),
+    )
+
+
+def show(rows: list[Row]) -> None:
+    """Each row beside its ratio to the variant's straight export, or to its fp16 where that was not built."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("variant", "graph", "GPU", "kernels", "MB moved", "engine MB"):
+        table.add_column(heading, justify="left" if heading in ("variant", "graph", "GPU") else "right")
+    for row in rows:
+        first = next(r for r in rows if (r.variant, r.architecture) == (row.variant, row.architecture))
+        table.add_row(
+            row.variant,
+            row.graph,
+            row.architecture,
+            f"{row.kernels} ({row.kernels / first.kernels:.2f})",
+            f"{row.megabytes:.0f} ({row.megabytes / first.megabytes:.2f})",
+            f"{row.engine_megabytes:.1f} ({row.engine_megabytes / first.engine_megabytes:.2f})",
+        )
+    Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()
