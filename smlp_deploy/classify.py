@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,8 @@ from smlp_deploy.errors import ImageError, UsageError
 from smlp_deploy.preprocessing import load_image
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import FloatArray, Runner
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_TOPK = 5
@@ -145,13 +148,27 @@ class Classifier:
             return str(error)
 
     def _predict(self, loaded: list[tuple[str, FloatArray | str]], topk: int) -> Iterator[Prediction]:
-        images = [content for _, content in loaded if not isinstance(content, str)]
-        logits = iter(self.runner.infer(np.stack(images)) if images else ())
+        outputs = iter(self._infer([content for _, content in loaded if not isinstance(content, str)]))
         for path, content in loaded:
-            if isinstance(content, str):
-                yield Prediction(path, error=content)
+            result = content if isinstance(content, str) else next(outputs)
+            if isinstance(result, str):
+                yield Prediction(path, error=result)
             else:
-                yield self._prediction(path, next(logits), topk)
+                yield self._prediction(path, result, topk)
+
+    def _infer(self, images: list[FloatArray]) -> Sequence[FloatArray | str]:
+        """Logits of each image, or the reason why there are none: a batch that fails is retried one by one."""
+        if not images:
+            return ()
+        try:
+            return list(self.runner.infer(np.stack(images)))
+        # A backend raises what it likes. Whatever it is, no image may cost its neighbours their results.
+        except Exception as error:
+            reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if len(images) == 1:
+                return [reason]
+            logger.warning("a batch of %d failed (%s); its images are run one by one", len(images), reason)
+            return [self._infer([image])[0] for image in images]
 
     def _prediction(self, path: str, logits: NDArray[np.float32], topk: int) -> Prediction:
         if not np.isfinite(logits).all():

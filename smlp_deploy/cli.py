@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,13 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from smlp_deploy import __version__
-from smlp_deploy.errors import SmlpError, UsageError, printable
+from smlp_deploy.errors import SmlpError, StoppedError, UsageError, printable
+from smlp_deploy.interrupts import SIGNALS, Terminated, handle_sigterm
 
 if TYPE_CHECKING:
+    from smlp_deploy.classify import Classifier, Prediction
+    from smlp_deploy.interrupts import StopRequest
     from smlp_deploy.metadata import BatchProfile, ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
     from smlp_deploy.quantization import Int8Options
-    from smlp_deploy.records import Write
+    from smlp_deploy.recordfile import RecordFile, RecordStream, RunIdentity
 
 app = typer.Typer(
     name="smlp",
@@ -30,6 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 class ExportFormat(StrEnum):
@@ -447,39 +456,48 @@ def predict(
         typer.Option("--format", help="Default: by the output file's suffix, else table."),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write records here, not to stdout.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run with the same -o, or begin it.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
     allow_errors: Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")] = False,
 ) -> None:
-    """Classify images; labels and preprocessing are those inside the model. One record per image, in order."""
+    """Classify images; labels and preprocessing are those inside the model. One record per image, in order.
+
+    With -o the records are in FILE.partial until all are there; whatever stops the run, --resume continues it.
+    """
     from smlp_deploy.classify import Classifier
+    from smlp_deploy.interrupts import put_off
     from smlp_deploy.listing import find_images
-    from smlp_deploy.terminal import counting, say
+    from smlp_deploy.terminal import say
 
     kind = _record_format(format_, output)
+    if resume and (output is None or kind is RecordFormat.table):
+        raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
     images = find_images(inputs, _stdin())
-    done = failed = 0
-    with Classifier.open(_model(model, provider), provider=provider) as classifier:
-        topk = classifier.resolve_topk(topk)
-        predictions = classifier.classify(images, batch_size=batch_size, topk=topk, workers=workers)
-        records_on_terminal = output is None and sys.stdout.isatty()
-        with (
-            _record_stream(output) as stream,
-            counting("images", records_on_terminal=records_on_terminal) as advance,
-        ):
-            write = _record_writer(kind, stream, topk)
-            for prediction in predictions:
-                write(prediction)
-                advance()
-                done += 1
-                failed += prediction.error is not None
+    path = _model(model, provider)
+    with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
+        run = _run_identity(
+            path, classifier, kind=kind, topk=classifier.resolve_topk(topk), batch_size=batch_size, provider=provider
+        )
+        with _record_sink(output, run, resume=resume) as sink:
+            sink.skip(images)
+            predictions = classifier.classify(
+                stop.before(images), batch_size=batch_size, topk=run.topk, workers=workers
+            )
+            done, failed = _write_records(predictions, sink, stop, batch_size=batch_size, on_terminal=output is None)
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:
         raise typer.Exit(1)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line: exit code 0, 1 for an error of ours or a failed check, 2 for wrong usage."""
+    """Run the command line.
+
+    Exit code 0; 1 for an error of ours or a failed check; 2 for wrong usage; 130 after Ctrl-C, 143 after SIGTERM.
+    """
     logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
+    handle_sigterm()
     try:
         code = app(args=arguments, prog_name="smlp", standalone_mode=False)
     except SmlpError as error:
@@ -488,6 +506,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # With no verb at all the help was shown and the message is empty.
         message = printable(error.format_message())
         _fail(f"{message} · smlp --help lists verbs and options" if message else "no verb given", error.exit_code)
+    except Terminated as stop:
+        _fail("stopped by SIGTERM; nothing is left half-made", int(stop.code or 1))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # What Python still holds for standard output would fail again on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"cannot write: {error.strerror} · standard output", 1)
+    if code == _INTERRUPTED:
+        _fail("stopped by Ctrl-C; nothing is left half-made", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -727,29 +755,79 @@ def _record_format(given: RecordFormat | None, output: Path | None) -> RecordFor
         ) from None
 
 
+def _run_identity(
+    path: Path, classifier: Classifier, *, kind: RecordFormat, topk: int, batch_size: int, provider: Provider | None
+) -> RunIdentity:
+    """What the records depend on."""
+    from dataclasses import asdict
+
+    from smlp_deploy.files import sha256_of
+    from smlp_deploy.recordfile import RunIdentity
+
+    metadata = classifier.runner.metadata
+    return RunIdentity(
+        version=__version__,
+        model=sha256_of(path),
+        labels=hashlib.sha256(json.dumps(metadata.labels).encode()).hexdigest(),
+        preprocessing=asdict(metadata.preprocessing),
+        provider=provider.value if provider else Provider.cpu.value,
+        format=kind.value,
+        topk=topk,
+        batch_size=batch_size,
+    )
+
+
 @contextlib.contextmanager
-def _record_stream(output: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears whole at the end. Undecodable bytes of file names survive."""
+def _record_sink(output: Path | None, run: RunIdentity, *, resume: bool) -> Iterator[RecordFile | RecordStream]:
+    """Where records go: standard output, or a file. Undecodable bytes of file names survive."""
     from smlp_deploy.files import replacing
+    from smlp_deploy.recordfile import RecordFile, RecordStream
+    from smlp_deploy.records import FORMATS
+    from smlp_deploy.terminal import predictions_writer
 
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")
-        yield sys.stdout
-        return
-    with (
-        replacing(output) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
-    ):
-        yield stream
+        if run.format == RecordFormat.table:
+            yield RecordStream(sys.stdout, predictions_writer(sys.stdout))
+        else:
+            yield RecordStream(sys.stdout, FORMATS[run.format].writer(sys.stdout, topk=run.topk))
+    elif run.format == RecordFormat.table:
+        with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
+            yield RecordStream(stream, predictions_writer(stream))
+    else:
+        with RecordFile.open(output, run, resume=resume) as records:
+            yield records
 
 
-def _record_writer(kind: RecordFormat, stream: TextIO, topk: int) -> Write:
-    from smlp_deploy.records import csv_writer, jsonl_writer
-    from smlp_deploy.terminal import predictions_writer
+def _write_records(
+    predictions: Iterable[Prediction],
+    sink: RecordFile | RecordStream,
+    stop: StopRequest,
+    *,
+    batch_size: int,
+    on_terminal: bool,
+) -> tuple[int, int]:
+    """Write predictions in whole batches, until there are no more or a signal came; how many there are, and failed."""
+    from smlp_deploy.terminal import counting
 
-    if kind is RecordFormat.jsonl:
-        return jsonl_writer(stream)
-    if kind is RecordFormat.csv:
-        return csv_writer(stream, topk=topk)
-    return predictions_writer(stream)
+    done, failed = sink.done, sink.failed
+    with counting("images", done=done, records_on_terminal=on_terminal and sys.stdout.isatty()) as advance:
+        for prediction in predictions:
+            sink.write(prediction)
+            advance()
+            done += 1
+            failed += prediction.error is not None
+            if done % batch_size == 0:
+                sink.flush()
+                if stop:
+                    break
+        sink.flush()
+    if stop.signal is not None:
+        raise StoppedError(
+            f"stopped by {SIGNALS[stop.signal]} after {done} images",
+            signal=stop.signal,
+            where=sink.partial,
+            fix="the same command with --resume continues" if sink.partial else None,
+        )
+    return done, failed

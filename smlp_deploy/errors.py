@@ -7,6 +7,7 @@ SmlpError                  exit code 1
 ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
 ├── BuildError             an engine that TensorRT did not build, or not as asked
 ├── ImageError             an image that cannot be read; becomes that image's record
+├── StoppedError           Ctrl-C or SIGTERM in the middle of a run that can be continued (exit code 130 or 143)
 ├── DownloadError          official weights that could not be fetched or verified
 └── MissingDependencyError a package that is needed and not installed, or installed wrongly
 """
@@ -57,6 +58,21 @@ class BuildError(SmlpError):
 
 class ImageError(SmlpError):
     pass
+
+
+class StoppedError(SmlpError):
+    """See `SmlpError`.
+
+    Args:
+        what: how far it got.
+        signal: its number.
+        where: the file with what is done.
+        fix: how to continue.
+    """
+
+    def __init__(self, what: str, *, signal: int, where: object = None, fix: str | None = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = 128 + signal
 
 
 class DownloadError(SmlpError):

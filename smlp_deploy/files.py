@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,8 @@ DATA_FOLDER = Path(__file__).parent / "data"
 BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
 """The small trained model that commands use when no other is given."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
@@ -25,24 +28,48 @@ def replacing(target: Path) -> Iterator[Path]:
     When the block raises, or has moved or removed the temporary file itself, `target` is untouched.
 
     Raises:
-        SmlpError: the folder cannot be made or written to.
+        SmlpError: the folder cannot be made or written to, or there is no room.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(target)
+    with _explained(target):
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    except OSError as error:
-        raise SmlpError(f"cannot write: {error.strerror}", where=target, fix="choose another path with -o") from None
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _explained(target, only=_NO_ROOM):
+            yield temporary
         if temporary.exists():
-            if target.is_dir():
-                raise SmlpError("cannot write: it is a directory", where=target, fix="name a file with -o")
+            check_writable(target)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(target: Path) -> None:
+    """Make the folder of `target`, and check that nothing but a file would be replaced.
+
+    Raises:
+        SmlpError: it cannot be written there.
+    """
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise SmlpError("cannot write: it is a directory", where=target, fix="name a file with -o")
+        if target.exists() and not target.is_file():
+            raise SmlpError("cannot write: it is not a regular file", where=target, fix="name a file with -o")
+
+
+@contextmanager
+def _explained(target: Path, *, only: Collection[int] | None = None) -> Iterator[None]:
+    """What the operating system refuses, as one line; `only` some of its errors, or all."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        fix = "make room" if error.errno in _NO_ROOM else "choose another path with -o"
+        raise SmlpError(f"cannot write: {error.strerror}", where=target, fix=fix) from None
 
 
 def _umask() -> int:

@@ -71,11 +71,11 @@ def downloading() -> Iterator[Callable[[int, int | None], None]]:
 
 
 @contextmanager
-def counting(what: str, *, records_on_terminal: bool) -> Iterator[Callable[[], None]]:
-    """A running count, unless the records themselves scroll by on the terminal."""
+def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Callable[[], None]]:
+    """A running count from `done` on, unless the records themselves scroll by on the terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"), TimeElapsedColumn())
     with _progress(*columns, enabled=not records_on_terminal) as progress:
-        task = progress.add_task(what, total=None)
+        task = progress.add_task(what, total=None, completed=done)
         yield lambda: progress.advance(task)
 
 

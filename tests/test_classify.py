@@ -169,3 +169,40 @@ def test_the_classifier_closes_its_runner() -> None:
 
 def test_a_prediction_is_a_value() -> None:
     assert Prediction("a.jpg", error="x") == Prediction("a.jpg", error="x")
+
+
+class TestABatchThatFails:
+    """The images of it are run one by one: what is wrong with one costs no neighbour its result."""
+
+    @pytest.fixture
+    def paths(self, tmp_path: Path) -> list[Path]:
+        return [quadrant_image(tmp_path / f"{index}.png", index % 4) for index in range(6)]
+
+    def test_costs_only_the_image_at_fault(self, paths: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+        def picky(batch: FloatArray) -> FloatArray:
+            logits = quadrant_means(batch)
+            if (logits.argmax(axis=1) == 2).any():
+                raise RuntimeError("no memory\nfor this")
+            return logits
+
+        runner = FakeRunner(picky)
+        predictions = list(Classifier(runner).classify(paths, batch_size=3))
+        assert [p.scores[0].index if p.scores else p.error for p in predictions] == [
+            0,
+            1,
+            "the network failed on it: RuntimeError: no memory",
+            3,
+            0,
+            1,
+        ]
+        assert runner.batch_sizes == [3, 1, 1, 1, 3]
+        assert "a batch of 3 failed" in caplog.text
+
+    def test_a_batch_too_large_for_the_memory_is_run_in_parts(self, paths: list[Path]) -> None:
+        def small(batch: FloatArray) -> FloatArray:
+            if len(batch) > 1:
+                raise MemoryError
+            return quadrant_means(batch)
+
+        predictions = list(Classifier(FakeRunner(small)).classify(paths))
+        assert [p.scores[0].index for p in predictions] == [0, 1, 2, 3, 0, 1]

@@ -14,13 +14,13 @@ import smlp_deploy
 
 PACKAGE = Path(smlp_deploy.__file__).parent
 LAYERS = [
-    {"errors", "files", "metadata", "dependencies", "artifacts"},
+    {"errors", "files", "interrupts", "metadata", "dependencies", "artifacts"},
     {"preprocessing", "listing", "models"},
     {"exporters", "runners"},
     {"classify", "parity", "sensitivity"},
     {"quantization"},
     {"export", "inspection", "records"},
-    {"engine", "profiling"},
+    {"engine", "profiling", "recordfile"},
     {"terminal"},
     {"cli"},
     {"__main__", "__init__"},

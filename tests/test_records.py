@@ -18,7 +18,7 @@ SCORES = (Score(3, 'cat, "tabby"', 0.75), Score(1, "dog", 0.25))
 @pytest.mark.parametrize("path", [ODD, UNDECODABLE])
 def test_jsonl_round_trips(path: str) -> None:
     stream = io.StringIO()
-    write = jsonl_writer(stream)
+    write = jsonl_writer(stream, topk=2)
     write(Prediction(path, SCORES))
     write(Prediction(path, error="empty file"))
     first, second = map(json.loads, stream.getvalue().splitlines())

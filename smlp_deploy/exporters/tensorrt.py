@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
+from smlp_deploy.interrupts import StopRequest, put_off
 from smlp_deploy.metadata import BatchProfile
 
 logger = logging.getLogger(__name__)
@@ -203,10 +202,9 @@ class TensorRT:
         self._configure(config, options, detailed=detailed)
         self._set_batch(builder, network, config, options.profile, static=detailed and self.ahead_of_time)
         cache = self._timing_cache(config, options.timing_cache)
-        with _cancellable(trt, config, progress) as cancelled:
+        with _cancellable(trt, config, progress) as request:
             plan = builder.build_serialized_network(network, config)
-        if cancelled():
-            raise KeyboardInterrupt
+        request.obey()
         if plan is None:
             raise BuildError(f"TensorRT could not build it: {self._log.last_error()}", fix=_advice(options))
         return bytes(plan), bytes(cache.serialize()) if cache is not None else None
@@ -314,32 +312,26 @@ def _make_logger(trt: Any) -> _Log:
 
 
 @contextmanager
-def _cancellable(trt: Any, config: Any, progress: Progress | None) -> Iterator[Callable[[], bool]]:
-    """Report progress, and turn Ctrl-C into a cancelled build; yields whether that happened."""
-    cancelled = threading.Event()
+def _cancellable(trt: Any, config: Any, progress: Progress | None) -> Iterator[StopRequest]:
+    """Report progress, and turn Ctrl-C and SIGTERM into a cancelled build."""
+    with put_off(again=False) as request:
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+                self.steps: dict[str, int] = {}
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                self.steps[phase_name] = num_steps
 
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if progress is not None:
-                progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
-            return not cancelled.is_set()
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                if progress is not None:
+                    progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+                return not request
 
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
+            def phase_finish(self, phase_name: str) -> None:
+                self.steps.pop(phase_name, None)
 
-    monitor = Monitor()  # TensorRT does not keep it alive
-    config.progress_monitor = monitor
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, lambda *_: cancelled.set()) if in_main_thread else None
-    try:
-        yield cancelled.is_set
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, previous)
+        monitor = Monitor()  # TensorRT does not keep it alive
+        config.progress_monitor = monitor
+        yield request
