@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import tempfile
+import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,16 +30,15 @@ def replacing(target: Path) -> Iterator[Path]:
         SmlpError: the folder cannot be made or written to, or there is no room.
     """
     check_writable(target)
-    with _explained(target):
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    # Its name is chosen before it is made, so that no signal can come between it and its removal.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        with _explained(target):
+            temporary.touch(exist_ok=False)
         with _explained(target, only=_NO_ROOM):
             yield temporary
         if temporary.exists():
             check_writable(target)
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,12 +68,6 @@ def _explained(target: Path, *, only: Collection[int] | None = None) -> Iterator
             raise
         fix = "make room" if error.errno in _NO_ROOM else "choose another path with -o"
         raise SmlpError(f"cannot write: {error.strerror}", where=target, fix=fix) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(target: Path, text: str) -> None:

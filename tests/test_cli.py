@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -400,3 +404,104 @@ def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) ->
         process.stdout.readline()
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
+
+
+class TestInterruptions:
+    """Commands in processes of their own."""
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "smlp_deploy", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    @pytest.mark.parametrize(
+        ("number", "code", "message"),
+        [
+            (signal.SIGINT, 130, "error: stopped by Ctrl-C; nothing is left half-made"),
+            (signal.SIGTERM, 143, "error: stopped by SIGTERM; nothing is left half-made"),
+        ],
+    )
+    @pytest.mark.parametrize("verb", [["export"], ["export", "--int8"], ["build-engine", "--fp16", "-o"]], ids=" ".join)
+    def test_leave_nothing_half_made(
+        self, artifact: Path, tmp_path: Path, verb: list[str], number: signal.Signals, code: int, message: str
+    ) -> None:
+        folder = tmp_path / "out"
+        target = folder / ("x.engine" if verb[0] == "build-engine" else "x.onnx")
+        arguments = [verb[0], artifact, *verb[1:]] if verb[0] == "build-engine" else [*verb, "-o"]
+        with self.start(*arguments, target) as process:
+            while process.poll() is None and not (folder.exists() and any(folder.iterdir())):
+                time.sleep(0.001)
+            process.send_signal(number)
+            _, err = process.communicate()
+        assert (process.returncode, err.splitlines()[-1]) == (code, message)
+        assert not list(folder.iterdir())
+
+    def test_two_exports_at_once_leave_one_whole_file(self, tmp_path: Path) -> None:
+        target = tmp_path / "x.onnx"
+        with self.start("export", "-o", target) as first, self.start("export", "-o", target) as second:
+            errors = [process.communicate()[1] for process in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0), errors
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.parity.json"]
+        with self.start("verify", target) as check:
+            assert check.communicate()[1] == ""
+        assert check.returncode == 0
+
+    def test_a_full_disk_is_one_line_and_leaves_nothing(self, tmp_path: Path) -> None:
+        limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        code = limit + "runpy.run_module('smlp_deploy', run_name='__main__', alter_sys=True)"
+        command = [sys.executable, "-c", code, "export", "-o", str(tmp_path / "out" / "x.onnx")]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.returncode == 1
+        assert process.stderr.splitlines()[-1] == (
+            f"error: cannot write: File too large · {tmp_path}/out/x.onnx · make room"
+        )
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_a_closed_pipe_ends_quietly(self, artifact: Path, digit_images: list[Path]) -> None:
+        for kind in ("jsonl", "csv", "table"):
+            command = [sys.executable, "-m", "smlp_deploy", "predict", "-m", str(artifact), "--format", kind]
+            command += ["--batch-size", "1", *map(str, digit_images * 20)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                assert process.stderr is not None
+                assert process.stdout.readline()
+                process.stdout.close()
+                assert process.stderr.read() == ""
+            assert process.returncode != 0
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+    @pytest.mark.parametrize("kind", ["jsonl", "csv", "table"])
+    def test_no_room_for_standard_output(self, artifact: Path, digit_images: list[Path], kind: str) -> None:
+        command = [sys.executable, "-m", "smlp_deploy", "predict", "-m", str(artifact), "--format", kind]
+        with Path("/dev/full").open("w") as full:
+            process = subprocess.run(
+                [*command, *map(str, digit_images)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert process.returncode == 1
+        assert process.stderr == "error: cannot write: No space left on device · standard output\n"
+
+    def test_a_signal_while_waiting_for_names_finishes_what_was_named(
+        self, artifact: Path, digit_images: list[Path]
+    ) -> None:
+        command = [sys.executable, "-m", "smlp_deploy", "predict", "-m", str(artifact), "--format", "jsonl", "-"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdin is not None
+            for path in digit_images:
+                print(path, file=process.stdin, flush=True)
+            wait_until_all_is_read(process)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate()
+        assert process.returncode == 143
+        assert [json.loads(line)["path"] for line in out.splitlines()] == list(map(str, digit_images))
+        assert err == "error: stopped by SIGTERM after 12 images\n"
+
+
+def wait_until_all_is_read(process: subprocess.Popen[str]) -> None:
+    """Until a process has read all of its standard input so far, and sleeps."""
+    assert process.stdin is not None
+    status = Path(f"/proc/{process.pid}/stat")
+    asleep = 0
+    while asleep < 20:
+        unread = int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder)
+        asleep = asleep + 1 if not unread and status.read_text().rpartition(")")[2].split()[0] == "S" else 0
+        time.sleep(0.01)

@@ -181,30 +181,32 @@ class TensorRT:
 
     def _inspected_kernels(self, plan: bytes) -> tuple[Kernel, ...]:
         trt = self._trt
-        engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
-        if engine is None:
-            raise BuildError(
-                "the engine that was just built cannot be loaded again", fix="build it on the GPU it is to run on"
-            )
-        text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        with _uninterrupted():
+            engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
+            if engine is None:
+                raise BuildError(
+                    "the engine that was just built cannot be loaded again", fix="build it on the GPU it is to run on"
+                )
+            text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         return kernels_from_inspector(text)
 
     def _build(
         self, graph: bytes, options: BuildOptions, *, detailed: bool, progress: Progress | None
     ) -> tuple[bytes, bytes | None]:
         trt = self._trt
-        builder = trt.Builder(self._log.handle)
-        if builder is None:
-            raise BuildError("no builder could be made", fix="TensorRT builds need an NVIDIA GPU and driver")
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        self._parse(graph, network)
-        config = builder.create_builder_config()
-        self._configure(config, options, detailed=detailed)
-        self._set_batch(builder, network, config, options.profile, static=detailed and self.ahead_of_time)
-        cache = self._timing_cache(config, options.timing_cache)
-        with _cancellable(trt, config, progress) as request:
+        with _uninterrupted() as request:
+            builder = trt.Builder(self._log.handle)
+            if builder is None:
+                raise BuildError("no builder could be made", fix="TensorRT builds need an NVIDIA GPU and driver")
+            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            self._parse(graph, network)
+            config = builder.create_builder_config()
+            self._configure(config, options, detailed=detailed)
+            self._set_batch(builder, network, config, options.profile, static=detailed and self.ahead_of_time)
+            cache = self._timing_cache(config, options.timing_cache)
+            monitor = _make_monitor(trt, request, progress)  # TensorRT does not keep it alive
+            config.progress_monitor = monitor
             plan = builder.build_serialized_network(network, config)
-        request.obey()
         if plan is None:
             raise BuildError(f"TensorRT could not build it: {self._log.last_error()}", fix=_advice(options))
         return bytes(plan), bytes(cache.serialize()) if cache is not None else None
@@ -312,26 +314,30 @@ def _make_logger(trt: Any) -> _Log:
 
 
 @contextmanager
-def _cancellable(trt: Any, config: Any, progress: Progress | None) -> Iterator[StopRequest]:
-    """Report progress, and turn Ctrl-C and SIGTERM into a cancelled build."""
+def _uninterrupted() -> Iterator[StopRequest]:
+    """Keep Ctrl-C and SIGTERM from being raised in what TensorRT calls back, where it would swallow them."""
     with put_off(again=False) as request:
-
-        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
-                self.steps: dict[str, int] = {}
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                self.steps[phase_name] = num_steps
-
-            def step_complete(self, phase_name: str, step: int) -> bool:
-                if progress is not None:
-                    progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
-                return not request
-
-            def phase_finish(self, phase_name: str) -> None:
-                self.steps.pop(phase_name, None)
-
-        monitor = Monitor()  # TensorRT does not keep it alive
-        config.progress_monitor = monitor
         yield request
+        request.obey()
+
+
+def _make_monitor(trt: Any, request: StopRequest, progress: Progress | None) -> Any:
+    """Reports progress, and cancels the build once a signal came."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if progress is not None:
+                progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+            return not request
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
