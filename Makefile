@@ -1,12 +1,13 @@
 # make demo   everything once: install, export the bundled model with its parity report, build an FP16
 #             engine, classify images/*.jpg
 # make test   what CI runs: ruff, mypy --strict, pytest with coverage
+# make fuzz   mutated images, model files and metadata for twenty minutes; any traceback, crash or hang is a finding
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test clean
+.PHONY: demo test fuzz clean
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
@@ -27,6 +28,9 @@ test: .venv/test
 .venv/test: .venv/demo
 	$(INSTALL) ".[test]"
 	touch $@
+
+fuzz: .venv/test
+	$(BIN)/python scripts/fuzz.py --minutes 20
 
 clean:
 	rm -rf .venv artifacts build dist *.egg-info

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 from smlp_deploy.metadata import ModelMetadata
@@ -47,7 +49,18 @@ def failed_path(artifact: Path) -> Path:
 
 
 def newest_artifact(pattern: str = "*.onnx") -> Path | None:
-    """The file of this pattern that was written last into the artifacts folder, if there is one."""
-    candidates = ARTIFACTS_FOLDER.glob(pattern)
-    files = [path for path in candidates if path.is_file() and not path.name.startswith(".")]
-    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+    """The file of this pattern that was written last into the artifacts folder, if there is one.
+
+    Only regular files that lie in that folder count: what a link there leads to elsewhere is never picked, because an
+    engine is code.
+    """
+    folder = ARTIFACTS_FOLDER.resolve()
+    times: dict[Path, int] = {}
+    for path in ARTIFACTS_FOLDER.glob(pattern):
+        # A loop of links raises RuntimeError, a file that vanishes meanwhile OSError.
+        with suppress(OSError, RuntimeError):
+            status = path.stat()
+            inside = path.resolve(strict=True).is_relative_to(folder)
+            if inside and stat.S_ISREG(status.st_mode) and not path.name.startswith("."):
+                times[path] = status.st_mtime_ns
+    return max(times, key=lambda path: times[path], default=None)

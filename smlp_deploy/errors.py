@@ -14,6 +14,8 @@ SmlpError                  exit code 1
 
 from __future__ import annotations
 
+_LONGEST = 500
+
 
 class SmlpError(Exception):
     """One line that says what is wrong, where, and what to do next.
@@ -33,7 +35,8 @@ class SmlpError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return " · ".join(printable(part) for part in (self.what, self.where, self.fix) if part)
+        what = self.what if len(self.what) <= _LONGEST else f"{self.what[:_LONGEST]}…"  # a file's text can be in it
+        return " · ".join(printable(part) for part in (what, self.where, self.fix) if part)
 
 
 class UsageError(SmlpError):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from smlp_deploy.errors import UsageError
 
-IMAGE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = tuple(
     f".{suffix}"
     for suffix in (
-        *("avif", "bmp", "gif", "heic", "heif", "ico", "jfif", "jp2", "jpe", "jpeg"),
-        *("jpg", "pbm", "pgm", "png", "ppm", "tga", "tif", "tiff", "webp"),
+        *("apng", "avif", "bmp", "gif", "heic", "heif", "ico", "j2c", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpf"),
+        *("jpg", "jpx", "mpo", "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp"),
     )
 )
 
@@ -25,13 +26,31 @@ def find_images(arguments: Iterable[str], stdin: Iterable[str]) -> Iterator[Path
     `-` give one path per line, relative to the current folder; blank lines are skipped.
 
     Raises:
-        UsageError: an `@FILE` cannot be read. Raised by the call itself, not later.
+        UsageError: an `@FILE` cannot be read. Raised by the call itself, or later if it goes away meanwhile.
     """
     arguments = list(arguments)
     for argument in arguments:
-        if argument.startswith("@") and not os.access(argument[1:], os.R_OK):
-            raise UsageError("cannot read the list of images", where=argument, fix="one path per line")
+        if argument.startswith("@") and not _is_readable_file(argument[1:]):
+            raise _unreadable(argument)
     return _expand(arguments, stdin)
+
+
+def _is_readable_file(name: str) -> bool:
+    try:
+        return os.access(name, os.R_OK) and not os.path.isdir(name)  # noqa: PTH112 - as in _below
+    except ValueError:  # a null character, or one that file names cannot encode
+        return False
+
+
+def _opened(argument: str) -> TextIO:
+    try:  # a carriage return alone may be part of a name
+        return Path(argument[1:]).open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    except OSError:
+        raise _unreadable(argument) from None
+
+
+def _unreadable(argument: str) -> UsageError:
+    return UsageError("cannot read the list of images", where=argument, fix="give a file with one path per line")
 
 
 def _expand(arguments: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
@@ -39,7 +58,7 @@ def _expand(arguments: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
         if argument == "-":
             yield from _lines(stdin)
         elif argument.startswith("@"):
-            with Path(argument[1:]).open(encoding="utf-8", errors="surrogateescape") as lines:
+            with _opened(argument) as lines:
                 yield from _lines(lines)
         else:
             yield from _below(Path(argument))
@@ -47,7 +66,7 @@ def _expand(arguments: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
 
 def _lines(lines: Iterable[str]) -> Iterator[Path]:
     for line in lines:
-        if path := line.rstrip("\r\n"):
+        if path := line.removesuffix("\n").removesuffix("\r"):
             yield from _below(Path(path))
 
 
@@ -64,13 +83,23 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        yield folder
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+    """The images below `folder`, sorted part by part; a folder that cannot be read stands for itself."""
+    pending = [_sorted_entries(folder)]  # no recursion: folders nest deeper than Python's stack
+    while pending:
+        entry = next(pending[-1], None)
+        if entry is None:
+            pending.pop()
+        elif isinstance(entry, Path):
+            yield entry
+        elif entry.is_dir(follow_symlinks=False):
+            pending.append(_sorted_entries(Path(entry.path)))
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             yield Path(entry.path)
+
+
+def _sorted_entries(folder: Path) -> Iterator[os.DirEntry[str] | Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return iter(sorted(entries, key=lambda entry: entry.name))
+    except OSError:
+        return iter([folder])

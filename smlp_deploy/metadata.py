@@ -18,6 +18,14 @@ METADATA_KEY = "smlp_deploy"
 SCHEMA_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+MAX_NUMBER = 1 << 20
+"""Of any number in a configuration; none of them is anywhere near."""
+MAX_BLOCKS = 2048
+MAX_BATCH = 65536
+MAX_TEXT = 1000
+"""Characters of a label."""
+MAX_NESTING = 32
+_MAX_NAME_BYTES = 200
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -37,7 +45,7 @@ class SMLPNetConfig:
         num_classes: outputs of the head.
 
     Raises:
-        ConfigError: a value is not positive, or the image does not divide into the stages' grids.
+        ConfigError: a value is not positive or absurdly large, or the image does not divide into the stages' grids.
     """
 
     dim: int
@@ -50,7 +58,11 @@ class SMLPNetConfig:
     def __post_init__(self) -> None:
         numbers = (self.dim, *self.depths, self.expansion, self.patch_size, self.image_size, self.num_classes)
         if not self.depths or any(type(n) is not int or n < 1 for n in numbers):
-            raise ConfigError("every number of an sMLPNet configuration must be a positive integer", where=self)
+            raise ConfigError("every number of an sMLPNet configuration must be a positive integer")
+        if max(numbers) > MAX_NUMBER or sum(self.depths) > MAX_BLOCKS:
+            raise ConfigError(
+                f"an sMLPNet configuration has no number above {MAX_NUMBER}, and at most {MAX_BLOCKS} blocks"
+            )
         step = self.patch_size * 2 ** (len(self.depths) - 1)
         if self.image_size % step:
             raise ConfigError(
@@ -94,14 +106,14 @@ class Preprocessing:
             raise ConfigError(f"image size {self.image_size} is not an integer from 1 to 65536")
         if not 0.05 <= self.crop_pct <= 1:
             raise ConfigError(f"crop-pct {self.crop_pct} is outside 0.05 to 1")
-        if self.interpolation not in INTERPOLATIONS:
+        if type(self.interpolation) is not str or self.interpolation not in INTERPOLATIONS:
             raise ConfigError(
                 f"interpolation {self.interpolation!r} is unknown", fix=f"use one of {', '.join(INTERPOLATIONS)}"
             )
-        if len(self.mean) != 3 or not all(math.isfinite(m) for m in self.mean):
-            raise ConfigError(f"mean {self.mean} is not three finite numbers")
-        if len(self.std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise ConfigError(f"std {self.std} is not three positive numbers")
+        if len(self.mean) != 3 or not all(-1000 <= m <= 1000 for m in self.mean):
+            raise ConfigError("mean is not three finite numbers from -1000 to 1000")
+        if len(self.std) != 3 or not all(1e-6 <= s <= 1e6 for s in self.std):
+            raise ConfigError("std is not three positive numbers from 1e-6 to 1e6")
 
     @property
     def resize(self) -> int:
@@ -114,7 +126,7 @@ class BatchProfile:
     """The batch sizes an engine takes: any from `min` to `max`, fastest at `opt`.
 
     Raises:
-        ConfigError: not 1 <= min <= opt <= max.
+        ConfigError: not 1 <= min <= opt <= max <= 65,536.
     """
 
     min: int = 1
@@ -122,6 +134,8 @@ class BatchProfile:
     max: int = 32
 
     def __post_init__(self) -> None:
+        if not all(type(n) is int for n in (self.min, self.opt, self.max)) or self.max > MAX_BATCH:
+            raise ConfigError(f"batch sizes are integers from 1 to {MAX_BATCH}")
         if not 1 <= self.min <= self.opt <= self.max:
             raise ConfigError(
                 f"batch profile {self.min}, {self.opt}, {self.max} is not in order", fix="give min <= opt <= max"
@@ -170,7 +184,7 @@ class ModelCard:
                 preprocessing=None
                 if preprocessing is None
                 else _preprocessing({"image_size": image_size, **preprocessing}),
-                training=dict(document.get("training", {})),
+                training=_mapping(document.get("training", {})),
             )
 
         return _parse(text, where, build)
@@ -212,6 +226,7 @@ class ModelMetadata:
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         if len(self.labels) != self.config.num_classes:
             raise ConfigError(
                 f"{len(self.labels)} labels for {self.config.num_classes} classes", fix="give one label per class"
@@ -223,8 +238,8 @@ class ModelMetadata:
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision {self.precision!r} is unknown", fix=f"one of {', '.join(PRECISIONS)}")
-        if self.batch is not None and (type(self.batch) is not int or self.batch < 1):
-            raise ConfigError(f"batch {self.batch} is not a positive integer")
+        if self.batch is not None and (type(self.batch) is not int or not 1 <= self.batch <= MAX_BATCH):
+            raise ConfigError(f"batch {self.batch} is not a positive integer up to {MAX_BATCH}")
 
     def to_json(self) -> str:
         return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
@@ -240,6 +255,7 @@ class ModelMetadata:
         def build(document: dict[str, Any]) -> ModelMetadata:
             values = {key: value for key, value in document.items() if key != "schema"}
             config = values["config"]
+            _check_types(values)
             return cls(
                 **{
                     **values,
@@ -322,24 +338,85 @@ def _dump(document: dict[str, Any]) -> str:
 
 def _parse(text: str, where: object, build: Callable[[dict[str, Any]], T]) -> T:
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        _check_nesting(document, MAX_NESTING)
         schema = document.get("schema", SCHEMA_VERSION)
         if schema == SCHEMA_VERSION:
-            return build(document)
+            built = build(document)
+            json.dumps(document, ensure_ascii=False).encode()
+            return built
+    except UnicodeEncodeError:
+        raise ConfigError("metadata is damaged: it has half a character", where=where) from None
     except ConfigError as error:
-        raise ConfigError(error.what, where=where, fix=error.fix) from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"metadata is damaged: {type(error).__name__}: {error}", where=where) from None
+        raise ConfigError(_shortened(error.what), where=where, fix=error.fix) from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        what = _shortened(f"metadata is damaged: {type(error).__name__}: {error}")
+        raise ConfigError(what, where=where) from None
     raise ConfigError(
-        f"metadata schema {schema!r} is not {SCHEMA_VERSION}, the one this version reads",
+        f"metadata schema {_shortened(repr(schema))} is not {SCHEMA_VERSION}, the one this version reads",
         where=where,
         fix="upgrade smlp-deploy, or export again",
     )
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return document
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{_shortened(text)} is not a finite number")
+    return number
+
+
+def _check_nesting(value: Any, left: int) -> None:
+    if isinstance(value, (dict, list)):
+        if left == 0:
+            raise ValueError(f"nested more than {MAX_NESTING} deep")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_nesting(item, left - 1)
+
+
+def _check_name(name: object) -> None:
+    """A model's name becomes part of file names, so it may not lead elsewhere."""
+    sound = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _MAX_NAME_BYTES
+    if not sound or set(str(name)) & {"/", "\\"}:
+        raise ConfigError(f"model name {name!r:.100} cannot be part of a file name", fix="rename the checkpoint")
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Check the fields of `ModelMetadata` that have no other check."""
+    for key in ("precision", "checkpoint", "checkpoint_sha256", "variant"):
+        value = values.get(key, "")
+        if not (isinstance(value, str) and len(value) <= MAX_TEXT) and (key, value) != ("variant", None):
+            raise TypeError(f"{key} is not a string")
+    if type(values.get("ema", False)) is not bool:
+        raise TypeError("ema is neither true nor false")
+    libraries = _mapping(values.get("libraries", {}))
+    if not all(isinstance(version, str) for version in libraries.values()):
+        raise TypeError("a library's version is not a string")
+    _mapping(values.get("quantization", {}))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("a mapping was expected")
+    return value
+
+
 def _labels(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
         raise TypeError("labels are not a list of strings")
+    if any(len(label) > MAX_TEXT for label in value):
+        raise ValueError(f"a label has more than {MAX_TEXT} characters")
     return tuple(value)
 
 

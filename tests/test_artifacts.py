@@ -25,3 +25,47 @@ def test_the_newest_good_artifact_is_found(tmp_path: Path, monkeypatch: pytest.M
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
     assert newest_artifact() == Path("artifacts/new.onnx")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`artifacts/` of an empty project, which is the working directory."""
+    project = tmp_path / "project"
+    (project / "artifacts").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    return project / "artifacts"
+
+
+def test_only_files_in_the_folder_are_picked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.engine").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.engine").touch()
+    (folder / "absolute.engine").symlink_to(tmp_path / "elsewhere.engine")
+    (folder / "relative.engine").symlink_to("../../elsewhere.engine")
+    (folder / "hop.engine").symlink_to("absolute.engine")
+    (folder / "loop.engine").symlink_to("loop.engine")
+    (folder / "dangling.engine").symlink_to("gone.engine")
+    (folder / "device.engine").symlink_to("/dev/null")
+    (folder / "through.engine").symlink_to(tmp_path / "elsewhere" / "x.engine")
+    (folder / "folder.engine").mkdir()
+    os.mkfifo(folder / "pipe.engine")
+    assert newest_artifact("*.engine") is None
+    (folder / "real.engine").touch()
+    os.utime(folder / "real.engine", (1, 1))
+    assert newest_artifact("*.engine") == Path("artifacts/real.engine")
+
+
+def test_a_link_within_the_folder_is_picked(folder: Path) -> None:
+    (folder / "a.engine").touch()
+    os.utime(folder / "a.engine", (1, 1))
+    (folder / "latest.engine").symlink_to("a.engine")
+    assert newest_artifact("*.engine") in (Path("artifacts/latest.engine"), Path("artifacts/a.engine"))
+    (folder / "a.engine").rename(folder / ".hidden.engine")
+    assert newest_artifact("*.engine") is None
+
+
+def test_a_folder_that_is_a_link_itself_is_the_users_own_choice(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "kept")
+    folder.symlink_to(tmp_path / "kept")
+    (folder / "a.onnx").touch()
+    assert newest_artifact() == Path("artifacts/a.onnx")

@@ -13,5 +13,9 @@ def test_a_message_is_one_line_whatever_a_file_is_called() -> None:
     assert str(SmlpError("empty", where="a\nb\x1b[31m\udcff")) == r"empty · a\nb\x1b[31m\udcff"
 
 
+def test_a_text_from_a_file_does_not_make_it_endless() -> None:
+    assert len(str(SmlpError("x" * 5000, where="a.json"))) < 600
+
+
 def test_printable_leaves_other_scripts_alone() -> None:
     assert printable("Straße 図.jpg") == "Straße 図.jpg"

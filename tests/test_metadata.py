@@ -5,10 +5,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fakes import metadata
 from smlp_deploy.errors import ConfigError
-from smlp_deploy.metadata import ModelCard, ModelMetadata, Preprocessing, SMLPNetConfig
+from smlp_deploy.metadata import (
+    INTERPOLATIONS,
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_NUMBER,
+    PRECISIONS,
+    BatchProfile,
+    ModelCard,
+    ModelMetadata,
+    Preprocessing,
+    SMLPNetConfig,
+)
 
 
 def test_metadata_survive_json() -> None:
@@ -42,6 +55,37 @@ def test_the_same_metadata_give_the_same_text() -> None:
         ({"preprocessing": {"image_size": 8, "crop_pct": 2}}, "outside 0.05 to 1"),
         ({"preprocessing": {"image_size": 8, "interpolation": "area"}}, "interpolation 'area' is unknown"),
         ({"preprocessing": {"image_size": 10**9}}, "not an integer from 1 to 65536"),
+        ({"preprocessing": {"image_size": 8, "std": [1e-300, 1, 1]}}, "not three positive numbers"),
+        ({"preprocessing": {"image_size": 8, "mean": [1e300, 1, 1]}}, "not three finite numbers"),
+        ({"preprocessing": {"image_size": 8, "interpolation": 1}}, "interpolation 1 is unknown"),
+        ({"preprocessing": {"image_size": True}}, "not an integer from 1 to 65536"),
+        ({"name": "../../etc/model"}, "cannot be part of a file name"),
+        ({"name": "a\\b"}, "cannot be part of a file name"),
+        ({"name": "a\nb"}, "cannot be part of a file name"),
+        ({"name": "x" * 300}, "cannot be part of a file name"),
+        ({"name": "\u4e16" * 100}, "cannot be part of a file name"),
+        ({"name": "\udcff"}, "cannot be part of a file name"),
+        ({"name": ""}, "cannot be part of a file name"),
+        ({"name": None}, "cannot be part of a file name"),
+        ({"labels": ["a", "b", "c", "\ud800"]}, "half a character"),
+        ({"labels": ["a", "b", "c", "x" * 1001]}, "more than 1000 characters"),
+        ({"labels": ["a", "b", "c", 4]}, "labels are not a list of strings"),
+        ({"batch": True}, "batch True is not a positive integer"),
+        ({"batch": 10**9}, "not a positive integer up to 65536"),
+        ({"ema": "yes"}, "ema is neither true nor false"),
+        ({"checkpoint": 7}, "checkpoint is not a string"),
+        ({"checkpoint_sha256": None}, "checkpoint_sha256 is not a string"),
+        ({"variant": 7}, "variant is not a string"),
+        ({"precision": ["fp32"]}, "precision is not a string"),
+        ({"libraries": {"torch": 2}}, "version is not a string"),
+        ({"libraries": [["torch", "2"]]}, "a mapping was expected"),
+        ({"quantization": []}, "a mapping was expected"),
+        ({"config": {"dim": 4, "depths": [10**6], "image_size": 8, "num_classes": 4}}, "at most 2048 blocks"),
+        ({"config": {"dim": 10**30, "depths": [1], "image_size": 8, "num_classes": 4}}, "no number above 1048576"),
+        ({"config": {"dim": 4, "depths": "11", "image_size": 8, "num_classes": 4}}, "must be a positive integer"),
+        ({"config": {"dim": 4, "depths": [True], "image_size": 8, "num_classes": 4}}, "must be a positive integer"),
+        ({"config": 7}, "metadata is damaged"),
+        ({"x" * 9999: 1}, "metadata is damaged"),
     ],
 )
 def test_metadata_that_lie_are_refused(change: dict[str, Any], reason: str) -> None:
@@ -49,9 +93,13 @@ def test_metadata_that_lie_are_refused(change: dict[str, Any], reason: str) -> N
     with pytest.raises(ConfigError, match=reason) as caught:
         ModelMetadata.from_json(json.dumps(document), where="model.onnx")
     assert "model.onnx" in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("text", ["", "[]", "nonsense", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "7", "nonsense", "[" * 100_000, '{"name": NaN}', '{"a": 1e999}', '{"a": 1, "a": 1}', "{}"],
+)
 def test_what_is_no_metadata_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="metadata is damaged"):
         ModelMetadata.from_json(text, where="x")
@@ -87,3 +135,95 @@ def test_stages_channels_and_grids() -> None:
     assert config.stages() == (0, 0, 1, 2, 2, 2)
     assert [config.channels(stage) for stage in range(3)] == [80, 160, 320]
     assert [config.grid(stage) for stage in range(3)] == [56, 28, 14]
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 2), (1, 1, MAX_BATCH + 1), (1, 2.5, 3), (True, 1, 1), (2, 1, 3)])
+def test_batch_profiles_are_integers_in_order(sizes: tuple[int, int, int]) -> None:
+    smallest, best, largest = sizes
+    with pytest.raises(ConfigError, match="batch"):
+        BatchProfile(min=smallest, opt=best, max=largest)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.text(st.characters(categories=["L", "N", "P", "S"], exclude_characters="/\\"), min_size=1, max_size=50)
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+mappings = st.dictionaries(texts, json_values, max_size=3)
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> SMLPNetConfig:
+    depths = tuple(draw(st.lists(st.integers(1, MAX_BLOCKS // 8), min_size=1, max_size=6)))
+    patch_size = draw(st.integers(1, 64))
+    return SMLPNetConfig(
+        dim=draw(st.integers(1, MAX_NUMBER)),
+        depths=depths,
+        expansion=draw(st.integers(1, MAX_NUMBER)),
+        patch_size=patch_size,
+        image_size=patch_size * 2 ** (len(depths) - 1) * draw(st.integers(1, 16)),
+        num_classes=draw(st.integers(1, 20)),
+    )
+
+
+@st.composite
+def preprocessings(draw: st.DrawFn, image_size: int) -> Preprocessing:
+    mean, std = st.floats(-1000, 1000), st.floats(1e-6, 1e6)
+    return Preprocessing(
+        image_size=image_size,
+        crop_pct=draw(st.floats(0.05, 1)),
+        interpolation=draw(st.sampled_from(INTERPOLATIONS)),
+        mean=draw(st.tuples(mean, mean, mean)),
+        std=draw(st.tuples(std, std, std)),
+    )
+
+
+@st.composite
+def any_metadata(draw: st.DrawFn) -> ModelMetadata:
+    config = draw(configurations())
+    return ModelMetadata(
+        name=draw(names),
+        config=config,
+        labels=tuple(draw(st.lists(texts, min_size=config.num_classes, max_size=config.num_classes))),
+        preprocessing=draw(preprocessings(config.image_size)),
+        precision=draw(st.sampled_from(PRECISIONS)),
+        batch=draw(st.none() | st.integers(1, MAX_BATCH)),
+        variant=draw(st.none() | texts),
+        checkpoint=draw(texts),
+        checkpoint_sha256=draw(texts),
+        ema=draw(st.booleans()),
+        libraries=draw(st.dictionaries(texts, texts, max_size=3)),
+        quantization=draw(mappings),
+    )
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=100)
+@given(any_metadata())
+def test_any_metadata_survive_json(original: ModelMetadata) -> None:
+    text = original.to_json()
+    assert ModelMetadata.from_json(text, where="x") == original
+    assert ModelMetadata.from_json(text, where="x").to_json() == text
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=100)
+@given(st.data())
+def test_any_card_survives_json(data: st.DataObject) -> None:
+    card = ModelCard(
+        labels=data.draw(st.none() | st.lists(texts, max_size=5).map(tuple)),
+        preprocessing=data.draw(st.none() | preprocessings(32)),
+        training=data.draw(mappings),
+    )
+    assert ModelCard.from_json(card.to_json(), where="x", image_size=32) == card
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=200)
+@given(json_values, st.sampled_from([None, *json.loads(metadata().to_json())]))
+def test_any_json_is_metadata_or_one_clear_error(value: Any, key: str | None) -> None:
+    document = value if key is None else json.loads(metadata().to_json()) | {key: value}
+    try:
+        found = ModelMetadata.from_json(json.dumps(document), where="x")
+    except ConfigError:
+        return
+    assert ModelMetadata.from_json(found.to_json(), where="x") == found

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from smlp_deploy import preprocessing as module
 from smlp_deploy.errors import ImageError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import load_image, prepare, resize_and_crop, to_rgb
+from smlp_deploy.preprocessing import PixelBudget, load_image, prepare, resize_and_crop, to_rgb
 
 IMAGENET = Preprocessing(image_size=224)
 RAW = Preprocessing(image_size=8, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
@@ -22,7 +27,7 @@ def whole_image_resize_and_crop(image: Image.Image, preprocessing: Preprocessing
     width, height = image.size
     short = preprocessing.resize
     size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    resized = image.resize(size, Image.Resampling.BICUBIC)
+    resized = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     crop = preprocessing.image_size
     left, top = round((resized.width - crop) / 2), round((resized.height - crop) / 2)
     return resized.crop((left, top, left + crop, top + crop))
@@ -62,18 +67,64 @@ def test_values_are_normalised_and_channels_first(photo: Image.Image) -> None:
     np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    corner = Image.new("RGB", (16, 8), "black")
-    corner.paste("white", (0, 0, 8, 4))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "turned.png"
-    corner.save(path, exif=exif)
-    with Image.open(path) as turned:
-        expected = ImageOps.exif_transpose(turned).convert("RGB")
-        assert to_rgb(turned).tobytes() == expected.tobytes()
-        assert to_rgb(turned).size == ((16, 8) if orientation < 5 else (8, 16))
+def whole_image_to_rgb(image: Image.Image) -> Image.Image:
+    """The image upright and in RGB, all of it at once."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I;16":
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def noise(mode: str, size: tuple[int, int], seed: int) -> Image.Image:
+    """Random pixels of any mode; "P+" is a palette with transparency."""
+    rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 65536, size[::-1], dtype=np.uint16))
+    if mode in ("P", "P+"):
+        image = Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint8)).convert("P")
+        image.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
+        if mode == "P+":
+            image.info["transparency"] = rng.integers(0, 256, 256, dtype=np.uint8).tobytes()
+        return image
+    bands = Image.getmodebands(mode)
+    return (
+        Image.frombytes("L", size, rng.bytes(size[0] * size[1])).convert(mode)
+        if bands == 1
+        else Image.merge(mode, [Image.frombytes("L", size, rng.bytes(size[0] * size[1])) for _ in range(bands)])
+    )
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "P+", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"]),
+    size=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    seed=st.integers(0, 1000),
+    orientation=st.integers(0, 9),
+    image_size=st.integers(1, 64),
+    crop_pct=st.floats(0.3, 1.0),
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
+    band=st.sampled_from([1, 100, 1000, 1 << 20]),
+)
+def test_any_size_mode_orientation_and_crop_gives_the_pixels_of_the_whole_image(
+    mode: str,
+    size: tuple[int, int],
+    seed: int,
+    orientation: int,
+    image_size: int,
+    crop_pct: float,
+    interpolation: str,
+    band: int,
+) -> None:
+    preprocessing = Preprocessing(image_size=image_size, crop_pct=crop_pct, interpolation=interpolation)
+    image = noise(mode, size, seed)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    expected = whole_image_resize_and_crop(whole_image_to_rgb(image), preprocessing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BAND", band)
+        np.testing.assert_array_equal(pixels(resize_and_crop(image, preprocessing)), pixels(expected))
 
 
 def grey(value: int, mode: str) -> Image.Image:
@@ -124,12 +175,13 @@ class TestBadFiles:
         os.mkfifo(tmp_path / "fifo.jpg")
         reasons = {
             "truncated.jpg": "damaged image: image file is truncated",
-            "text.jpg": "not an image in a format that Pillow reads",
+            "text.jpg": r"not an image in a format that is read here \(JPEG, PNG, .*TGA\)",
             "empty.jpg": "empty file",
             "folder.jpg": "is a directory",
             "fifo.jpg": "not a regular file",
             "absent.jpg": "no such file or directory",
-            "nul\0.jpg": "damaged image: embedded null byte",
+            "nul\0.jpg": "no file can have this name",
+            "\ud800.jpg": "no file can have this name",
         }
         for name, reason in reasons.items():
             with pytest.raises(ImageError, match=reason):
@@ -147,3 +199,50 @@ def test_content_decides_not_the_name(tmp_path: Path, photo: Image.Image) -> Non
     photo.save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.jpg")
     np.testing.assert_array_equal(load_image(tmp_path / "a.jpg", RAW), prepare(photo, RAW))
+
+
+class TestPixelBudget:
+    def test_all_threads_together_stay_within_it(self) -> None:
+        budget, lock = PixelBudget(100), threading.Lock()
+        held, most = 0, 0
+
+        def hold(pixels: int) -> None:
+            nonlocal held, most
+            with budget.take(pixels):
+                with lock:
+                    held += pixels
+                    most = max(most, held)
+                with lock:
+                    held -= pixels
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(hold, [1, 100, 40, 60, 99, 7] * 200))
+        assert 60 <= most <= 100
+        assert held == 0
+
+    def test_a_large_image_does_not_wait_for_every_small_one(self) -> None:
+        budget, order = PixelBudget(10), list[str]()
+
+        def hold(name: str, pixels: int) -> None:
+            with budget.take(pixels):
+                order.append(name)
+
+        large, small = (
+            threading.Thread(target=hold, args=("large", 10)),
+            threading.Thread(target=hold, args=("small", 1)),
+        )
+        with budget.take(1):
+            for number, thread in enumerate((large, small), start=1):
+                thread.start()
+                while len(budget._waiting) < number:  # until it waits
+                    pass
+        large.join()
+        small.join()
+        assert order == ["large", "small"]
+
+    def test_an_error_gives_the_pixels_back(self) -> None:
+        budget = PixelBudget(10)
+        with pytest.raises(ZeroDivisionError), budget.take(10):
+            raise ZeroDivisionError
+        with budget.take(10):
+            pass

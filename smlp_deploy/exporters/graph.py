@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
-from smlp_deploy.errors import ArtifactError
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
+from smlp_deploy.models.onnxfile import as_text, check_classifier, check_graph, read_onnx, value_text
 
 __all__ = ["GraphFacts", "ModelProto", "graph_facts", "load_graph", "read_metadata", "save_graph"]
 
@@ -43,20 +42,18 @@ class GraphFacts:
 
 
 def load_graph(path: Path) -> ModelProto:
-    """Read an ONNX file, not following any external data.
+    """Read an ONNX file that is to be computed with: checked first, against its metadata too if it has any.
 
     Raises:
-        ArtifactError: no such file, or not an ONNX file.
+        ArtifactError: no such file, not an ONNX file, or one that is refused.
+        ConfigError: its metadata is damaged.
     """
-    if not path.is_file():
-        raise ArtifactError("is a directory" if path.is_dir() else "no such file", where=path, fix="name an ONNX file")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise ArtifactError(f"not an ONNX file ({type(error).__name__})", where=path, fix="export it again") from None
-    if not model.graph.node:
-        raise ArtifactError("not an ONNX file: it has no graph", where=path, fix="export it again")
-    return model
+    file = read_onnx(path)
+    check_graph(file)
+    metadata = file.metadata()
+    if metadata is not None:
+        check_classifier(file, metadata)
+    return file.model()
 
 
 def save_graph(model: ModelProto, metadata: ModelMetadata, path: Path) -> None:
@@ -81,26 +78,20 @@ def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
 
 
 def graph_facts(path: Path) -> GraphFacts:
-    """What the ONNX file at `path` is.
+    """What the ONNX file at `path` is, of whatever tool; nothing in it is computed.
 
     Raises:
-        ArtifactError: not an ONNX file.
+        ArtifactError: no such file, or not an ONNX file.
         ConfigError: its metadata is damaged.
     """
-    model = load_graph(path)
+    file = read_onnx(path)
+    model = file.structure
     return GraphFacts(
-        metadata=read_metadata(model, path),
+        metadata=file.metadata(),
         opset=next((entry.version for entry in model.opset_import if entry.domain == ""), 0),
-        producer=f"{model.producer_name} {model.producer_version}".strip(),
-        inputs=tuple(_value_text(value) for value in model.graph.input),
-        outputs=tuple(_value_text(value) for value in model.graph.output),
-        operators=dict(Counter(node.op_type for node in model.graph.node).most_common()),
-        weight_bytes=sum(len(tensor.raw_data) for tensor in model.graph.initializer),
+        producer=f"{as_text(model.producer_name)} {as_text(model.producer_version)}".strip(),
+        inputs=tuple(value_text(value) for value in model.graph.input),
+        outputs=tuple(value_text(value) for value in model.graph.output),
+        operators=dict(Counter(as_text(node.op_type) for node in model.graph.node).most_common()),
+        weight_bytes=sum(end - start for spans in file.spans for _, start, end in spans),
     )
-
-
-def _value_text(value: onnx.ValueInfoProto) -> str:
-    tensor = value.type.tensor_type
-    element = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    dimensions = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
-    return f"{value.name} {element} {'x'.join(dimensions)}"

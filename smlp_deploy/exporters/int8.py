@@ -78,7 +78,7 @@ class CalibrationTable:
             schema = document["schema"]
             if schema == TABLE_SCHEMA:
                 return _table(document)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ArtifactError(
                 f"the calibration table is damaged: {reason}", where=where, fix="calibrate again"

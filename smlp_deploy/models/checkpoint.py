@@ -6,13 +6,11 @@ No code in a file is ever run, and what a file claims about itself is checked be
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import pickle
-import pickletools
-import zipfile
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from smlp_deploy.errors import CheckpointError, ConfigError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import METADATA_KEY, ModelCard, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.models.torchfile import Placeholder, StoredTensor, open_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +33,28 @@ _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PREFIXES = ("module.", "_orig_mod.")
 _WEIGHT_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
-_MAX_PICKLE_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 64 << 20
-# What torch.save writes for tensors in plain containers, and the Namespace of an official checkpoint's options.
-_STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_SAFE_GLOBALS = {
-    "collections OrderedDict",
-    "collections Counter",
-    "argparse Namespace",
-    "torch Size",
-    "torch device",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    *(f"torch {name}Storage" for name in _STORAGES),
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_CARD_BYTES = 16 << 20
+_MAX_KEYS = 1 << 16
+_MAX_KEY_LENGTH = 200
+# Tied weights stand once in a file and twice in its state dict.
+_MOST_COPIES = 2
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
 }
-_OTHER_IMPORT_OPCODES = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A tensor of a file whose values are yet to be read; `dtype` is a name where it is none that weights have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +100,19 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         CheckpointError: it is unsafe, damaged, or not an sMLPNet; the message names the key and both shapes.
     """
     _require_file(path)
-    if path.suffix.lower() == ".safetensors":
-        if ema:
-            raise CheckpointError("a safetensors file has no moving-average weights", where=path, fix="omit --ema")
-        tensors, card_text = _read_safetensors(path)
-    else:
-        tensors, card_text = _unwrap(_read_pickle(path), path, ema=ema), None
-    tensors = _without_prefixes(tensors)
-    _check_tensors(tensors, path)
-    try:
-        config = infer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(error.what, where=path, fix=error.fix) from None
+    with _entries(path, ema=ema) as (found, card_text):
+        entries = _without_prefixes(found)
+        _check_entries(entries, path)
+        try:
+            config = infer_config({key: entry.shape for key, entry in entries.items()})
+        except (CheckpointError, ConfigError) as error:
+            raise CheckpointError(error.what, where=path, fix=error.fix) from None
+        weights = _weights(entries, path)
     return Checkpoint(
         path=path,
         sha256=sha256_of(path),
         config=config,
-        state_dict=_weights(tensors, path),
+        state_dict=weights,
         card=_card(path, card_text, config),
         ema=ema,
     )
@@ -206,90 +208,106 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(
             "not a checkpoint's file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
         )
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "no such file"
+    try:
+        status = path.stat()
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot read it: {error.strerror}"
+        raise CheckpointError(what, where=path, fix="give the path of a weights file") from None
+    if not stat.S_ISREG(status.st_mode):
+        what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
         raise CheckpointError(what, where=path, fix="give the path of a weights file")
-    if path.stat().st_size == 0:
+    if status.st_size == 0:
         raise CheckpointError("empty file", where=path, fix="fetch it again")
 
 
-def _read_pickle(path: Path) -> Any:
-    """Whatever a zip-format `.pth` holds, after its claims about sizes and code were checked."""
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            "not a zip-format torch file: truncated, something else, or written before torch 1.6",
-            where=path,
-            fix="fetch it again, or save it anew with torch.save",
-        )
-    try:
-        _check_zip(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # torch's own messages advise loading unsafely, so they are not repeated.
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
-        raise CheckpointError(
-            f"damaged torch file ({type(error).__name__})", where=path, fix="fetch it again"
-        ) from None
+@contextmanager
+def _entries(path: Path, *, ema: bool) -> Iterator[tuple[dict[str, _Entry], str | None]]:
+    """The tensors of a file, which stays open, and the text of its metadata, if it has any."""
+    if path.suffix.lower() == ".safetensors":
+        if ema:
+            raise CheckpointError("a safetensors file has no moving-average weights", where=path, fix="omit --ema")
+        with _safetensors_entries(path) as found:
+            yield found
+        return
+    with open_torch_file(path) as file:
+        tensors = _unwrap(file.content, path, ema=ema)
+        for key, tensor in tensors.items():
+            file.check(tensor, key)
+        claimed = sum(tensor.nbytes for tensor in tensors.values())
+        if claimed > _MOST_COPIES * path.stat().st_size:
+            raise CheckpointError("refused: its tensors share values and claim far more than it holds", where=path)
+        yield {key: _described(tensor, file.read) for key, tensor in tensors.items()}, None
 
 
-def _check_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        if len(set(names)) != len(names):
-            raise CheckpointError("refused: a member of the archive occurs twice", where=path, fix="fetch it again")
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise CheckpointError("refused: members are compressed, which torch.save never does", where=path)
-        if sum(member.file_size for member in members) > path.stat().st_size:
-            raise CheckpointError("refused: members claim more bytes than the file has", where=path)
-        if (damaged := archive.testzip()) is not None:
-            raise CheckpointError(f"damaged: checksum of {damaged!r} is wrong", where=path, fix="fetch it again")
-        pickles = [member for member in members if member.filename.endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
-            raise CheckpointError("not a torch file: no data.pkl of sensible size", where=path)
-        _check_pickle(archive.read(pickles[0]), path)
+def _described(tensor: StoredTensor, read: Callable[[StoredTensor], Tensor]) -> _Entry:
+    return _Entry(shape=tensor.shape, dtype=tensor.dtype, read=lambda: read(tensor))
 
 
-def _check_pickle(content: bytes, path: Path) -> None:
-    for opcode, argument, _ in pickletools.genops(content):
-        wanted = str(argument) if opcode.name == "GLOBAL" else opcode.name
-        if opcode.name in _OTHER_IMPORT_OPCODES or (opcode.name == "GLOBAL" and wanted not in _SAFE_GLOBALS):
-            raise CheckpointError(
-                f"refused, and nothing was run: the file asks for {wanted.replace(' ', '.')}, which is not weights",
-                where=path,
-                fix="where you trust it, save its weights alone as safetensors",
-            )
-
-
-def _unwrap(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
+def _unwrap(content: Any, path: Path, *, ema: bool) -> dict[str, StoredTensor]:
     """The state dict inside whatever was saved."""
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"holds a {type(content).__name__}, not a state dict", where=path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {_kind(content)}, not a state dict", where=path)
     wanted = _EMA_KEYS if ema else _WEIGHT_KEYS
-    inner = next((content[key] for key in wanted if isinstance(content.get(key), Mapping)), None)
+    inner = next((content[key] for key in wanted if isinstance(content.get(key), dict)), None)
     if inner is None and ema:
         raise CheckpointError(f"has no {' or '.join(map(repr, _EMA_KEYS))}", where=path, fix="omit --ema")
     state_dict = content if inner is None else inner
     if not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise CheckpointError("holds no state dict: a mapping from names to tensors", where=path)
+    _check_keys(state_dict, path)
     for key, value in state_dict.items():
-        if type(value) not in (Tensor, torch.nn.Parameter):
-            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor", where=path)
-    return dict(state_dict)
+        if not isinstance(value, StoredTensor):
+            raise CheckpointError(f"{key!r} is a {_kind(value)}, not a tensor", where=path)
+    return state_dict
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    _check_unique_keys(path)
+def _kind(value: Any) -> str:
+    return value.name if isinstance(value, Placeholder) else type(value).__name__
+
+
+def _check_keys(keys: Collection[str], path: Path) -> None:
+    """Bound what is built from the keys, and what is said of them."""
+    if len(keys) > _MAX_KEYS:
+        raise CheckpointError(f"refused: it has more than {_MAX_KEYS} tensors", where=path)
+    if any(len(key) > _MAX_KEY_LENGTH for key in keys):
+        raise CheckpointError(f"refused: it has a name of more than {_MAX_KEY_LENGTH} characters", where=path)
+
+
+@contextmanager
+def _safetensors_entries(path: Path) -> Iterator[tuple[dict[str, _Entry], str | None]]:
+    _check_keys(_header_keys(path), path)
+    with ExitStack() as stack:
+        with _damaged_safetensors(path):
+            file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            names = file.keys()
+            entries = {name: _safetensors_entry(file, name, path) for name in names}
+            card_text = (file.metadata() or {}).get(METADATA_KEY)
+        yield entries, card_text
+
+
+def _safetensors_entry(file: Any, name: str, path: Path) -> _Entry:
+    described = file.get_slice(name)
+    dtype = described.get_dtype()
+
+    def read() -> Tensor:
+        with _damaged_safetensors(path):
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return _Entry(shape=tuple(described.get_shape()), dtype=_SAFETENSORS_DTYPES.get(dtype, dtype), read=read)
+
+
+@contextmanager
+def _damaged_safetensors(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(METADATA_KEY)  # noqa: SIM118
+        yield
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"damaged safetensors file: {error}", where=path, fix="fetch it again") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"damaged safetensors file: {reason}", where=path, fix="fetch it again") from None
 
 
-def _check_unique_keys(path: Path) -> None:
-    """The one attack on the header that the safetensors library lets through."""
+def _header_keys(path: Path) -> list[str]:
+    """The names in a safetensors file, none twice: the one attack that the safetensors library lets through."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
@@ -302,35 +320,35 @@ def _check_unique_keys(path: Path) -> None:
             raise CheckpointError("damaged safetensors file: its header claims more bytes than it has", where=path)
         header = file.read(length)
     try:
-        json.loads(header, object_pairs_hook=unique)
+        document = json.loads(header, object_pairs_hook=unique)
     except (ValueError, RecursionError):
-        raise CheckpointError("damaged safetensors file: its header is not JSON", where=path) from None
+        document = None
+    if not isinstance(document, dict):
+        raise CheckpointError("damaged safetensors file: its header is not JSON", where=path)
+    return [key for key in document if key != "__metadata__"]
 
 
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
+def _without_prefixes(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    while prefix := next((p for p in _PREFIXES if entries and all(key.startswith(p) for key in entries)), None):
+        entries = {key.removeprefix(prefix): entry for key, entry in entries.items()}
+    return entries
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Layout, type and claimed size of each tensor, before any of its values is read."""
-    for key, tensor in tensors.items():
+def _check_entries(entries: Mapping[str, _Entry], path: Path) -> None:
+    for key, entry in entries.items():
         allowed = (torch.int64,) if _is_counter(key) else _WEIGHT_DTYPES
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in allowed:
-            kind = f"{tensor.layout} {tensor.dtype}".replace("torch.", "").replace("strided", "dense")
-            raise CheckpointError(f"{key!r} is {kind}, expected dense {str(allowed[0])[6:]}", where=path)
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"refused: {key!r} claims more values than the file holds", where=path)
+        if entry.dtype not in allowed:
+            found, expected = (str(dtype).removeprefix("torch.") for dtype in (entry.dtype, allowed[0]))
+            raise CheckpointError(f"{key!r} is {found}, expected {expected}", where=path)
 
 
-def _weights(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _weights(entries: Mapping[str, _Entry], path: Path) -> dict[str, Tensor]:
     """The tensors in float32 and contiguous, in memory of their own."""
     weights = {}
-    for key, tensor in tensors.items():
+    for key, entry in entries.items():
         if _is_counter(key):
             continue
-        weights[key] = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        weights[key] = entry.read().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if not torch.isfinite(weights[key]).all():
             raise CheckpointError(f"{key!r} has values that are NaN or beyond float32", where=path, fix="train again")
     for key in [key for key in weights if key.endswith(".running_var")]:
@@ -346,9 +364,14 @@ def _card(path: Path, text: str | None, config: SMLPNetConfig) -> ModelCard:
     if text is None and beside.is_file():
         source = beside
         try:
-            text = beside.read_text(encoding="utf-8")
+            with beside.open("rb") as file:
+                content = file.read(_MAX_CARD_BYTES + 1)
+            text = content.decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read labels and preprocessing: {error}", where=beside) from None
+            reason = (isinstance(error, OSError) and error.strerror) or "it is not UTF-8"
+            raise CheckpointError(f"cannot read labels and preprocessing: {reason}", where=beside) from None
+        if len(content) > _MAX_CARD_BYTES:
+            raise CheckpointError(f"labels and preprocessing of more than {_MAX_CARD_BYTES} bytes", where=beside)
     if text is None:
         return ModelCard()
     return ModelCard.from_json(text, where=source, image_size=config.image_size)

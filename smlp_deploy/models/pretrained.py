@@ -1,7 +1,8 @@
 """The official weights: where they are, fetched once, whole or not at all, and verified on every use.
 
-A download goes to `<file>.part`, which a later attempt resumes; the finished file is moved into place together with
-`<file>.download.json`, which records its size and sha256.
+A download goes to `<file>.part`. A later attempt resumes it if the server still has the very version that
+`<file>.part.json` names; otherwise it starts anew. The finished file is moved into place together with
+`<file>.download.json`, which records its size and sha256. Of several processes one fetches, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ import http.client
 import json
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from email.message import Message
 from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from smlp_deploy.errors import DownloadError
@@ -25,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 MIRROR_VARIABLE = "SMLP_WEIGHTS_URL"
 
-_TIMEOUT_SECONDS = 30
+_TIMEOUT_SECONDS = 30.0
+_WATCH_SECONDS = 30.0
+_LEAST_BYTES = 64 << 10
+"""What a server must send in `_WATCH_SECONDS`, lest it be given up."""
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 2 << 30
 
@@ -84,21 +95,47 @@ def fetch_weights(variant: Variant, *, progress: Progress | None = None) -> Path
     """
     url = weights_url(variant)
     path = cache_folder() / url.rpartition("/")[2]
-    if path.is_file():
-        _verify(path)
-        return path
-    part = path.with_name(path.name + ".part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, progress)
-        write_text(_record(path), json.dumps({"url": url, "size": part.stat().st_size, "sha256": sha256_of(part)}))
-        part.replace(path)
-    except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(
-            f"could not fetch {url}: {_reason(error)}",
-            fix=f"try again to resume; with no network, fetch {url} by hand and save it as {path}",
-        ) from None
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(path):
+                if not path.is_file():
+                    _fetch(url, path, progress)
+                    return path
+        except (OSError, http.client.HTTPException) as error:
+            raise DownloadError(
+                f"could not fetch {url}: {_reason(error)}",
+                fix=f"try again to resume; with no network, fetch {url} by hand and save it as {path}",
+            ) from None
+    _verify(path)
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock on fetching `path`, which the system takes back from a process that dies."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is fetching %s; waiting for it", path.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(url: str, path: Path, progress: Progress | None) -> None:
+    part = path.with_name(f"{path.name}.part")
+    _download(url, part, progress)
+    with part.open("rb") as file:
+        if file.read(512).lstrip()[:1] == b"<":
+            part.unlink()
+            raise OSError("the server sent a web page, not weights")
+    write_text(_record(path), json.dumps({"url": url, "size": part.stat().st_size, "sha256": sha256_of(part)}))
+    part.replace(path)
+    _version_file(part).unlink(missing_ok=True)
 
 
 def _record(path: Path) -> Path:
@@ -123,50 +160,130 @@ def _verify(path: Path) -> None:
         )
 
 
-def _download(url: str, part: Path, progress: Progress | None) -> None:
-    """Append what is missing to `part`, or write it anew where the server cannot resume."""
-    have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "smlp-deploy"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    """Which version of a file a server has.
+
+    Attributes:
+        url: where it was asked for.
+        validator: what the server calls it, for If-Range.
+        size: in bytes.
+    """
+
+    url: str
+    validator: str
+    size: int
+
+
+def _version_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _begun(url: str, part: Path) -> _Version | None:
+    """The version of which `part` is the beginning, if a download of `url` can be resumed."""
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        begun = _Version(**json.loads(_version_file(part).read_text(encoding="utf-8")))
+        fits = begun.url == url and isinstance(begun.validator, str) and 0 < part.stat().st_size < begun.size
+    except (OSError, ValueError, TypeError):
+        return None
+    return begun if fits else None
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https, and none from https to http."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        scheme = urlsplit(newurl).scheme.lower()
+        if scheme not in ("http", "https") or (req.type == "https" and scheme != "https"):
+            fp.close()
+            raise urllib.error.URLError(OSError(f"refused: the server sends on from {req.type} to {scheme}"))
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, part: Path, progress: Progress | None) -> None:
+    """Append what is missing to `part`, or write it anew where that is another version or the server cannot resume."""
+    begun = _begun(url, part)
+    request = urllib.request.Request(url, headers={"User-Agent": "smlp-deploy"})
+    if begun is not None:
+        request.add_header("Range", f"bytes={part.stat().st_size}-")
+        request.add_header("If-Range", begun.validator)
+    try:
+        response = urllib.request.build_opener(_Redirects).open(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-            error.close()
-            part.unlink()
+        error.close()
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and begun is not None:
+            _version_file(part).unlink()
             _download(url, part, progress)
             return
         raise
     with response:
-        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        start = have if resumed else 0
-        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise OSError("the server resumed at another place than asked")
-        if response.headers.get_content_type() == "text/html":
-            raise OSError("the server sent a web page, not weights")
-        total = start + response.length if response.length is not None else None
-        _store(response, part, start=start, total=total, progress=progress)
+        start = _start(response, begun, part)
+        if start == 0:
+            # In this order, so that a version never stands beside the beginning of another.
+            part.unlink(missing_ok=True)
+            _version_file(part).unlink(missing_ok=True)
+            validator = _validator(response.headers)
+            if validator is not None:
+                version = _Version(url=url, validator=validator, size=response.length)
+                write_text(_version_file(part), json.dumps(asdict(version)))
+        _store(response, part, start=start, progress=progress)
 
 
-def _store(
-    response: http.client.HTTPResponse, part: Path, *, start: int, total: int | None, progress: Progress | None
-) -> None:
-    done = start
+def _start(response: http.client.HTTPResponse, begun: _Version | None, part: Path) -> int:
+    """Where in the file the response begins, after checking that it is weights and says how long they are."""
+    if response.headers.get_content_type() == "text/html":
+        raise OSError("the server sent a web page, not weights")
+    if response.length is None:
+        raise OSError("the server does not say how long the file is")
+    start = 0
+    if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        start = part.stat().st_size if begun is not None else 0
+        expected = f"bytes {start}-{begun.size - 1}/{begun.size}" if begun is not None else "nothing"
+        if response.headers.get("Content-Range") != expected:
+            raise OSError(f"the server sent {response.headers.get('Content-Range')}, asked was {expected}")
+    elif response.status != http.HTTPStatus.OK:
+        raise OSError(f"the server answered {response.status}")
+    if start + response.length > _MAX_BYTES:
+        raise OSError(f"more than {_MAX_BYTES} bytes")
+    return start
+
+
+def _validator(headers: Message) -> str | None:
+    """What names this version for If-Range: an entity tag, if it is a strong one, or else a date."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified")
+
+
+def _store(response: http.client.HTTPResponse, part: Path, *, start: int, progress: Progress | None) -> None:
+    done, total = start, start + (response.length or 0)
+    watched, since = done, time.monotonic()
     with part.open("r+b" if start else "wb") as file:
         file.seek(start)
-        while chunk := response.read(_CHUNK_BYTES):
+        # read1, because read would wait for a whole chunk however slowly it comes.
+        while chunk := response.read1(_CHUNK_BYTES):
             done += len(chunk)
-            if done > _MAX_BYTES:
-                raise OSError(f"more than {_MAX_BYTES} bytes")
             file.write(chunk)
             if progress is not None:
                 progress(done, total)
-    if total is not None and done != total:
+            if (now := time.monotonic()) - since > _WATCH_SECONDS:
+                if done - watched < _LEAST_BYTES and done < total:
+                    raise OSError(f"the server sent only {done - watched} bytes in {now - since:.0f} seconds")
+                watched, since = done, now
+    if done != total:
         raise OSError(f"the connection ended after {done} of {total} bytes")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
-        return error.reason.strerror or str(error.reason)
+        error = error.reason
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
-from smlp_deploy.metadata import METADATA_KEY, BatchProfile, ModelMetadata
+from smlp_deploy.metadata import BatchProfile, ModelMetadata
+from smlp_deploy.models.onnxfile import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
 from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -32,7 +32,7 @@ class OnnxRuntimeRunner(Closing):
         provider: "cpu", "cuda" or "tensorrt"; another than the one asked for is never taken.
 
     Raises:
-        ArtifactError: not an ONNX file, or without smlp-deploy's metadata.
+        ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`models/onnxfile.py`).
         MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
         ConfigError: its metadata is damaged.
     """
@@ -44,21 +44,11 @@ class OnnxRuntimeRunner(Closing):
                 f"the installed ONNX Runtime has no {wanted}",
                 fix='pip install "smlp-deploy[gpu]" in its own environment',
             )
-        if not path.is_file():
-            raise ArtifactError("no such file", where=path, fix="smlp export --format onnx makes one")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        emulated = False
-        try:
-            try:
-                session = onnxruntime.InferenceSession(path, options, providers=[wanted])
-            except KernelMissing:
-                session = onnxruntime.InferenceSession(_emulated(path), options, providers=[wanted])
-                emulated = True
-        # onnxruntime's exceptions share no base class of their own.
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise ArtifactError(f"ONNX Runtime cannot load it: {reason}", where=path, fix="export it again") from None
+        file = read_onnx(path)
+        check_graph(file)
+        self.metadata = _metadata(file)
+        check_classifier(file, self.metadata)
+        session, emulated = _session(file, wanted)
         # Listing a provider does not start it: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
         if session.get_providers()[0] != wanted:
             raise MissingDependencyError(
@@ -67,7 +57,8 @@ class OnnxRuntimeRunner(Closing):
             )
         device = f"{provider.upper()}, bf16 emulated" if emulated else provider.upper()
         self.name = f"onnxruntime ({device}) {path.name}"
-        self.metadata = _metadata(session, path)
+        self._path, self._structure = path, file.structure
+        self._batch_sizes = {self.metadata.batch or 1}
         self._session: onnxruntime.InferenceSession | None = session
 
     def infer(self, batch: FloatArray) -> FloatArray:
@@ -77,26 +68,51 @@ class OnnxRuntimeRunner(Closing):
 
     def _run(self, batch: FloatArray) -> FloatArray:
         assert self._session is not None, "the runner is closed"
-        return cast(FloatArray, self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
+        if len(batch) not in self._batch_sizes:
+            check_sizes(self._structure, self._path, batch=len(batch))
+            self._batch_sizes.add(len(batch))
+        try:
+            return cast(FloatArray, self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
+        # onnxruntime's exceptions share no base class of their own.
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime cannot run it: {_reason(error)}", where=self._path) from None
 
     def close(self) -> None:
         self._session = None
 
 
-def _metadata(session: onnxruntime.InferenceSession, path: Path) -> ModelMetadata:
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
+def _metadata(file: OnnxFile) -> ModelMetadata:
+    metadata = file.metadata()
+    if metadata is None:
         raise ArtifactError(
             "has no labels and preprocessing inside: smlp-deploy did not write it",
-            where=path,
+            where=file.path,
             fix="export the checkpoint with smlp export",
         )
-    return ModelMetadata.from_json(text, where=path)
+    return metadata
 
 
-def _emulated(path: Path) -> bytes:
-    """A graph that ONNX Runtime has no kernels for, with its bf16 emulated."""
-    return bytes(emulate_bf16(onnx.load(path, load_external_data=False)).SerializeToString())
+def _session(file: OnnxFile, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:
+    """A session of the bytes that were checked, and whether bf16 is emulated in it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # Otherwise bytes that are both ONNX and ONNX Runtime's own format are taken for the latter, which nobody checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    try:
+        try:
+            return onnxruntime.InferenceSession(file.content, options, providers=[provider]), False
+        except KernelMissing:
+            emulated = emulate_bf16(file.model()).SerializeToString()
+            return onnxruntime.InferenceSession(emulated, options, providers=[provider]), True
+    # onnxruntime's exceptions share no base class of their own.
+    except Exception as error:
+        raise ArtifactError(
+            f"ONNX Runtime cannot load it: {_reason(error)}", where=file.path, fix="export it again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def emulate_bf16(model: ModelProto) -> ModelProto:

@@ -34,6 +34,26 @@ def test_a_graph_of_another_tool_has_no_metadata(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     onnx.save(small_graph(), path)
     assert graph_facts(path).metadata is None
+    assert load_graph(path) == small_graph()
+
+
+def test_facts_are_told_of_what_smlp_deploy_would_not_run(tmp_path: Path) -> None:
+    model, path = small_graph(), tmp_path / "x.onnx"
+    body = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "body", [], [])
+    model.graph.node.append(helper.make_node("Loop", ["", ""], ["z"], body=body))
+    model.graph.node.append(helper.make_node("Attention", ["images"], ["a"], domain="com.microsoft"))
+    weight = model.graph.initializer.add(name="elsewhere", data_type=TensorProto.FLOAT, dims=[1 << 40])
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="weights.bin")
+    model.graph.input.add(name="unknown").type.tensor_type.elem_type = 12345
+    model.graph.output.add(name="sequence").type.sequence_type.elem_type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, path)
+    facts = graph_facts(path)
+    assert facts.operators == {"Add": 1, "Loop": 1, "Attention": 1}
+    assert facts.inputs == ("images float batchx3", "unknown unknown ")
+    assert facts.outputs == ("logits float batchx3", "sequence undefined ")
+    with pytest.raises(ArtifactError, match="refused: its operator 'Loop' runs a graph inside the graph"):
+        load_graph(path)
 
 
 def test_an_invalid_graph_is_not_written(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -125,9 +127,90 @@ def test_network_owns_its_weights(micro_pth: Path) -> None:
     ],
 )
 def test_configuration_is_recovered_from_shapes(config: SMLPNetConfig) -> None:
+    assert infer_config(shapes_of(config)) == config
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of(config: SMLPNetConfig) -> Shapes:
     with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in SMLPNet(config).state_dict().items()}
-    assert infer_config(shapes) == config
+        return {key: tuple(tensor.shape) for key, tensor in SMLPNet(config).state_dict().items()}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> SMLPNetConfig:
+    depths = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    patch_size = draw(st.integers(1, 8))
+    return SMLPNetConfig(
+        dim=draw(st.integers(1, 200)),
+        depths=depths,
+        expansion=draw(st.integers(1, 5)),
+        patch_size=patch_size,
+        image_size=patch_size * 2 ** (len(depths) - 1) * draw(st.integers(1, 20)),
+        num_classes=draw(st.integers(1, 3000)),
+    )
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(configurations())
+def test_any_configuration_is_recovered_from_its_shapes(config: SMLPNetConfig) -> None:
+    assert infer_config(shapes_of(config)) == config
+
+
+def mutated(data: st.DataObject, shapes: Shapes) -> Shapes:
+    """The same shapes with one key dropped, added, renamed, or with one other dimension."""
+    counters = [key for key in shapes if key.endswith("num_batches_tracked")]
+    key = data.draw(st.sampled_from(sorted(shapes.keys() - counters)))
+    kind = data.draw(st.sampled_from(["drop", "add", "rename", "resize", "rank"]))
+    others = {other: shape for other, shape in shapes.items() if other != key}
+    if kind == "drop":
+        return others
+    if kind == "add":
+        return shapes | {data.draw(st.sampled_from([f"{key}x", f"x.{key}", key.replace("0", "7") + "7"])): shapes[key]}
+    if kind == "rename":
+        return others | {f"{key}_": shapes[key]}
+    if kind == "rank":
+        return shapes | {key: (*shapes[key], 1)}
+    axis = data.draw(st.integers(0, len(shapes[key]) - 1))
+    size = data.draw(st.integers(0, 300) | st.integers(1 << 31, 1 << 62))
+    resized = (*shapes[key][:axis], size, *shapes[key][axis + 1 :])
+    return shapes | {key: resized}
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=150)
+@given(st.data(), configurations())
+def test_any_single_mutation_is_refused(data: st.DataObject, config: SMLPNetConfig) -> None:
+    shapes = shapes_of(config)
+    changed = mutated(data, shapes)
+    if changed == shapes:
+        return
+    try:
+        found = infer_config(changed)
+    except (CheckpointError, ConfigError):
+        return
+    # Where the change makes another network's shapes, they are exactly that network's.
+    assert {key: shape for key, shape in shapes_of(found).items() if key in changed} == changed
+
+
+def test_a_lying_shape_costs_no_time(weights: dict[str, Tensor]) -> None:
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    for key, shape in [
+        ("to_patch_embedding.0.0.weight", (1 << 40, 3, 4, 4)),
+        ("to_patch_embedding.0.0.weight", (8, 3, 1 << 40, 1 << 40)),
+        ("token_mix.0.1.proj_h.weight", (1 << 40, 8, 1, 1)),
+        ("channel_mix.0.2.net.0.weight", (1 << 62, 8)),
+        ("mlp_head.0.weight", (1 << 62, 64)),
+    ]:
+        with pytest.raises((CheckpointError, ConfigError)):
+            infer_config(shapes | {key: shape})
+
+
+def test_more_blocks_than_any_network_has_are_refused() -> None:
+    config = SMLPNetConfig(dim=1, depths=(1,), image_size=4, num_classes=1)
+    shapes = shapes_of(config) | {f"token_mix.{i}.0.conv_merge.Conv.weight": (1, 1, 3, 3) for i in range(50_000)}
+    with pytest.raises(ConfigError, match="at most 2048 blocks"):
+        infer_config(shapes)
 
 
 class TestRefusesWhatDoesNotFit:
@@ -165,7 +248,7 @@ class TestRefusesWhatDoesNotFit:
     @pytest.mark.parametrize(
         ("dtype", "reason"),
         [
-            (torch.int32, r"'mlp_head\.0\.weight' is dense int32, expected dense float32"),
+            (torch.int32, r"'mlp_head\.0\.weight' is int32, expected float32"),
             (torch.complex64, r"asks for torch\.ComplexFloatStorage, which is not weights"),
         ],
     )
@@ -253,7 +336,7 @@ class TestRefusesWhatIsUnsafe:
         proof = tmp_path / "proof"
         hostile = pickle.dumps(Runs(os.system, f"touch {proof}"), protocol=4)
         path = rewritten(micro_pth, tmp_path / "model.pth", lambda name, data: hostile if "data.pkl" in name else data)
-        with pytest.raises(CheckpointError, match="the file asks for STACK_GLOBAL"):
+        with pytest.raises(CheckpointError, match=r"nothing was run: the file uses FRAME, which torch.save does not"):
             load_checkpoint(path)
         assert not proof.exists()
 

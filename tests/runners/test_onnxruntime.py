@@ -44,7 +44,7 @@ def test_damaged_metadata_are_refused(digits_export: Export, tmp_path: Path) -> 
 def test_a_truncated_file_is_one_clear_error(digits_export: Export, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(digits_export.path.read_bytes()[:keep])
-    with pytest.raises(ArtifactError, match="ONNX Runtime cannot load it"):
+    with pytest.raises(ArtifactError, match=r"^not an ONNX file"):
         OnnxRuntimeRunner(path)
 
 

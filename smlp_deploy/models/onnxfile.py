@@ -1,0 +1,473 @@
+"""ONNX files from anybody: read once, and checked before anything is computed. Needs onnx, but neither torch nor a GPU.
+
+A file is walked through as protobuf's wire format first, which parts its weights from its structure; only the structure
+becomes objects. What is then computed with is the very bytes that were checked (`docs/security.md`).
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from smlp_deploy.errors import ArtifactError
+from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
+
+MAX_FILE_BYTES = (2 << 30) - 1
+"""Protobuf reads no larger message."""
+MAX_STRUCTURE_BYTES = 8 << 20
+"""Everything in a file but its weights; as objects it can take a hundred times that (sMLPNet-Base: 0.3 MB)."""
+MAX_PARTS = 200_000
+"""Nodes, weights and all other fields of a graph; sMLPNet-Base has 3,000."""
+MAX_NODES = 20_000
+MAX_ELEMENTS = 1 << 26
+"""Of any value, per image; sMLPNet-Base at 224 pixels needs 2^20."""
+MAX_TOTAL_ELEMENTS = 1 << 31
+"""Of all values together, per image; sMLPNet-Base at 224 pixels needs 2^27."""
+MAX_MACS = 1 << 40
+"""Multiply-accumulates per image; sMLPNet-Base at 224 pixels needs 2^34."""
+
+# What smlp-deploy writes, and what other tools rewrite that into. None has a shape that depends on an image's values.
+_OPERATORS = (
+    "Add Cast Concat Conv DequantizeLinear Div Erf Gelu Gemm MatMul Mul QuantizeLinear Reciprocal ReduceMean Reshape "
+    "Sqrt Sub Transpose "
+    "Abs BatchNormalization Clip Constant Dropout Exp Flatten GlobalAveragePool Identity LayerNormalization Log Max "
+    "Min Neg Pow ReduceSum Relu Sigmoid Slice Softmax Split Squeeze Sum Tanh Unsqueeze"
+)
+OPERATORS = frozenset(_OPERATORS.split())
+ELEMENT_TYPES: dict[int, int] = {
+    TensorProto.FLOAT: 4,
+    TensorProto.FLOAT16: 2,
+    TensorProto.BFLOAT16: 2,
+    TensorProto.DOUBLE: 8,
+    TensorProto.INT8: 1,
+    TensorProto.UINT8: 1,
+    TensorProto.INT32: 4,
+    TensorProto.INT64: 8,
+    TensorProto.BOOL: 1,
+}
+"""The types that weights may have, and their sizes in bytes."""
+
+_DEFAULT_DOMAIN = ("", "ai.onnx")
+_KEPT_BYTES = 1024
+# Field numbers of ModelProto, GraphProto and TensorProto in onnx.proto.
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+_DATA = {4, 5, 7, _RAW_DATA, 10, 11}
+_BYTES = 2
+# The bits of a float's exponent: all set in infinities and NaNs.
+_EXPONENTS: dict[int, np.unsignedinteger[Any]] = {
+    TensorProto.FLOAT: np.uint32(0x7F80_0000),
+    TensorProto.FLOAT16: np.uint16(0x7C00),
+    TensorProto.BFLOAT16: np.uint16(0x7F80),
+    TensorProto.DOUBLE: np.uint64(0x7FF0_0000_0000_0000),
+}
+_CHUNK = 1 << 18
+_SHOWN = 120
+
+_Span = tuple[int, int, int]
+"""Field number, start and end of a tensor's values in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxFile:
+    """An ONNX file in memory.
+
+    Attributes:
+        path: where it was read from; it is not opened again.
+        content: all its bytes.
+        structure: the graph, in which initializers of more than 1,024 bytes are left without values.
+        spans: where in `content` the values of each initializer are.
+    """
+
+    path: Path
+    content: bytes
+    structure: ModelProto
+    spans: tuple[tuple[_Span, ...], ...]
+
+    def model(self) -> ModelProto:
+        """The whole graph with its weights."""
+        model: ModelProto = ModelProto.FromString(self.content)
+        return model
+
+    def metadata(self) -> ModelMetadata | None:
+        """The metadata that smlp-deploy wrote into it, or None.
+
+        Raises:
+            ConfigError: it is damaged, or of a newer schema.
+        """
+        text = {prop.key: prop.value for prop in self.structure.metadata_props}.get(METADATA_KEY)
+        return None if text is None else ModelMetadata.from_json(text, where=self.path)
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Read an ONNX file of any tool, without following what it refers to and without trusting what it claims.
+
+    Raises:
+        ArtifactError: no regular file, too large, or not an ONNX file.
+    """
+    content = _read(path)
+    spans: list[tuple[_Span, ...]] = []
+    try:
+        structure = ModelProto.FromString(_structure(content, spans, path))
+    except (DecodeError, ValueError) as error:
+        raise _no_onnx(path, f", or a damaged one ({type(error).__name__})") from None
+    if not structure.graph.node:
+        raise _no_onnx(path, ": it has no graph")
+    return OnnxFile(path=path, content=content, structure=structure, spans=tuple(spans))
+
+
+def check_graph(file: OnnxFile) -> None:
+    """Check that the graph is plain arithmetic on sound weights, all of it inside the file.
+
+    Raises:
+        ArtifactError: it is newer than the installed onnx, or it is not such a graph.
+    """
+    model, path = file.structure, file.path
+    _check_versions(model, path)
+    if model.functions or model.training_info or model.graph.sparse_initializer:
+        _refuse("it has functions of its own, training steps or sparse weights", path)
+    if max(len(model.graph.node), len(model.graph.initializer)) > MAX_NODES:
+        _refuse(f"it has more than {MAX_NODES} nodes or weights", path)
+    graph = model.graph
+    named = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    if not all(isinstance(part.name, str) for part in named):
+        _refuse("a name in it is not UTF-8", path)
+    for node in graph.node:
+        _check_node(node, path)
+    if len(file.spans) != len(model.graph.initializer):
+        _refuse("its weights cannot be told apart", path)
+    for tensor, spans in zip(model.graph.initializer, file.spans, strict=True):
+        _check_weight(tensor, spans, file)
+
+
+def check_classifier(file: OnnxFile, metadata: ModelMetadata) -> None:
+    """Check that the graph is what its metadata says: images N, 3, S, S to logits N, classes, both float32.
+
+    Raises:
+        ArtifactError: it is something else, or it would take more memory or time than any sMLPNet.
+    """
+    graph, path, size = file.structure.graph, file.path, metadata.config.image_size
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        _refuse(f"it has {len(inputs)} inputs and {len(graph.output)} outputs, a classifier has one of each", path)
+    batch = metadata.batch or 1
+    dims = inputs[0].type.tensor_type.shape.dim
+    found = [dim.dim_value if dim.HasField("dim_value") else "N" for dim in dims]
+    expected = [metadata.batch or "N", 3, size, size]
+    if inputs[0].type.tensor_type.elem_type != TensorProto.FLOAT or found != expected:
+        _refuse(
+            f"its input is {_short(value_text(inputs[0]))}, by its metadata it is float {_shape_text(expected)}", path
+        )
+    if graph.output[0].type.tensor_type.elem_type != TensorProto.FLOAT:
+        _refuse(f"its output is {_short(value_text(graph.output[0]))}, expected float", path)
+    logits = check_sizes(file.structure, path, batch=batch)
+    if logits != (batch, metadata.config.num_classes):
+        of = f"{metadata.config.num_classes} classes" + (f" at batch {batch}" if batch > 1 else "")
+        _refuse(f"its output has shape {_shape_text(logits)}, its metadata states {of}", path)
+
+
+def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, ...]:
+    """Compute the shape of every value at one batch size, and check that they stay within the bounds above.
+
+    Args:
+        structure: a graph that passed `check_graph` and has one input, with or without its weights' values.
+        path: where it came from, for errors.
+        batch: number of images.
+
+    Returns:
+        The shape of the output.
+
+    Raises:
+        ArtifactError: a value is larger, or its size depends on what is computed.
+    """
+    shapes = _shapes(structure, path, batch)
+    total = macs = 0
+    for node in structure.graph.node:
+        for name in filter(None, node.output):
+            elements = _elements(shapes.get(name))
+            if elements is None:
+                _refuse(f"the size of its value {_short(name)} cannot be told", path)
+            if elements > MAX_ELEMENTS * batch:
+                _refuse(f"its value {_short(name)} has more than {MAX_ELEMENTS} elements per image", path)
+            total += elements
+        macs += _macs(node, shapes)
+    if total > MAX_TOTAL_ELEMENTS * batch:
+        _refuse(f"its values have more than {MAX_TOTAL_ELEMENTS} elements per image together", path)
+    if macs > MAX_MACS * batch:
+        _refuse(f"it takes more than {MAX_MACS} multiplications per image", path)
+    return shapes[structure.graph.output[0].name] or ()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+            raise ArtifactError(what, where=path, fix="name an ONNX file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ArtifactError(f"is larger than the {MAX_FILE_BYTES} bytes of an ONNX file", where=path)
+        with path.open("rb") as file:
+            # One byte more than there was, so that a file that grows meanwhile is not taken for whole.
+            content = file.read(status.st_size + 1)
+    except FileNotFoundError:
+        raise ArtifactError("no such file", where=path, fix="name an ONNX file; smlp export makes one") from None
+    except OSError as error:
+        raise ArtifactError(f"cannot read it: {error.strerror}", where=path) from None
+    if len(content) != status.st_size:
+        raise ArtifactError("changed while it was read", where=path, fix="try again")
+    return content
+
+
+def _no_onnx(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"not an ONNX file{why}", where=path, fix="export it again")
+
+
+def _refuse(why: str, path: Path, fix: str | None = None) -> NoReturn:
+    raise ArtifactError(f"refused: {why}", where=path, fix=fix or "use a file that smlp export wrote")
+
+
+def _structure(content: bytes, spans: list[tuple[_Span, ...]], path: Path) -> bytes:
+    """The file without the values of its larger initializers, whose places are appended to `spans`."""
+    parts: list[bytes] = []
+    left = MAX_STRUCTURE_BYTES
+    for part in _parts(content, spans):
+        left -= len(part)
+        if left < 0:
+            _refuse(f"it has more than {MAX_STRUCTURE_BYTES} bytes beside its weights", path)
+        if len(parts) >= MAX_PARTS:
+            _refuse(f"its graph has more than {MAX_PARTS} parts", path)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _parts(content: bytes, spans: list[tuple[_Span, ...]]) -> Iterator[bytes]:
+    for number, kind, start, value, end in _fields(content, 0, len(content)):
+        if (number, kind) != (_GRAPH, _BYTES):
+            yield content[start:end]
+            continue
+        for field, wire, first, inner, last in _fields(content, value, end):
+            weight = (field, wire) == (_INITIALIZER, _BYTES)
+            # A message that comes in several pieces is put together by protobuf's own rules.
+            yield _message(_GRAPH, _slim(content, inner, last, spans) if weight else content[first:last])
+
+
+def _slim(content: bytes, start: int, end: int, spans: list[tuple[_Span, ...]]) -> bytes:
+    """An initializer without its values, if they are many."""
+    kept, found = [], []
+    for number, kind, first, value, last in _fields(content, start, end):
+        if number in _DATA and kind == _BYTES:
+            found.append((number, value, last))
+            if last - value > _KEPT_BYTES:
+                continue
+        kept.append(content[first:last])
+    spans.append(tuple(found))
+    return _message(_INITIALIZER, b"".join(kept))
+
+
+def _fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Number, wire type, and where field, value and the next field begin, of each field of a protobuf message."""
+    while at < end:
+        start = at
+        key, at = _varint(content, at, end)
+        kind = key & 7
+        if kind == _BYTES:
+            length, at = _varint(content, at, end)
+            stop = at + length
+        elif kind == 0:
+            stop = _varint(content, at, end)[1]
+        elif kind in (1, 5):
+            stop = at + (8 if kind == 1 else 4)
+        else:
+            raise ValueError("a wire type that ONNX does not use")
+        if stop > end:
+            raise ValueError("a field reaches beyond its message")
+        yield key >> 3, kind, start, at, stop
+        at = stop
+
+
+def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            break
+        byte = content[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number without an end")
+
+
+def _message(number: int, content: bytes) -> bytes:
+    length, head = len(content), [number << 3 | _BYTES]
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*head, length]) + content
+
+
+def _check_versions(model: ModelProto, path: Path) -> None:
+    known, upgrade = onnx.defs.onnx_opset_version(), "upgrade onnx, or export it again with a lower --opset"
+    if model.ir_version > onnx.IR_VERSION:
+        _refuse(
+            f"its format version {model.ir_version} is newer than the {onnx.IR_VERSION} of this onnx", path, upgrade
+        )
+    opsets = [entry.version for entry in model.opset_import if entry.domain in _DEFAULT_DOMAIN]
+    if len(opsets) != 1 or opsets[0] < 1 or model.ir_version < 1:
+        _refuse("it does not state one format version and one operator set", path)
+    if opsets[0] > known:
+        _refuse(f"its operator set {opsets[0]} is newer than the {known} of this onnx", path, upgrade)
+
+
+def _check_node(node: NodeProto, path: Path) -> None:
+    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    for attribute in node.attribute:
+        if attribute.HasField("g") or attribute.graphs:
+            _refuse(f"its operator {_short(operator)} runs a graph inside the graph", path)
+        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors or attribute.ref_attr_name:
+            _refuse(f"its operator {_short(operator)} has an attribute that no classifier needs", path)
+        for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
+            _check_values(tensor, path)
+    if node.domain not in _DEFAULT_DOMAIN or node.op_type not in OPERATORS:
+        _refuse(f"its operator {_short(operator)} is none that a classifier of smlp-deploy needs", path)
+    if not all(isinstance(name, str) for name in (node.name, *node.input, *node.output)):
+        _refuse("a name in it is not UTF-8", path)
+
+
+def _check_weight(tensor: TensorProto, spans: tuple[_Span, ...], file: OnnxFile) -> None:
+    if not any(end - start > _KEPT_BYTES for _, start, end in spans):
+        _check_values(tensor, file.path)
+        return
+    _check_type(tensor, file.path)
+    (number, start, end), name = spans[0], _short(tensor.name)
+    if len(spans) > 1 or number != _RAW_DATA:
+        _refuse(f"the values of {name} are not stored as raw data", file.path)
+    claimed = _elements(tuple(tensor.dims)) or 0
+    if claimed * ELEMENT_TYPES[tensor.data_type] != end - start:
+        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has {end - start} bytes", file.path)
+    exponent = _EXPONENTS.get(tensor.data_type)
+    if exponent is None:
+        return
+    values = np.frombuffer(file.content, exponent.dtype, claimed, start)
+    if any(((values[at : at + _CHUNK] & exponent) == exponent).any() for at in range(0, claimed, _CHUNK)):
+        _refuse_nan(name, file.path)
+
+
+def _check_values(tensor: TensorProto, path: Path) -> None:
+    """The same for a tensor whose values are at hand."""
+    _check_type(tensor, path)
+    name = _short(tensor.name)
+    try:
+        values = numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, OverflowError):
+        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has another number", path)
+    if values.shape != tuple(tensor.dims):
+        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has another number", path)
+    if tensor.data_type in _EXPONENTS and not np.isfinite(values.astype(np.float64)).all():
+        _refuse_nan(name, path)
+
+
+def _check_type(tensor: TensorProto, path: Path) -> None:
+    if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
+        _refuse(
+            f"the values of {_short(tensor.name)} are in another file; smlp-deploy writes all weights inside",
+            path,
+            "save it as one file, without external data",
+        )
+    if tensor.data_type not in ELEMENT_TYPES or tensor.HasField("segment"):
+        _refuse(f"{_short(tensor.name)} has an element type that no classifier of smlp-deploy needs", path)
+
+
+def _refuse_nan(name: str, path: Path) -> NoReturn:
+    _refuse(f"{name} has values that are NaN or infinite", path)
+
+
+def _shapes(structure: ModelProto, path: Path, batch: int) -> dict[str, tuple[int, ...] | None]:
+    """The shape of every value at a batch size by ONNX's rules, trusting none that the file states; None if unknown."""
+    graph = structure.graph
+    bare = ModelProto(ir_version=onnx.IR_VERSION, opset_import=structure.opset_import)
+    bare.graph.name = "sizes"
+    bare.graph.node.extend(graph.node)
+    weights = {tensor.name for tensor in graph.initializer}
+    for tensor in graph.initializer:
+        if _has_values(tensor):
+            bare.graph.initializer.append(tensor)
+        else:
+            shape = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            bare.graph.input.append(shape)
+    for value in graph.input:
+        if value.name not in weights:
+            bare.graph.input.append(value)
+            bare.graph.input[-1].type.tensor_type.shape.dim[0].dim_value = batch
+    for value in graph.output:
+        bare.graph.output.add(name=value.name).type.tensor_type.elem_type = value.type.tensor_type.elem_type
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
+    # onnx's checks raise errors of several kinds that share no base class.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        _refuse(f"its shapes do not fit together: {_short(reason)}", path)
+    known = (*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input)
+    shapes = {value.name: _static(value) for value in known}
+    return shapes | {tensor.name: tuple(tensor.dims) for tensor in inferred.graph.initializer}
+
+
+def _has_values(tensor: TensorProto) -> bool:
+    return bool(tensor.raw_data or tensor.float_data or tensor.int32_data or tensor.int64_data or tensor.double_data)
+
+
+def _static(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+        return None
+    return tuple(dim.dim_value for dim in tensor.shape.dim)
+
+
+def _elements(shape: Iterable[int] | None) -> int | None:
+    """How many elements a shape has; None if it is unknown or has a size below 1."""
+    sizes = None if shape is None else tuple(shape)
+    return None if sizes is None or any(size < 1 for size in sizes) else math.prod(sizes)
+
+
+def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...] | None]) -> int:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or not node.output:
+        return 0
+    left, right = (shapes.get(name) or (1,) for name in node.input[:2])
+    if node.op_type == "Conv":
+        return (_elements(shapes.get(node.output[0])) or 0) * math.prod(right[1:])
+    # The inner size of a Gemm is one of its left side's two; the larger is the bound.
+    inner = left[-1] if node.op_type == "MatMul" else max(left)
+    return (_elements(shapes.get(node.output[0])) or 0) * inner
+
+
+def as_text(name: str | bytes) -> str:
+    """A name from a file; protobuf gives those that are not UTF-8 as bytes."""
+    return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
+
+
+def value_text(value: onnx.ValueInfoProto) -> str:
+    """Name, element type and dimensions of an input or output: `images float batchx3x224x224`."""
+    tensor = value.type.tensor_type
+    known = TensorProto.DataType.values()
+    element = TensorProto.DataType.Name(tensor.elem_type).lower() if tensor.elem_type in known else "unknown"
+    dimensions = (as_text(dim.dim_param) or str(dim.dim_value) for dim in tensor.shape.dim)
+    return f"{as_text(value.name)} {element} {'x'.join(dimensions)}"
+
+
+def _short(text: str | bytes) -> str:
+    """Text from a file, fit for a message."""
+    text = as_text(text)
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+def _shape_text(shape: Iterable[object]) -> str:
+    return "x".join(map(str, shape))[:_SHOWN] or "a single value"

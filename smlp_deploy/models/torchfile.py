@@ -1,0 +1,367 @@
+"""`.pth` files without torch.load: the pickle inside is interpreted as a description, and tensors are read one by one.
+
+A pickle is a program. Of its instructions the reader here knows those that `torch.save` writes, and what they can make
+is plain containers, `StoredTensor`s and placeholders: nothing is imported or called, whatever the file asks for. Only
+one reader looks at the zip archive, so that there are no two opinions on what is in it.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from smlp_deploy.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 16 << 20
+MAX_INSTRUCTIONS = 2_000_000
+"""A training checkpoint of sMLPNet-Base with its optimizer takes some 100,000."""
+MAX_DIRECTORY_BYTES = 8 << 20
+"""Of the archive's table of contents; as objects it takes some ten times that."""
+
+_DTYPES = {
+    "torch FloatStorage": torch.float32,
+    "torch DoubleStorage": torch.float64,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
+}
+_MAPPINGS = ("collections OrderedDict", "collections Counter")
+_TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
+_PLACEHOLDERS = ("argparse Namespace", "torch Size", "torch device")
+_NAMES = frozenset((*_DTYPES, *_MAPPINGS, _TENSOR, _PARAMETER, *_PLACEHOLDERS))
+_CONSTANTS = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING")
+)
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+_END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor as a file describes it; nothing of it was read yet, and none of it is to be believed.
+
+    Attributes:
+        dtype: of its elements.
+        record: the member of the archive that holds its storage.
+        stored: elements of that storage.
+        offset: of its first element in the storage.
+        shape: its sizes, none negative.
+        stride: in elements, none negative.
+    """
+
+    dtype: torch.dtype
+    record: str
+    stored: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values, were each stored once."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def reach(self) -> int:
+        """One past the furthest element of the storage that it uses, or would be if each value were stored once."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return max(self.offset + last + 1, math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """Something in a pickle that is no weights and is not looked at."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    record: str
+    elements: int
+
+
+class TorchFile:
+    """An open `.pth` file.
+
+    Attributes:
+        content: what was saved, with a `StoredTensor` for each tensor and a `Placeholder` for each object.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
+        self._path, self._archive = path, archive
+        self._buffers: dict[str, bytearray] = {}
+        pickled = _check_members(archive, path)
+        self._folder = pickled.filename.removesuffix("data.pkl")
+        self._check_byte_order()
+        try:
+            self.content = _Interpreter(path).run(archive.read(pickled))
+        except (ValueError, IndexError, KeyError) as error:
+            raise _damaged(path, error) from None
+
+    def check(self, tensor: StoredTensor, key: str) -> None:
+        """Check that the file holds what a tensor claims.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        try:
+            held = self._archive.getinfo(f"{self._folder}data/{tensor.record}").file_size
+        except KeyError:
+            _refuse(f"the values of {key!r} are not in it", self._path)
+        if max(tensor.stored, tensor.reach) * tensor.dtype.itemsize > held:
+            _refuse(f"{key!r} claims more values than the file holds", self._path)
+
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """The values of a tensor that was checked; what is returned may share memory with others.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        buffer = self._buffers.get(tensor.record)
+        if buffer is None:
+            try:
+                buffer = bytearray(self._archive.read(f"{self._folder}data/{tensor.record}"))
+            except _ZIP_ERRORS as error:
+                raise _damaged(self._path, error) from None
+            self._buffers[tensor.record] = buffer
+        usable = len(buffer) // tensor.dtype.itemsize
+        values = torch.frombuffer(buffer, dtype=tensor.dtype, count=usable)
+        return values.as_strided(tensor.shape, tensor.stride, tensor.offset)
+
+    def _check_byte_order(self) -> None:
+        name = f"{self._folder}byteorder"
+        if name in self._archive.namelist() and self._archive.read(name) != b"little":
+            _refuse("it was written on a big-endian machine", self._path)
+
+
+@contextmanager
+def open_torch_file(path: Path) -> Iterator[TorchFile]:
+    """Open a `.pth` file as `torch.save` writes them since torch 1.6.
+
+    Raises:
+        CheckpointError: it is something else, damaged, or holds more than weights and plain values.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                "not a zip-format torch file: truncated, something else, or written before torch 1.6",
+                where=path,
+                fix="fetch it again, or save it anew with torch.save",
+            )
+        _check_directory(path)
+        archive = zipfile.ZipFile(path)
+    except _ZIP_ERRORS as error:
+        raise _damaged(path, error) from None
+    with archive:
+        try:
+            file = TorchFile(archive, path)
+        except _ZIP_ERRORS as error:
+            raise _damaged(path, error) from None
+        yield file
+
+
+# What zipfile raises for damaged archives.
+_ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError, OverflowError, struct.error)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"damaged torch file ({type(error).__name__})", where=path, fix="fetch it again")
+
+
+def _refuse(why: str, path: Path) -> NoReturn:
+    raise CheckpointError(f"refused: {why}", where=path, fix="where you trust it, save its weights as safetensors")
+
+
+def _check_directory(path: Path) -> None:
+    """Bound the archive's table of contents, which zipfile reads whole."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 98))
+        tail = file.read().rjust(98, b"\0")
+    if tail[76:80] != _END:
+        _refuse("something follows the archive", path)
+    (size,) = struct.unpack_from("<L", tail, 88)
+    if tail[:4] == _END64 and tail[56:60] == _LOCATOR64:
+        (size,) = struct.unpack_from("<Q", tail, 40)
+    if size > MAX_DIRECTORY_BYTES:
+        _refuse(f"its table of contents has more than {MAX_DIRECTORY_BYTES} bytes", path)
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+    """The member that describes the others."""
+    members = archive.infolist()
+    if len({member.filename.casefold() for member in members}) != len(members):
+        _refuse("a member of the archive occurs twice", path)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        _refuse("members are compressed, which torch.save never does", path)
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        _refuse("members claim more bytes than the file has", path)
+    pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
+    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+        raise CheckpointError("not a torch file: no data.pkl of sensible size", where=path, fix="save it anew")
+    return pickles[0]
+
+
+class _Interpreter:
+    """Runs a pickle's instructions on a stack of descriptions.
+
+    Raises:
+        ValueError, IndexError, KeyError: the instructions make no sense.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        self._steps: dict[str, Callable[[Any], None]] = {
+            "PROTO": lambda _: None,
+            "STOP": lambda _: None,
+            "MARK": lambda _: self._marks.append(len(self._stack)),
+            "GLOBAL": self._global,
+            "BINPERSID": lambda _: self._push(_storage(self._stack.pop())),
+            "REDUCE": self._reduce,
+            "NEWOBJ": self._reduce,
+            "BUILD": lambda _: self._drop(),
+            "TUPLE": lambda _: self._push(tuple(self._marked())),
+            "TUPLE1": lambda _: self._push(tuple(self._top(1))),
+            "TUPLE2": lambda _: self._push(tuple(self._top(2))),
+            "TUPLE3": lambda _: self._push(tuple(self._top(3))),
+            "APPEND": lambda _: self._extend(self._top(1)),
+            "APPENDS": lambda _: self._extend(self._marked()),
+            "SETITEM": lambda _: self._set(self._top(2)),
+            "SETITEMS": lambda _: self._set(self._marked()),
+        }
+        for name in ("BINPUT", "LONG_BINPUT"):
+            self._steps[name] = self._remember
+        for name in ("BINGET", "LONG_BINGET"):
+            self._steps[name] = lambda index: self._push(self._memo[index])
+
+    def run(self, content: bytes) -> Any:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if count >= MAX_INSTRUCTIONS:
+                _refuse(f"its pickle has more than {MAX_INSTRUCTIONS} instructions", self._path)
+            if opcode.name in _CONSTANTS:
+                self._push(argument)
+            elif opcode.name in _EMPTY:
+                self._push(_EMPTY[opcode.name]())
+            elif opcode.name in self._steps:
+                self._steps[opcode.name](argument)
+            else:
+                self._refuse_code(f"uses {opcode.name}, which torch.save does not")
+        return self._stack.pop()
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _drop(self) -> None:
+        """Forget the state that an object is to be given."""
+        self._top(1)
+        if not self._stack:
+            raise ValueError("no object to build")
+
+    def _top(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise ValueError("too few values")
+        values = self._stack[-count:]
+        del self._stack[-count:]
+        return values
+
+    def _marked(self) -> list[Any]:
+        at = self._marks.pop()
+        values = self._stack[at:]
+        del self._stack[at:]
+        return values
+
+    def _remember(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
+
+    def _global(self, name: str) -> None:
+        if name not in _NAMES:
+            self._refuse_code(f"asks for {name[:120].replace(' ', '.')}, which is not weights")
+        self._push(Placeholder(name))
+
+    def _reduce(self, _: object) -> None:
+        function, arguments = self._top(2)
+        if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
+            raise ValueError("a call of something else than a function")
+        if function.name in _MAPPINGS and not arguments:
+            self._push({})
+        elif function.name == _TENSOR:
+            self._push(_tensor(arguments))
+        elif function.name == _PARAMETER and arguments:
+            self._push(arguments[0])
+        else:
+            self._push(Placeholder(function.name.replace(" ", ".")))
+
+    def _extend(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, list):
+            target.extend(values)
+        elif not isinstance(target, Placeholder):
+            raise ValueError("an append to something else than a list")
+
+    def _set(self, values: list[Any]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, (dict, Placeholder)) or len(values) % 2:
+            raise ValueError("items for something else than a mapping")
+        if isinstance(target, dict):
+            # Other keys are left out: those of nested tuples take for ever to hash.
+            pairs = zip(values[::2], values[1::2], strict=True)
+            target.update((key, value) for key, value in pairs if isinstance(key, (str, int, float)))
+
+    def _refuse_code(self, what: str) -> NoReturn:
+        raise CheckpointError(
+            f"refused, and nothing was run: the file {what}",
+            where=self._path,
+            fix="where you trust it, save its weights alone as safetensors",
+        )
+
+
+def _storage(identity: Any) -> _Storage:
+    match identity:
+        case ("storage", Placeholder(name), str(record), str(), int(elements)) if name in _DTYPES and elements >= 0:
+            return _Storage(_DTYPES[name], record, elements)
+    raise ValueError("a storage that is none")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    match arguments:
+        case (_Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
+            numbers = (offset, *shape, *stride)
+            sound = len(shape) == len(stride) <= 8 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+            if sound and not any(arguments[6:]):
+                return StoredTensor(
+                    dtype=storage.dtype,
+                    record=storage.record,
+                    stored=storage.elements,
+                    offset=offset,
+                    shape=shape,
+                    stride=stride,
+                )
+    raise ValueError("a tensor that is none")
