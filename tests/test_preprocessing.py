@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from smlp_deploy import preprocessing as module
+from smlp_deploy.decoding import PixelBudget
 from smlp_deploy.errors import ImageError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import PixelBudget, load_image, prepare, resize_and_crop, to_rgb
+from smlp_deploy.preprocessing import load_image, prepare, resize_and_crop, to_rgb
 
 IMAGENET = Preprocessing(image_size=224)
 RAW = Preprocessing(image_size=8, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))

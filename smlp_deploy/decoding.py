@@ -1,0 +1,192 @@
+"""Opening image files from anybody: what is opened, how much memory that may take, and why it failed.
+
+`docs/images.md` states what is done with which file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import stat
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from smlp_deploy.errors import ImageError
+
+# Pillow's names of the formats that are read, and of no other: it would run Ghostscript for an EPS. HEIF is one only
+# where a plugin registered it. MPO is read as the JPEG that it begins with. TGA has no signature, so it is tried last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "ICO", "TGA")
+
+MAX_PIXELS = 89_478_485  # of one image, and of all that are decoded at once; what Pillow warns at
+MAX_FILE_SIZE = 3 << 28  # bytes; the largest image takes 0.7 GB uncompressed
+
+_LARGE_FILE = 1 << 24  # bytes; Pillow may read all of a file when it opens it
+_LARGE_IMAGE = 1 << 22  # pixels
+_ICO = b"\0\0\1\0"  # the beginning of what Pillow decodes when it opens it
+_HIDING = ("AVIF", "HEIF", "JPEG2000")  # a small image of these can make the decoder take memory for a large one
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1"))
+_OBJECT = re.compile(r"<[^<>]*(?: at 0x|name=)[^<>]*>")  # such as <_io.BufferedReader name='...'>
+
+# Pillow merely warns between its limit (89 megapixels) and twice that; here the limit is the limit.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# It also warns of what is odd but readable, such as damaged EXIF; nobody who classifies a million files reads that.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+class PixelBudget:
+    """So many pixels may be decoded at once, whatever the number of threads; first come, first served."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until `pixels`, at most the whole budget, are free, and hold them. A thread must not take twice."""
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and pixels <= self._free)
+                self._free -= pixels
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = PixelBudget(MAX_PIXELS)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image that Pillow has opened but not decoded, with its share of the budget until the block ends.
+
+    Raises:
+        ImageError: the file is none that is decoded.
+        Exception: whatever else Pillow raises for damaged files; `reason_of` tells what it means.
+    """
+    with _regular_file(path) as file, ExitStack() as held:
+        prefix = file.read(16)
+        alone = prefix.startswith(_ICO) or os.fstat(file.fileno()).st_size > _LARGE_FILE
+        if alone:
+            held.enter_context(_budget.take(MAX_PIXELS))
+        try:
+            opened = Image.open(file, formats=_formats())
+        except UnidentifiedImageError:
+            raise ImageError(_unidentified(prefix)) from None
+        with closing(opened) as image:
+            pixels = _pixels(image)
+            if pixels > MAX_PIXELS:
+                raise ImageError(f"more than {MAX_PIXELS} pixels")
+            if not alone:
+                held.enter_context(_budget.take(MAX_PIXELS if image.format in _HIDING else pixels))
+            if pixels > _LARGE_IMAGE:
+                held.callback(_give_memory_back)
+            yield image
+
+
+@contextmanager
+def _regular_file(path: Path) -> Iterator[BinaryIO]:
+    """The open file. What is no regular file is not opened, or, if it is put there meanwhile, not waited for."""
+    try:
+        status = path.stat()
+    except ValueError:  # a null character, or one that file names cannot encode
+        raise ImageError("no file can have this name") from None
+    if stat.S_ISDIR(status.st_mode):
+        os.scandir(path).close()  # if it cannot be read, that is the reason
+    _check_kind(status)
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        _check_kind(os.fstat(file.fileno()))
+        yield file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_kind(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError("is a directory without images")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("not a regular file")
+    if not status.st_size:
+        raise ImageError("empty file")
+    if status.st_size > MAX_FILE_SIZE:
+        raise ImageError(f"larger than {MAX_FILE_SIZE} bytes")
+
+
+def _pixels(image: Image.Image) -> int:
+    """How many pixels will be in memory when the image is decoded."""
+    pixels = image.width * image.height
+    if isinstance(image, TiffImageFile):  # its tiles may be far larger than itself
+        tile = [image.tag_v2.get(tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
+        pixels = max(pixels, math.prod(side if isinstance(side, int) else 0 for side in tile))
+    return pixels
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system: glibc keeps it for each thread, several times the budget in all."""
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return cast(Callable[[int], int], ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):  # only glibc has it, and only it needs it
+        return None
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()  # a name that Pillow does not know is a KeyError in Image.open
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _unidentified(prefix: bytes) -> str:
+    """Why a file that begins with `prefix` is an image in none of the formats."""
+    formats = _formats()
+    if "HEIF" not in formats and prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
+        return "a HEIF (HEIC) image, which Pillow has no codec for; convert it to JPEG or PNG"
+    for name in formats:
+        accept = Image.OPEN[name][1]
+        verdict = accept(prefix) if accept else False
+        if isinstance(verdict, str):
+            return f"a {name} image, which this Pillow was built without a codec for"
+        if verdict:
+            return f"damaged image: its {name} header cannot be read"
+    return f"not an image in a format that is read here ({', '.join(formats)})"
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of the file system or of Pillow says about the file, in one line and without our own paths."""
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = " ".join(_OBJECT.sub("the file", str(error)).split())
+    if "MAX_TEXT" in text:
+        return "damaged image: text or a colour profile in it inflates to more than Pillow allows"
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        return "not enough memory to decode it"
+    if not text or not isinstance(error, (OSError, ValueError, SyntaxError)):
+        text = f"{type(error).__name__} {text}".rstrip()
+    return f"damaged image: {text}"
