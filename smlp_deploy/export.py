@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smlp_deploy.artifacts import calibration_path, failed_path, parity_path, sensitivity_path
 from smlp_deploy.dependencies import require_onnxruntime
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import load_graph, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
@@ -93,8 +93,11 @@ def export_checkpoint(
             images = images or parity_images(quantized.images, metadata)
         elif metadata.precision != "fp32":
             save_graph(to_half(load_graph(temporary), metadata.precision), metadata, temporary)
-        with OnnxRuntimeRunner(temporary) as candidate:
-            report = _prove(candidate, checkpoint, metadata, images, bounds, sha256_of(temporary))
+        try:
+            with OnnxRuntimeRunner(temporary) as candidate:
+                report = _prove(candidate, checkpoint, metadata, images, bounds, sha256_of(temporary))
+        except ArtifactError as error:  # weights that overflow when they are folded, for one
+            raise ArtifactError(error.what, where=target, fix="nothing was written; check the checkpoint") from None
         report = replace(report, candidate=report.candidate.replace(temporary.name, target.name))
         path = target
         if not report.passed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import secrets
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ DATA_FOLDER = Path(__file__).parent / "data"
 
 BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
 """The small trained model that commands use when no other is given."""
+
+MAX_TEXT_BYTES = 16 << 20
+"""Of JSON and of lists of names."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,6 +83,50 @@ def write_bytes(target: Path, content: bytes) -> None:
     """Write `content` to `target`, whole or not at all."""
     with replacing(target) as temporary:
         temporary.write_bytes(content)
+
+
+def check_regular(path: Path, *, error: type[SmlpError], fix: str, limit: int | None = None) -> None:
+    """Check that `path` is a file to be read, of at most `limit` bytes: opening a FIFO would block for ever.
+
+    Raises:
+        SmlpError: it is not; of the type `error`.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise error("no such file", where=path, fix=fix) from None
+    except (OSError, ValueError) as reason:
+        raise error(f"cannot read it: {getattr(reason, 'strerror', reason)}", where=path, fix=fix) from None
+    if not stat.S_ISREG(status.st_mode):
+        what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+        raise error(what, where=path, fix=fix)
+    if limit is not None and status.st_size > limit:
+        raise error(f"is larger than {limit} bytes", where=path, fix=fix)
+
+
+def read_file(path: Path, *, limit: int, error: type[SmlpError], fix: str) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        SmlpError: it cannot be read, or has more than `limit` bytes; of the type `error`.
+    """
+    check_regular(path, error=error, fix=fix, limit=limit)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as reason:
+        raise error(f"cannot read it: {reason.strerror}", where=path, fix=fix) from None
+    if len(content) > limit:
+        raise error(f"is larger than {limit} bytes", where=path, fix=fix)
+    return content
+
+
+def read_text(path: Path, *, error: type[SmlpError], fix: str) -> str:
+    """The text of a UTF-8 file of at most 16 MiB; otherwise like `read_file`."""
+    try:
+        return read_file(path, limit=MAX_TEXT_BYTES, error=error, fix=fix).decode()
+    except UnicodeDecodeError:
+        raise error("is not UTF-8 text", where=path, fix=fix) from None
 
 
 def sha256_of(path: Path) -> str:

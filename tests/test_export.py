@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from recipe import CASES, config_of, recipe_weights
 from smlp_deploy import export
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.export import Export, bundled_images, export_checkpoint, verify_artifact
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
@@ -134,3 +134,12 @@ class TestVerify:
         copy = tmp_path / BUNDLED_CHECKPOINT.name
         shutil.copy(BUNDLED_CHECKPOINT, copy)
         assert verify_artifact(copy).passed
+
+
+def test_weights_that_overflow_when_folded_are_named_and_nothing_is_written(digits: Checkpoint, tmp_path: Path) -> None:
+    weights = {key: tensor.clone() for key, tensor in digits.state_dict.items()}
+    weights["token_mix.0.0.conv_merge.BN.weight"].fill_(3e38)
+    weights["token_mix.0.0.conv_merge.BN.running_var"].zero_()
+    with pytest.raises(ArtifactError, match=r"values that are NaN or infinite · .*/x\.onnx · nothing was written"):
+        export_checkpoint(replace(digits, state_dict=weights), describe(digits), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())

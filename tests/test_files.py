@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
-from smlp_deploy.errors import SmlpError
-from smlp_deploy.files import replacing, sha256_of, write_text
+from smlp_deploy.errors import ArtifactError, SmlpError
+from smlp_deploy.files import read_file, read_text, replacing, sha256_of, write_text
 
 
 def contents(folder: Path) -> list[str]:
@@ -71,3 +73,55 @@ def test_sha256(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert sha256_of(path) == hashlib.sha256(b"abc").hexdigest()
+
+
+class TestReading:
+    def read(self, path: Path) -> bytes:
+        return read_file(path, limit=4, error=ArtifactError, fix="mend it")
+
+    def test_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(b"four")
+        assert self.read(tmp_path / "x") == b"four"
+
+    def test_what_is_no_file_or_too_large_is_one_line_and_never_waited_for(self, tmp_path: Path) -> None:
+        (tmp_path / "large").write_bytes(b"large")
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        for name, reason in {
+            "absent": "no such file",
+            "large": "is larger than 4 bytes",
+            "fifo": "is not a regular file",
+            "loop": "cannot read it: Too many levels of symbolic links",
+            "": "is a directory",
+            "a\0b": "cannot read it: ",
+        }.items():
+            with pytest.raises(ArtifactError) as caught:
+                self.read(tmp_path / name)
+            assert caught.value.what.startswith(reason)
+            assert caught.value.fix == "mend it"
+
+    def test_what_has_no_stated_size_is_read_no_further(self) -> None:
+        # /proc files claim to be empty.
+        with pytest.raises(ArtifactError, match="is larger than 4 bytes"):
+            self.read(Path("/proc/self/status"))
+
+    def test_text(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes("ä".encode())
+        assert read_text(tmp_path / "x", error=ArtifactError, fix="") == "ä"
+        (tmp_path / "x").write_bytes(b"\xff")
+        with pytest.raises(ArtifactError, match="is not UTF-8 text"):
+            read_text(tmp_path / "x", error=ArtifactError, fix="")
+
+
+def test_a_device_is_not_replaced_and_a_full_disk_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(SmlpError, match="it is not a regular file"):
+        write_text(tmp_path / "fifo", "")
+
+    def no_room() -> None:
+        with replacing(tmp_path / "x"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SmlpError, match=r"cannot write: No space left on device · .*x · make room"):
+        no_room()
+    assert [path.name for path in tmp_path.iterdir()] == ["fifo"]

@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 import fuzz
+from fuzz_inputs import KINDS, build_corpus, make_input, read_corpus
 from smlp_deploy.errors import SmlpError
 
 FOUND = sorted(path for path in (Path(__file__).parent / "data" / "fuzz").glob("*/*") if path.is_file())
@@ -25,7 +26,7 @@ FOUND = sorted(path for path in (Path(__file__).parent / "data" / "fuzz").glob("
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    fuzz.build_corpus(folder, tuple(fuzz.KINDS))
+    build_corpus(folder, tuple(KINDS))
     return folder
 
 
@@ -42,7 +43,7 @@ def test_a_case_found_before_stays_solved(verdicts: dict[Path, fuzz.Verdict], pa
 
 
 def test_a_short_run_finds_nothing(corpus: Path, tmp_path: Path) -> None:
-    kinds = tuple(fuzz.KINDS)
+    kinds = tuple(KINDS)
     tally = fuzz.Tally(kinds, tmp_path)
     fuzz.fuzz(fuzz.Setup(corpus, kinds, seed=2022), fuzz.Schedule(kinds, inputs=400, seconds=None), tally, jobs=1)
     assert [finding.verdict.detail for finding in tally.findings.values()] == []
@@ -52,19 +53,19 @@ def test_a_short_run_finds_nothing(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_an_input_follows_from_seed_kind_and_index(corpus: Path) -> None:
-    files = fuzz.read_corpus(corpus, tuple(fuzz.KINDS))
-    for kind in fuzz.KINDS:
-        made = [fuzz.make_input(files, kind, 1, index) for index in range(12)]
-        assert made == [fuzz.make_input(files, kind, 1, index) for index in range(12)]
-        assert made != [fuzz.make_input(files, kind, 2, index) for index in range(12)]
+    files = read_corpus(corpus, tuple(KINDS))
+    for kind in KINDS:
+        made = [make_input(files, kind, 1, index) for index in range(12)]
+        assert made == [make_input(files, kind, 1, index) for index in range(12)]
+        assert made != [make_input(files, kind, 2, index) for index in range(12)]
         assert len({*made, *files[kind]}) > 8 + len(files[kind])
 
 
 def edits(corpus: Path, kind: str) -> list[bytes]:
     """The files of a kind, each edited a few times along its format."""
-    (files,) = fuzz.read_corpus(corpus, (kind,)).values()
+    (files,) = read_corpus(corpus, (kind,)).values()
     rng = Random(3)
-    return [fuzz.KINDS[kind].edit(rng, content) for content in files for _ in range(12)]
+    return [KINDS[kind].edit(rng, content) for content in files for _ in range(12)]
 
 
 def test_checksums_of_an_edited_png_fit(corpus: Path) -> None:
@@ -99,8 +100,8 @@ def test_one_input_can_be_replayed(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["--replay", "5:17", "--kind", "table", "--output", str(tmp_path / "out")]
     assert fuzz.main(arguments) in (0, 1)
     saved = tmp_path / "out" / "table" / "5-17.json"
-    fuzz.build_corpus(tmp_path / "corpus", ("table",))
-    assert saved.read_bytes() == fuzz.make_input(fuzz.read_corpus(tmp_path / "corpus", ("table",)), "table", 5, 17)
+    build_corpus(tmp_path / "corpus", ("table",))
+    assert saved.read_bytes() == make_input(read_corpus(tmp_path / "corpus", ("table",)), "table", 5, 17)
     assert capsys.readouterr().out.startswith(f"{saved}: ")
 
 
@@ -147,7 +148,7 @@ class Faulty(fuzz.Examiner):
 
 
 def test_every_kind_of_finding_is_seen(tmp_path: Path) -> None:
-    fuzz.build_corpus(tmp_path, ("table",))
+    build_corpus(tmp_path, ("table",))
     child = fuzz.Child(fuzz.Setup(tmp_path, ("table",), limit=1.0, examiner=Faulty))
     try:
         seen = {fault: next(child.verdicts(fuzz.Task("table", content=fault))).what for fault in FAULTS}

@@ -29,7 +29,7 @@ from smlp_deploy.export import Export
 from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.preprocessing import load_image
 
-# Outside of tests Pillow's UserWarnings are ignored, as `smlp_deploy.preprocessing` says; pytest makes them errors.
+# Outside of tests Pillow's UserWarnings are ignored, as `smlp_deploy.decoding` says; pytest makes them errors.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 Pixels = NDArray[np.uint8]

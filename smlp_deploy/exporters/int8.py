@@ -30,6 +30,7 @@ from onnxruntime.quantization import calibrate as calibrators
 
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import INPUT_NAME, read_metadata
+from smlp_deploy.files import read_text
 
 FloatArray = NDArray[np.float32]
 
@@ -96,10 +97,7 @@ def read_table(path: Path) -> CalibrationTable:
     Raises:
         ArtifactError: it cannot be read, or is damaged.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"cannot read the calibration table: {error}", where=path) from None
+    text = read_text(path, error=ArtifactError, fix="an int8 export writes one beside its file: x.calibration.json")
     return CalibrationTable.from_json(text, where=path)
 
 

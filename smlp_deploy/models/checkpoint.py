@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.errors import CheckpointError, ConfigError
-from smlp_deploy.files import sha256_of
+from smlp_deploy.files import check_regular, read_text, sha256_of
 from smlp_deploy.metadata import METADATA_KEY, ModelCard, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.models.torchfile import Placeholder, StoredTensor, open_torch_file
@@ -34,7 +33,6 @@ _PREFIXES = ("module.", "_orig_mod.")
 _WEIGHT_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _MAX_HEADER_BYTES = 16 << 20
-_MAX_CARD_BYTES = 16 << 20
 _MAX_KEYS = 1 << 16
 _MAX_KEY_LENGTH = 200
 # Tied weights stand once in a file and twice in its state dict.
@@ -208,15 +206,8 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(
             "not a checkpoint's file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
         )
-    try:
-        status = path.stat()
-    except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else f"cannot read it: {error.strerror}"
-        raise CheckpointError(what, where=path, fix="give the path of a weights file") from None
-    if not stat.S_ISREG(status.st_mode):
-        what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
-        raise CheckpointError(what, where=path, fix="give the path of a weights file")
-    if status.st_size == 0:
+    check_regular(path, error=CheckpointError, fix="give the path of a weights file")
+    if not path.stat().st_size:
         raise CheckpointError("empty file", where=path, fix="fetch it again")
 
 
@@ -363,15 +354,9 @@ def _card(path: Path, text: str | None, config: SMLPNetConfig) -> ModelCard:
     source: Path = path
     if text is None and beside.is_file():
         source = beside
-        try:
-            with beside.open("rb") as file:
-                content = file.read(_MAX_CARD_BYTES + 1)
-            text = content.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or "it is not UTF-8"
-            raise CheckpointError(f"cannot read labels and preprocessing: {reason}", where=beside) from None
-        if len(content) > _MAX_CARD_BYTES:
-            raise CheckpointError(f"labels and preprocessing of more than {_MAX_CARD_BYTES} bytes", where=beside)
+        text = read_text(
+            beside, error=CheckpointError, fix="labels and preprocessing are read from it; remove or mend it"
+        )
     if text is None:
         return ModelCard()
     return ModelCard.from_json(text, where=source, image_size=config.image_size)

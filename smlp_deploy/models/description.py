@@ -15,7 +15,7 @@ from typing import Any
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import ConfigError, UsageError
-from smlp_deploy.files import DATA_FOLDER
+from smlp_deploy.files import DATA_FOLDER, read_text
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.variants import VARIANTS, variant_of
@@ -35,10 +35,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
     Raises:
         UsageError: the file cannot be read, or is no such list.
     """
+    text = read_text(path, error=UsageError, fix="--labels names a text file, or a JSON list")
     try:
-        text = path.read_text(encoding="utf-8")
         labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the labels: {error}", where=path) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise UsageError("holds something else than one name per class", where=path)

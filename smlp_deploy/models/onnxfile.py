@@ -7,7 +7,6 @@ becomes objects. What is then computed with is the very bytes that were checked 
 from __future__ import annotations
 
 import math
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
+from smlp_deploy.files import read_file
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 
 MAX_FILE_BYTES = (2 << 30) - 1
@@ -113,7 +113,7 @@ def read_onnx(path: Path) -> OnnxFile:
     Raises:
         ArtifactError: no regular file, too large, or not an ONNX file.
     """
-    content = _read(path)
+    content = read_file(path, limit=MAX_FILE_BYTES, error=ArtifactError, fix="name an ONNX file; smlp export makes one")
     spans: list[tuple[_Span, ...]] = []
     try:
         structure = ModelProto.FromString(_structure(content, spans, path))
@@ -205,26 +205,6 @@ def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, 
     if macs > MAX_MACS * batch:
         _refuse(f"it takes more than {MAX_MACS} multiplications per image", path)
     return shapes[structure.graph.output[0].name] or ()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            what = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
-            raise ArtifactError(what, where=path, fix="name an ONNX file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise ArtifactError(f"is larger than the {MAX_FILE_BYTES} bytes of an ONNX file", where=path)
-        with path.open("rb") as file:
-            # One byte more than there was, so that a file that grows meanwhile is not taken for whole.
-            content = file.read(status.st_size + 1)
-    except FileNotFoundError:
-        raise ArtifactError("no such file", where=path, fix="name an ONNX file; smlp export makes one") from None
-    except OSError as error:
-        raise ArtifactError(f"cannot read it: {error.strerror}", where=path) from None
-    if len(content) != status.st_size:
-        raise ArtifactError("changed while it was read", where=path, fix="try again")
-    return content
 
 
 def _no_onnx(path: Path, why: str) -> ArtifactError:

@@ -21,7 +21,7 @@ from platformdirs import user_cache_path
 from smlp_deploy.artifacts import engine_card_path
 from smlp_deploy.dependencies import TENSORRT_MODULES, GpuDevice, find_gpu, installed_version, require
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
-from smlp_deploy.files import sha256_of, write_bytes
+from smlp_deploy.files import check_regular, read_text, sha256_of, write_bytes
 from smlp_deploy.metadata import EngineCard
 from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
@@ -93,17 +93,10 @@ def read_card(path: Path) -> EngineCard:
         ArtifactError: one of the two files cannot be read, or the JSON is about another engine.
         ConfigError: the JSON is damaged.
     """
+    check_regular(path, error=ArtifactError, fix="smlp build-engine makes one")
     beside = engine_card_path(path)
-    try:
-        sha256, text = sha256_of(path), beside.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot read it: {error.strerror}", where=error.filename, fix="build the engine again"
-        ) from None
-    except UnicodeDecodeError:
-        raise ArtifactError("is not JSON", where=beside, fix="build the engine again") from None
-    card = EngineCard.from_json(text, where=beside)
-    _check_sha256(path, card, sha256)
+    card = EngineCard.from_json(read_text(beside, error=ArtifactError, fix="build the engine again"), where=beside)
+    _check_sha256(path, card, sha256_of(path))
     return card
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -90,10 +91,28 @@ def test_a_missing_or_damaged_json(engine: Path) -> None:
     with pytest.raises(ConfigError, match="metadata is damaged"):
         read_card(engine)
     card.write_bytes(b"\xff\xfe")
-    with pytest.raises(ArtifactError, match="is not JSON"):
+    with pytest.raises(ArtifactError, match=r"is not UTF-8 text · .*x\.engine\.json"):
         read_card(engine)
     card.unlink()
-    with pytest.raises(ArtifactError, match=r"No such file or directory · .*x\.engine\.json · build the engine again"):
+    with pytest.raises(ArtifactError, match=r"no such file · .*x\.engine\.json · build the engine again"):
+        read_card(engine)
+
+
+def test_a_truncated_engine_is_never_loaded(engine: Path) -> None:
+    engine.write_bytes(engine.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
+        open_runner(engine)
+
+
+def test_only_regular_files_of_sensible_size_are_read(engine: Path) -> None:
+    card = engine_card_path(engine)
+    with card.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ArtifactError, match=r"is larger than 16777216 bytes · .*x\.engine\.json"):
+        read_card(engine)
+    engine.unlink()
+    os.mkfifo(engine)
+    with pytest.raises(ArtifactError, match=r"is not a regular file · .*x\.engine "):
         read_card(engine)
 
 
