@@ -85,11 +85,11 @@ def write_bytes(target: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def check_regular(path: Path, *, error: type[SmlpError], fix: str, limit: int | None = None) -> None:
-    """Check that `path` is a file to be read, of at most `limit` bytes: opening a FIFO would block for ever.
+def check_regular(path: Path, *, error: type[SmlpError], fix: str, limit: int | None = None) -> int:
+    """The size of a file, after checking that it is a regular one: opening a FIFO would block for ever.
 
     Raises:
-        SmlpError: it is not; of the type `error`.
+        SmlpError: it is none, or has more than `limit` bytes; of the type `error`.
     """
     try:
         status = path.stat()
@@ -102,6 +102,7 @@ def check_regular(path: Path, *, error: type[SmlpError], fix: str, limit: int | 
         raise error(what, where=path, fix=fix)
     if limit is not None and status.st_size > limit:
         raise error(f"is larger than {limit} bytes", where=path, fix=fix)
+    return status.st_size
 
 
 def read_file(path: Path, *, limit: int, error: type[SmlpError], fix: str) -> bytes:
@@ -110,14 +111,14 @@ def read_file(path: Path, *, limit: int, error: type[SmlpError], fix: str) -> by
     Raises:
         SmlpError: it cannot be read, or has more than `limit` bytes; of the type `error`.
     """
-    check_regular(path, error=error, fix=fix, limit=limit)
+    size = check_regular(path, error=error, fix=fix, limit=limit)
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(size + 1)
     except OSError as reason:
         raise error(f"cannot read it: {reason.strerror}", where=path, fix=fix) from None
-    if len(content) > limit:
-        raise error(f"is larger than {limit} bytes", where=path, fix=fix)
+    if len(content) != size:
+        raise error("changed while it was read", where=path, fix="try again")
     return content
 
 

@@ -102,8 +102,12 @@ class TestReading:
 
     def test_what_has_no_stated_size_is_read_no_further(self) -> None:
         # /proc files claim to be empty.
-        with pytest.raises(ArtifactError, match="is larger than 4 bytes"):
+        with pytest.raises(ArtifactError, match="changed while it was read"):
             self.read(Path("/proc/self/status"))
+
+    def test_a_generous_limit_costs_no_memory(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(b"four")
+        assert read_file(tmp_path / "x", limit=1 << 60, error=ArtifactError, fix="") == b"four"
 
     def test_text(self, tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes("ä".encode())

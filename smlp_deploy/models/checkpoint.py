@@ -206,8 +206,7 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(
             "not a checkpoint's file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
         )
-    check_regular(path, error=CheckpointError, fix="give the path of a weights file")
-    if not path.stat().st_size:
+    if not check_regular(path, error=CheckpointError, fix="give the path of a weights file"):
         raise CheckpointError("empty file", where=path, fix="fetch it again")
 
 
