@@ -18,7 +18,7 @@ DATA_FOLDER = Path(__file__).parent / "data"
 BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
 """The small trained model that commands use when no other is given."""
 
-MAX_TEXT_BYTES = 16 << 20
+MAX_TEXT_BYTES = 4 << 20
 """Of JSON and of lists of names."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -123,7 +123,7 @@ def read_file(path: Path, *, limit: int, error: type[SmlpError], fix: str) -> by
 
 
 def read_text(path: Path, *, error: type[SmlpError], fix: str) -> str:
-    """The text of a UTF-8 file of at most 16 MiB; otherwise like `read_file`."""
+    """The text of a UTF-8 file of at most 4 MiB; otherwise like `read_file`."""
     try:
         return read_file(path, limit=MAX_TEXT_BYTES, error=error, fix=fix).decode()
     except UnicodeDecodeError:

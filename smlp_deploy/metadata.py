@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from smlp_deploy import strictjson
 from smlp_deploy.errors import ConfigError
 
 METADATA_KEY = "smlp_deploy"
@@ -24,7 +25,6 @@ MAX_BLOCKS = 2048
 MAX_BATCH = 65536
 MAX_TEXT = 1000
 """Characters of a label."""
-MAX_NESTING = 32
 _MAX_NAME_BYTES = 200
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -338,8 +338,7 @@ def _dump(document: dict[str, Any]) -> str:
 
 def _parse(text: str, where: object, build: Callable[[dict[str, Any]], T]) -> T:
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-        _check_nesting(document, MAX_NESTING)
+        document = strictjson.loads(text)
         schema = document.get("schema", SCHEMA_VERSION)
         if schema == SCHEMA_VERSION:
             built = build(document)
@@ -361,28 +360,6 @@ def _parse(text: str, where: object, build: Callable[[dict[str, Any]], T]) -> T:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return document
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{_shortened(text)} is not a finite number")
-    return number
-
-
-def _check_nesting(value: Any, left: int) -> None:
-    if isinstance(value, (dict, list)):
-        if left == 0:
-            raise ValueError(f"nested more than {MAX_NESTING} deep")
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_nesting(item, left - 1)
 
 
 def _check_name(name: object) -> None:

@@ -14,7 +14,7 @@ import smlp_deploy
 
 PACKAGE = Path(smlp_deploy.__file__).parent
 LAYERS = [
-    {"errors", "files", "interrupts", "metadata", "dependencies", "artifacts"},
+    {"errors", "files", "interrupts", "metadata", "strictjson", "dependencies", "artifacts"},
     {"decoding", "preprocessing", "listing", "models"},
     {"exporters", "runners"},
     {"classify", "parity", "sensitivity"},

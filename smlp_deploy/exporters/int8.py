@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.quantization import calibrate as calibrators
 
+from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import INPUT_NAME, read_metadata
 from smlp_deploy.files import read_text
@@ -75,11 +76,11 @@ class CalibrationTable:
             ArtifactError: not that form, or of another schema.
         """
         try:
-            document = json.loads(text)
+            document = strictjson.loads(text)
             schema = document["schema"]
             if schema == TABLE_SCHEMA:
                 return _table(document)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ArtifactError(
                 f"the calibration table is damaged: {reason}", where=where, fix="calibrate again"

@@ -6,13 +6,13 @@ had to be assumed is logged as a warning, never assumed in silence.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from smlp_deploy import strictjson
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import ConfigError, UsageError
 from smlp_deploy.files import DATA_FOLDER, read_text
@@ -37,8 +37,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """
     text = read_text(path, error=UsageError, fix="--labels names a text file, or a JSON list")
     try:
-        labels = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (ValueError, RecursionError) as error:
+        labels = strictjson.loads(text) if path.suffix == ".json" else text.splitlines()
+    except ValueError as error:
         raise UsageError(f"cannot read the labels: {error}", where=path) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
         raise UsageError("holds something else than one name per class", where=path)

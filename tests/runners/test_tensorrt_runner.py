@@ -108,7 +108,7 @@ def test_only_regular_files_of_sensible_size_are_read(engine: Path) -> None:
     card = engine_card_path(engine)
     with card.open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(ArtifactError, match=r"is larger than 16777216 bytes · .*x\.engine\.json"):
+    with pytest.raises(ArtifactError, match=r"is larger than 4194304 bytes · .*x\.engine\.json"):
         read_card(engine)
     engine.unlink()
     os.mkfifo(engine)
