@@ -514,7 +514,8 @@ def _edit_array(rng: Random, value: list[Any]) -> list[Any]:
         case 0:
             del value[i]
         case 1:
-            value = value * rng.choice((0, 2, 1000))
+            times = rng.choice((0, 2, 1000))
+            value = value * (times if len(json.dumps(value)) * times < LARGEST_INPUT else 2)
         case 2:
             value.append(_odd_value(rng))
         case _:
