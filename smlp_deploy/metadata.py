@@ -22,6 +22,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_NUMBER = 1 << 20
 """Of any number in a configuration; none of them is anywhere near."""
 MAX_BLOCKS = 2048
+MAX_IMAGE_SIZE = 2048
+"""Pixels per side; an input of this size takes 50 MB."""
 MAX_BATCH = 65536
 MAX_TEXT = 1000
 """Characters of a label."""
@@ -63,6 +65,8 @@ class SMLPNetConfig:
             raise ConfigError(
                 f"an sMLPNet configuration has no number above {MAX_NUMBER}, and at most {MAX_BLOCKS} blocks"
             )
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ConfigError(f"image size {self.image_size} is above {MAX_IMAGE_SIZE}")
         step = self.patch_size * 2 ** (len(self.depths) - 1)
         if self.image_size % step:
             raise ConfigError(
@@ -102,8 +106,8 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if type(self.image_size) is not int or not 1 <= self.image_size <= 65536:
-            raise ConfigError(f"image size {self.image_size} is not an integer from 1 to 65536")
+        if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ConfigError(f"image size {self.image_size} is not an integer from 1 to {MAX_IMAGE_SIZE}")
         if not 0.05 <= self.crop_pct <= 1:
             raise ConfigError(f"crop-pct {self.crop_pct} is outside 0.05 to 1")
         if type(self.interpolation) is not str or self.interpolation not in INTERPOLATIONS:

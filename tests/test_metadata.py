@@ -14,6 +14,7 @@ from smlp_deploy.metadata import (
     INTERPOLATIONS,
     MAX_BATCH,
     MAX_BLOCKS,
+    MAX_IMAGE_SIZE,
     MAX_NUMBER,
     PRECISIONS,
     BatchProfile,
@@ -54,11 +55,11 @@ def test_the_same_metadata_give_the_same_text() -> None:
         ({"preprocessing": {"image_size": 8, "mean": [1, 2]}}, "not three finite numbers"),
         ({"preprocessing": {"image_size": 8, "crop_pct": 2}}, "outside 0.05 to 1"),
         ({"preprocessing": {"image_size": 8, "interpolation": "area"}}, "interpolation 'area' is unknown"),
-        ({"preprocessing": {"image_size": 10**9}}, "not an integer from 1 to 65536"),
+        ({"preprocessing": {"image_size": 10**9}}, "not an integer from 1 to 2048"),
         ({"preprocessing": {"image_size": 8, "std": [1e-300, 1, 1]}}, "not three positive numbers"),
         ({"preprocessing": {"image_size": 8, "mean": [1e300, 1, 1]}}, "not three finite numbers"),
         ({"preprocessing": {"image_size": 8, "interpolation": 1}}, "interpolation 1 is unknown"),
-        ({"preprocessing": {"image_size": True}}, "not an integer from 1 to 65536"),
+        ({"preprocessing": {"image_size": True}}, "not an integer from 1 to 2048"),
         ({"name": "../../etc/model"}, "cannot be part of a file name"),
         ({"name": "a\\b"}, "cannot be part of a file name"),
         ({"name": "a\nb"}, "cannot be part of a file name"),
@@ -158,12 +159,13 @@ mappings = st.dictionaries(texts, json_values, max_size=3)
 def configurations(draw: st.DrawFn) -> SMLPNetConfig:
     depths = tuple(draw(st.lists(st.integers(1, MAX_BLOCKS // 8), min_size=1, max_size=6)))
     patch_size = draw(st.integers(1, 64))
+    step = patch_size * 2 ** (len(depths) - 1)
     return SMLPNetConfig(
         dim=draw(st.integers(1, MAX_NUMBER)),
         depths=depths,
         expansion=draw(st.integers(1, MAX_NUMBER)),
         patch_size=patch_size,
-        image_size=patch_size * 2 ** (len(depths) - 1) * draw(st.integers(1, 16)),
+        image_size=step * draw(st.integers(1, MAX_IMAGE_SIZE // step)),
         num_classes=draw(st.integers(1, 20)),
     )
 
