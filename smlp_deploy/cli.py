@@ -142,7 +142,7 @@ def smlp(
     """Take a trained sMLPNet from its checkpoint to production, with proof at each step."""
 
 
-@app.command()
+@app.command(rich_help_panel="Get")
 def models(as_json: JsonOption = False) -> None:
     """List the paper's variants: parameters, MACs, accuracy, and where their weights are."""
     from smlp_deploy.models.variants import VARIANTS, mac_count, parameter_count
@@ -165,7 +165,7 @@ def models(as_json: JsonOption = False) -> None:
     say("next: smlp download smlpnet_small")
 
 
-@app.command()
+@app.command(rich_help_panel="Get")
 def download(variant: Annotated[str, typer.Argument(help="A variant's name; smlp models lists them.")]) -> None:
     """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
     from smlp_deploy.models.pretrained import fetch_weights
@@ -177,7 +177,7 @@ def download(variant: Annotated[str, typer.Argument(help="A variant's name; smlp
     typer.echo(path)
 
 
-@app.command()
+@app.command(rich_help_panel="Get")
 def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or an engine.")],
     ema: EmaOption = False,
@@ -194,7 +194,7 @@ def inspect(
         show_facts(facts)
 
 
-@app.command()
+@app.command(rich_help_panel="Export")
 def export(
     source: CheckpointArgument = None,
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
@@ -270,7 +270,7 @@ def export(
     say(f"next: smlp predict --model {path} IMAGES")
 
 
-@app.command("build-engine")
+@app.command("build-engine", rich_help_panel="Build")
 def build_engine(
     source: Annotated[
         str | None,
@@ -369,7 +369,7 @@ def build_engine(
     say(f"{how or f'built by {flavour} for this GPU'}; {ran}")
 
 
-@app.command()
+@app.command(rich_help_panel="Build")
 def profile(
     file: Annotated[Path, typer.Argument(help="An ONNX file that smlp export wrote.")],
     batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
@@ -399,42 +399,7 @@ def profile(
         show_profile(profiles[0], top=top)
 
 
-@app.command()
-def verify(
-    candidate: Annotated[Path, typer.Argument(help="The artifact to check.")],
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="The checkpoint it was made from. Default: found by the artifact's own sha256 of it."),
-    ] = None,
-    images: Annotated[
-        list[str] | None,
-        typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
-    ] = None,
-    min_cosine: MinCosineOption = None,
-    max_difference: MaxDifferenceOption = None,
-    min_top1: MinTop1Option = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare an artifact with its trained network again, on real images and seeded noise."""
-    from smlp_deploy.dependencies import require_torch
-    from smlp_deploy.terminal import show_parity, working
-
-    require_torch("to run the trained network")
-    from smlp_deploy.export import verify_artifact
-
-    paths = _images(images) if images else None
-    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
-    with working(f"comparing {candidate} with the trained network"):
-        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        show_parity(report, stderr=False)
-    if not report.passed:
-        raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
-
-
-@app.command()
+@app.command(rich_help_panel="Run")
 def predict(
     inputs: Annotated[
         list[str], typer.Argument(help="Images, folders, @FILE with a path per line, or - for such a list on stdin.")
@@ -489,6 +454,41 @@ def predict(
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Prove")
+def verify(
+    candidate: Annotated[Path, typer.Argument(help="The artifact to check.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint it was made from. Default: found by the artifact's own sha256 of it."),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
+    ] = None,
+    min_cosine: MinCosineOption = None,
+    max_difference: MaxDifferenceOption = None,
+    min_top1: MinTop1Option = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an artifact with its trained network again, on real images and seeded noise."""
+    from smlp_deploy.dependencies import require_torch
+    from smlp_deploy.terminal import show_parity, working
+
+    require_torch("to run the trained network")
+    from smlp_deploy.export import verify_artifact
+
+    paths = _images(images) if images else None
+    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    with working(f"comparing {candidate} with the trained network"):
+        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        show_parity(report, stderr=False)
+    if not report.passed:
+        raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
