@@ -458,7 +458,9 @@ def predict(
 
 @app.command(rich_help_panel="Prove")
 def verify(
-    candidate: Annotated[Path, typer.Argument(help="The artifact to check.")],
+    candidate: Annotated[
+        Path, typer.Argument(help="The artifact to check; with --layers also a checkpoint, or what --save wrote.")
+    ],
     reference: Annotated[
         Path | None,
         typer.Option(help="The checkpoint it was made from. Default: found by the artifact's own sha256 of it."),
@@ -470,9 +472,22 @@ def verify(
     min_cosine: MinCosineOption = None,
     max_difference: MaxDifferenceOption = None,
     min_top1: MinTop1Option = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare block by block, and name the first that is over the gate.")
+    ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="RATIO", help="--layers: gate on the relative error. Default: by precision."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="--layers: write the figures here, to judge them later.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an artifact with its trained network again, on real images and seeded noise."""
+    if layers:
+        _verify_layers(candidate, reference, images, max_error=max_error, save=save, as_json=as_json)
+        return
+    if max_error is not None or save is not None:
+        raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
     from smlp_deploy.dependencies import require_torch
     from smlp_deploy.terminal import show_parity, working
 
@@ -517,6 +532,47 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if code == _INTERRUPTED:
         _fail("stopped by Ctrl-C; nothing is left half-made", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verify_layers(
+    candidate: Path,
+    reference: Path | None,
+    images: list[str] | None,
+    *,
+    max_error: float | None,
+    save: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the error at each point, and fail if one is over the gate."""
+    from smlp_deploy.divergence import DivergenceReport
+    from smlp_deploy.files import read_text, write_text
+    from smlp_deploy.terminal import show_divergence, working
+
+    if candidate.suffix == ".json":
+        text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
+        report = DivergenceReport.from_json(text, where=candidate)
+        report = report if max_error is None else report.judged_by(max_error)
+    else:
+        from smlp_deploy.dependencies import require_torch
+
+        require_torch("to run the trained network")
+        from smlp_deploy.export import verify_layers
+
+        with working(f"comparing {candidate} block by block"):
+            report = verify_layers(
+                candidate, reference=reference, images=_images(images) if images else None, max_error=max_error
+            )
+    if save is not None:
+        write_text(save, report.to_json())
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        show_divergence(report)
+    if (over := report.first_over) is not None:
+        raise SmlpError(
+            f"parts from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
+            where=candidate,
+        )
 
 
 class _LazyNotes(logging.Handler):

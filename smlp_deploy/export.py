@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from smlp_deploy.artifacts import calibration_path, failed_path, parity_path, sensitivity_path
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES, calibration_path, failed_path, parity_path, sensitivity_path
 from smlp_deploy.dependencies import require_onnxruntime
+from smlp_deploy.divergence import DivergenceReport, find_divergence
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import load_graph, save_graph
 from smlp_deploy.exporters.half import to_half
@@ -16,6 +17,7 @@ from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, replacing, sha256_of, write_text
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
 from smlp_deploy.parity import Bounds, ParityReport, check_half_range, compare
@@ -26,10 +28,10 @@ from smlp_deploy.quantization import (
     parity_images,
     quantize_graph,
 )
-from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners import open_runner, open_tracer
+from smlp_deploy.runners.base import Runner, TracingRunner
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
+from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner, TracingPyTorchRunner
 from smlp_deploy.sensitivity import SensitivityReport
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,44 @@ def verify_artifact(
         card = checkpoint.card
         metadata = replace(runner.metadata, labels=card.labels or runner.metadata.labels, config=checkpoint.config)
         return _prove(runner, checkpoint, metadata, images, bounds, sha256_of(candidate))
+
+
+def verify_layers(
+    candidate: Path,
+    *,
+    reference: Path | None = None,
+    images: Sequence[Path] | None = None,
+    max_error: float | None = None,
+) -> DivergenceReport:
+    """Find where an ONNX file, or a checkpoint as it is deployed, parts from a reference.
+
+    Args:
+        candidate: the file.
+        reference: an ONNX file, or the checkpoint, which is then run as trained; by default that checkpoint, found as
+            `verify_artifact` finds it.
+        images: real images to compare on; by default those of the parity.
+        max_error: the gate; by default that of the candidate's precision.
+
+    Raises:
+        UsageError: no reference is given and none is known, or it has another shape.
+        SmlpError: a file cannot be used.
+    """
+    with open_tracer(candidate) as inside:
+        metadata = inside.metadata
+        if reference is None:
+            same = candidate.suffix.lower() in CHECKPOINT_SUFFIXES
+            reference = candidate if same else _find_reference(metadata, candidate)
+        if not images:
+            images = (parity_images((), metadata) if metadata.precision == "int8" else []) or bundled_images()
+        with _open_reference(reference, metadata) as truth:
+            return find_divergence(truth, inside, images, max_error=max_error)
+
+
+def _open_reference(path: Path, metadata: ModelMetadata) -> TracingRunner:
+    if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
+        return open_tracer(path)
+    checkpoint = load_checkpoint(path, ema=metadata.ema)
+    return TracingPyTorchRunner(checkpoint, describe(checkpoint))
 
 
 def _prove(

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from smlp_deploy.classify import Prediction
+from smlp_deploy.divergence import DivergenceReport
 from smlp_deploy.errors import printable
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
@@ -139,6 +140,24 @@ def show_parity(report: ParityReport, *, stderr: bool) -> None:
     console.print(table)
     for gate in report.failures:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
+    for reason in report.unreadable:
+        console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def show_divergence(report: DivergenceReport) -> None:
+    """The growth of the error from point to point, on stdout."""
+    console = _stdout()
+    console.print(Text(f"{printable(report.candidate)} against {printable(report.reference)}, {report.images} images"))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("after", "error", "SQNR dB", "growth", "worst image", ""):
+        numeric = heading in ("error", "SQNR dB", "growth")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for point in report.points:
+        growth = "" if point.growth is None else f"x{point.growth:.2g}"
+        verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
+        image = f"{printable(point.worst_image)[:16]} {point.worst_error:.1e}"
+        table.add_row(point.name, f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, image, verdict)
+    console.print(table)
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
 

@@ -319,6 +319,16 @@ class TestVerifyAndInspect:
         assert "in fp16 it computes something else: cosine" in one_error(outcome)
         assert smlp("verify", artifact, "--min-top1", "1.5").code == 2
 
+    def test_verify_block_by_block(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("verify", artifact, "--layers", "--save", "x.json")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "stage 3 block 1 token mixing" in outcome.out
+        judged = smlp("verify", "x.json", "--layers", "--max-error", "1e-9", "--json")
+        assert judged.code == 1
+        assert "at stage 1 embedding: error" in one_error(judged)
+        assert json.loads(judged.out)["max_error"] == 1e-9
+        assert "add --layers" in one_error(smlp("verify", artifact, "--save", "y.json"))
+
     def test_verify_fails_on_a_changed_file(self, smlp: Smlp, artifact: Path) -> None:
         model = onnx.load(artifact)
         next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias").raw_data = bytes(40)

@@ -8,7 +8,7 @@ from pathlib import Path
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require_onnxruntime, require_torch
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.base import Runner, TracingRunner
 
 
 def _open_onnx(path: Path, *, provider: str = "cpu") -> Runner:
@@ -61,3 +61,27 @@ def open_runner(path: Path, *, provider: str | None = None) -> Runner:
     if opener is not _open_onnx:
         raise UsageError("a provider is for ONNX files", where=path, fix="omit --provider")
     return _open_onnx(path, provider=provider)
+
+
+def open_tracer(path: Path) -> TracingRunner:
+    """Load an ONNX file, or a checkpoint as it is deployed, to look into it.
+
+    Raises:
+        UsageError: another kind of file.
+        ArtifactError, CheckpointError: the file cannot be used.
+        MissingDependencyError: its backend is not installed.
+    """
+    if path.suffix.lower() == ".onnx":
+        require_onnxruntime()
+        from smlp_deploy.runners.onnxruntime import TracingOnnxRunner
+
+        return TracingOnnxRunner(path)
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        require_torch("to run a checkpoint")
+        from smlp_deploy.models.checkpoint import load_checkpoint
+        from smlp_deploy.models.description import describe
+        from smlp_deploy.runners.pytorch import TracingPyTorchRunner
+
+        checkpoint = load_checkpoint(path)
+        return TracingPyTorchRunner(checkpoint, describe(checkpoint), lowered=True)
+    raise UsageError("cannot be looked into", where=path, fix="give an ONNX file or a checkpoint")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.metadata import BatchProfile, ModelMetadata
+from smlp_deploy.metadata import BatchProfile, ModelMetadata, SMLPNetConfig
 
 FloatArray = NDArray[np.float32]
 
@@ -38,6 +39,42 @@ class Runner(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+class TracingRunner(Runner, Protocol):
+    """A runner that also shows what is inside the network, at the points of `trace_points`."""
+
+    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+        """What comes out of each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
+        ...
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """A place between two parts of the network, where the trained and the deployed one have the same values.
+
+    Attributes:
+        name: for people: `stage 1 block 2`, counted from 1.
+        kind: "embedding", "tokens" (after a block's token mixing) or "block".
+        index: of the stage or, over the whole network, of the block; counted from 0.
+    """
+
+    name: str
+    kind: str
+    index: int
+
+
+def trace_points(config: SMLPNetConfig) -> tuple[TracePoint, ...]:
+    """The points of a network, in the order of the computation."""
+    points = []
+    for stage, depth in enumerate(config.depths):
+        points.append(TracePoint(f"stage {stage + 1} embedding", "embedding", stage))
+        first = sum(config.depths[:stage])
+        for block in range(depth):
+            name = f"stage {stage + 1} block {block + 1}"
+            points.append(TracePoint(f"{name} token mixing", "tokens", first + block))
+            points.append(TracePoint(name, "block", first + block))
+    return tuple(points)
 
 
 class Closing(ABC):

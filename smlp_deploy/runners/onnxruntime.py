@@ -11,13 +11,13 @@ from typing import cast
 
 import numpy as np
 import onnxruntime
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.metadata import BatchProfile, ModelMetadata
 from smlp_deploy.models.onnxfile import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
-from smlp_deploy.runners.base import Closing, FloatArray, in_batches
+from smlp_deploy.runners.base import Closing, FloatArray, TracePoint, in_batches, trace_points
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -48,7 +48,7 @@ class OnnxRuntimeRunner(Closing):
         check_graph(file)
         self.metadata = _metadata(file)
         check_classifier(file, self.metadata)
-        session, emulated = _session(file, wanted)
+        session, emulated = _session(self._content(file), path, wanted)
         # Listing a provider does not start it: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
         if session.get_providers()[0] != wanted:
             raise MissingDependencyError(
@@ -66,19 +66,69 @@ class OnnxRuntimeRunner(Closing):
             return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
         return self._run(batch)
 
+    def _content(self, file: OnnxFile) -> bytes:
+        """What is run of a file that was checked."""
+        return file.content
+
     def _run(self, batch: FloatArray) -> FloatArray:
+        return self._outputs(batch)[0]
+
+    def _outputs(self, batch: FloatArray) -> list[FloatArray]:
         assert self._session is not None, "the runner is closed"
         if len(batch) not in self._batch_sizes:
             check_sizes(self._structure, self._path, batch=len(batch))
             self._batch_sizes.add(len(batch))
         try:
-            return cast(FloatArray, self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
+            return cast(list[FloatArray], self._session.run(None, {self._session.get_inputs()[0].name: batch}))
         # onnxruntime's exceptions share no base class of their own.
         except Exception as error:
             raise ArtifactError(f"ONNX Runtime cannot run it: {_reason(error)}", where=self._path) from None
 
     def close(self) -> None:
         self._session = None
+
+
+class TracingOnnxRunner(OnnxRuntimeRunner):
+    """Runs an ONNX file that `smlp export` wrote, in any precision, and shows what is inside.
+
+    Raises:
+        ArtifactError: like `OnnxRuntimeRunner`, or its nodes do not have the names that `smlp export` gives.
+    """
+
+    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+        if self.metadata.batch not in (None, len(batch)):
+            raise ArtifactError(
+                f"takes exactly {self.metadata.batch} images", where=self._path, fix="export it without --batch"
+            )
+        names = [point.name for point in trace_points(self.metadata.config)]
+        return dict(zip(names, self._outputs(batch)[1:], strict=True))
+
+    def _content(self, file: OnnxFile) -> bytes:
+        """The graph with a float32 output more for each point."""
+        model = file.model()
+        graph = model.graph
+        for point in trace_points(self.metadata.config):
+            name = _traced_value(graph, point, file.path)
+            graph.node.append(helper.make_node("Cast", [name], [point.name], to=TensorProto.FLOAT))
+            graph.output.append(helper.make_tensor_value_info(point.name, TensorProto.FLOAT, None))
+        return bytes(model.SerializeToString())
+
+
+def _traced_value(graph: GraphProto, point: TracePoint, path: Path) -> str:
+    """The value of a graph at a point: an embedding's convolution, or one of a block's two residual sums."""
+    if point.kind == "embedding":
+        found = [n for n in graph.node if n.op_type == "Conv" and n.name.startswith(f"embeddings.{point.index}/")]
+        position, count = 0, 1
+    else:
+        weights = {tensor.name for tensor in graph.initializer}
+        adds = (n for n in graph.node if n.op_type == "Add" and n.name.startswith(f"blocks.{point.index}/"))
+        found = [node for node in adds if weights.isdisjoint(node.input)]
+        position, count = (0 if point.kind == "tokens" else 1), 2
+    if len(found) != count:
+        raise ArtifactError(
+            f"cannot be looked into: no {point.name} in it", where=path, fix="use a file that smlp export wrote"
+        )
+    return str(found[position].output[0])
 
 
 def _metadata(file: OnnxFile) -> ModelMetadata:
@@ -92,22 +142,22 @@ def _metadata(file: OnnxFile) -> ModelMetadata:
     return metadata
 
 
-def _session(file: OnnxFile, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:
-    """A session of the bytes that were checked, and whether bf16 is emulated in it."""
+def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:
+    """A session of bytes that were checked, and whether bf16 is emulated in it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     # Otherwise bytes that are both ONNX and ONNX Runtime's own format are taken for the latter, which nobody checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         try:
-            return onnxruntime.InferenceSession(file.content, options, providers=[provider]), False
+            return onnxruntime.InferenceSession(content, options, providers=[provider]), False
         except KernelMissing:
-            emulated = emulate_bf16(file.model()).SerializeToString()
+            emulated = emulate_bf16(ModelProto.FromString(content)).SerializeToString()
             return onnxruntime.InferenceSession(emulated, options, providers=[provider]), True
     # onnxruntime's exceptions share no base class of their own.
     except Exception as error:
         raise ArtifactError(
-            f"ONNX Runtime cannot load it: {_reason(error)}", where=file.path, fix="export it again"
+            f"ONNX Runtime cannot load it: {_reason(error)}", where=path, fix="export it again"
         ) from None
 
 
@@ -144,3 +194,26 @@ def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
         helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_rounded"], to=TensorProto.BFLOAT16),
         helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT),
     ]
+
+
+def working_providers() -> dict[str, bool]:
+    """Of each provider that this ONNX Runtime lists and `OnnxRuntimeRunner` knows: whether a session really gets it."""
+    listed = onnxruntime.get_available_providers()
+    return {name: _starts(provider) for name, provider in PROVIDERS.items() if provider in listed}
+
+
+def _starts(provider: str) -> bool:
+    """Whether the smallest of sessions runs on it."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "smallest", value[:1], value[1:])
+    # Of old versions, which every ONNX Runtime that can be installed here reads.
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        session.run(None, {"x": np.ones(1, np.float32)})
+    # onnxruntime's exceptions share no base class of their own.
+    except Exception:
+        return False
+    return bool(session.get_providers()[0] == provider)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import LoweredBlock, lower
 from smlp_deploy.models.smlpnet import SMLPNet
-from smlp_deploy.runners.base import Closing, FloatArray
+from smlp_deploy.runners.base import Closing, FloatArray, trace_points
 
 
 class PyTorchRunner(Closing):
@@ -87,3 +88,61 @@ class RecordingRunner(PyTorchRunner):
     def largest(self) -> tuple[str, float]:
         """The layer with the largest absolute activation so far, and that activation."""
         return max(self._largest.items(), key=lambda item: item[1])
+
+
+class TracingPyTorchRunner(PyTorchRunner):
+    """Runs a checkpoint's network, as trained or lowered, and shows what is inside.
+
+    Args:
+        checkpoint: the weights.
+        metadata: labels and preprocessing to go with them.
+        lowered: run the network as deployed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, lowered: bool = False) -> None:
+        self._lowered = lowered
+        self._seen: dict[tuple[str, int], Tensor] = {}
+        super().__init__(checkpoint, metadata)
+        if lowered:
+            self.name = f"pytorch (CPU, lowered) {checkpoint.path.name}"
+
+    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+        self._seen.clear()
+        self.infer(batch)
+        return {
+            point.name: self._seen[point.kind, point.index].contiguous().numpy()
+            for point in trace_points(self.metadata.config)
+        }
+
+    def _prepared(self, network: SMLPNet) -> nn.Module:
+        if not self._lowered:
+            self._watch(network.to_patch_embedding, "embedding", lambda _, output: output)
+            self._watch(network.channel_mix, "tokens", lambda x, _: x.permute(0, 3, 1, 2))
+            self._watch(network.channel_mix, "block", lambda x, output: (x + output).permute(0, 3, 1, 2))
+            return network
+        deployed = lower(network)
+        self._watch(deployed.embeddings, "embedding", lambda _, output: output)
+        self._watch(deployed.blocks, "block", lambda _, output: output)
+        for index, block in enumerate(deployed.blocks):
+            self._watch_token_mixing(block, index)
+        return deployed
+
+    def _watch(self, modules: nn.ModuleList, kind: str, look: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for index, module in enumerate(modules):
+
+            def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, index: int = index) -> None:
+                self._seen[kind, index] = look(inputs[0], output)
+
+            module.register_forward_hook(see)
+
+    def _watch_token_mixing(self, block: nn.Module, index: int) -> None:
+        """A lowered block adds what its `fuse` gives to its own input."""
+
+        def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._seen["tokens", index] = inputs[0]
+
+        def leave(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen["tokens", index] = self._seen["tokens", index] + output
+
+        block.register_forward_pre_hook(enter)
+        cast(nn.Module, block.fuse).register_forward_hook(leave)
