@@ -515,7 +515,8 @@ def _edit_array(rng: Random, value: list[Any]) -> list[Any]:
             del value[i]
         case 1:
             times = rng.choice((0, 2, 1000))
-            value = value * (times if len(json.dumps(value)) * times < LARGEST_INPUT else 2)
+            times = times if len(json.dumps(value)) * times < LARGEST_INPUT else 2
+            value = [deepcopy(item) for _ in range(times) for item in value]  # so that one edit changes one of them
         case 2:
             value.append(_odd_value(rng))
         case _:
