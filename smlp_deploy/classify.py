@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError, UsageError
+from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.preprocessing import load_image
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import FloatArray, Runner
@@ -122,62 +123,72 @@ class Classifier:
         return topk
 
     def _stream(self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int) -> Iterator[Prediction]:
-        remaining = iter(paths)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
-
-        def fill(length: int) -> None:
-            for path in islice(remaining, max(0, length - len(queue))):
-                queue.append((os.fspath(path), pool.submit(self._load, Path(path))))
-
-        try:
-            fill(2 * batch_size)
-            while queue:
-                batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-                loaded = [(path, future.result()) for path, future in batch]
-                # Refilled before the network runs, so that decoding goes on meanwhile.
-                fill(2 * batch_size)
-                yield from self._predict(loaded, topk)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _load(self, path: Path) -> FloatArray | str:
-        try:
-            return load_image(path, self.runner.metadata.preprocessing)
-        except ImageError as error:
-            return str(error)
-
-    def _predict(self, loaded: list[tuple[str, FloatArray | str]], topk: int) -> Iterator[Prediction]:
-        outputs = iter(self._infer([content for _, content in loaded if not isinstance(content, str)]))
-        for path, content in loaded:
-            result = content if isinstance(content, str) else next(outputs)
-            if isinstance(result, str):
-                yield Prediction(path, error=result)
-            else:
-                yield self._prediction(path, result, topk)
-
-    def _infer(self, images: list[FloatArray]) -> Sequence[FloatArray | str]:
-        """Logits of each image, or the reason why there are none: a batch that fails is retried one by one."""
-        if not images:
-            return ()
-        try:
-            return list(self.runner.infer(np.stack(images)))
-        # A backend raises what it likes. Whatever it is, no image may cost its neighbours their results.
-        except Exception as error:
-            reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            if len(images) == 1:
-                return [reason]
-            logger.warning("a batch of %d failed (%s); its images are run one by one", len(images), reason)
-            return [self._infer([image])[0] for image in images]
+        preprocessing = self.runner.metadata.preprocessing
+        for batch in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+            outputs = infer_each(self.runner, [content for _, content in batch if not isinstance(content, str)])
+            for path, content in batch:
+                result = content if isinstance(content, str) else next(outputs)
+                if isinstance(result, str):
+                    yield Prediction(path, error=result)
+                else:
+                    yield self._prediction(path, result, topk)
 
     def _prediction(self, path: str, logits: NDArray[np.float32], topk: int) -> Prediction:
-        if not np.isfinite(logits).all():
-            return Prediction(path, error="the network's output has NaN or infinite values")
         exponentials = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = exponentials / exponentials.sum()
         best = np.argsort(-logits, kind="stable")[:topk]
         labels = self.runner.metadata.labels
         return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
+
+
+def decoded_batches(
+    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
+) -> Iterator[list[tuple[str, FloatArray | str]]]:
+    """Batches of paths, each with the network's input or the reason why there is none; decoded two batches ahead."""
+
+    def load(path: str | Path) -> FloatArray | str:
+        try:
+            return load_image(Path(path), preprocessing)
+        except ImageError as error:
+            return str(error)
+
+    remaining = iter(paths)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
+
+    def fill() -> None:
+        for path in islice(remaining, 2 * batch_size - len(queue)):
+            queue.append((os.fspath(path), pool.submit(load, path)))
+
+    try:
+        fill()
+        while queue:
+            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+            loaded = [(path, future.result()) for path, future in batch]
+            fill()  # before the network runs, so that decoding goes on meanwhile
+            yield loaded
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
+    """Finite logits of each image, or the reason why there are none; a batch that fails is run again one by one."""
+    if not images:
+        return
+    try:
+        outputs = runner.infer(np.stack(images))
+    # A backend raises what it likes. Whatever it is, no image may cost its neighbours their results.
+    except Exception as error:
+        reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if len(images) == 1:
+            yield reason
+            return
+        logger.warning("a batch of %d failed (%s); its images are run one by one", len(images), reason)
+        for image in images:
+            yield from infer_each(runner, [image])
+        return
+    for logits in outputs:
+        yield logits if np.isfinite(logits).all() else "the network's output has NaN or infinite values"
 
 
 def available_cores() -> int:

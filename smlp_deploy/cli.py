@@ -506,6 +506,75 @@ def verify(
         raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
 
 
+@app.command("eval", rich_help_panel="Prove")
+def evaluate(
+    dataset: Annotated[
+        Path, typer.Argument(help="A folder with one folder per class, or a CSV file with the columns path and label.")
+    ],
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--model", "-m", help="Artifact or checkpoint; repeat it to compare. Default: as in smlp predict."
+        ),
+    ] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help="What the dataset calls its classes: JSON, or CSV of folder and label.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per run of a network.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Fail if a model's top-1 is below it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON report here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy on labelled images, of several models on the very same decoded images."""
+    from smlp_deploy.dataset import find_samples, imagenet_synsets, read_mapping
+    from smlp_deploy.evaluate import evaluate as measure
+    from smlp_deploy.files import write_text
+    from smlp_deploy.runners import open_runner
+    from smlp_deploy.terminal import building, show_evaluation
+
+    names = read_mapping(mapping) if mapping else None
+    with contextlib.ExitStack() as stack:
+        runners = [stack.enter_context(open_runner(path)) for path in model or [_model(None, None)]]
+        labels = runners[0].metadata.labels
+        samples = find_samples(dataset, labels, synsets=imagenet_synsets(labels), mapping=names)
+        progress = stack.enter_context(building("evaluating"))
+        report = measure(
+            runners,
+            samples,
+            batch_size=batch_size,
+            workers=workers,
+            progress=lambda done, total: progress("images", done, total),
+        )
+    if output is not None:
+        write_text(output, report.to_json())
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        show_evaluation(report)
+    below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
+    if below:
+        raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
+
+
+@app.command(rich_help_panel="Prove")
+def doctor(as_json: JsonOption = False) -> None:
+    """Tell what works on this machine, and what to do about the rest."""
+    from smlp_deploy.doctor import examine, to_json
+    from smlp_deploy.terminal import show_findings, working
+
+    with working("looking"):
+        findings = examine()
+    if as_json:
+        typer.echo(to_json(findings), nl=False)
+    else:
+        show_findings(findings)
+    if any(finding.status == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -29,10 +29,13 @@ from smlp_deploy.parity import ParityReport
 from smlp_deploy.sensitivity import SensitivityReport
 
 if TYPE_CHECKING:
+    from smlp_deploy.doctor import Finding
+    from smlp_deploy.evaluate import Evaluation
     from smlp_deploy.profiling import GraphProfile
 
 _LABELS_SHOWN = 5
 _LAYERS_SHOWN = 10
+_CONFUSIONS_SHOWN = 5
 
 
 def note(message: str) -> None:
@@ -160,6 +163,48 @@ def show_divergence(report: DivergenceReport) -> None:
     console.print(table)
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def show_evaluation(report: Evaluation) -> None:
+    """Each model's figures, each pair's, and the first model's confusions, on stdout."""
+    console = _stdout()
+    console.print(f"{report.evaluated} images, {len(report.unreadable)} unreadable; classes named by {report.named_by}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "model", "top-1 %", "95%", "top-5 %", "loss", "ECE"):
+        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
+    for number, model in enumerate(report.models, start=1):
+        interval = f"{100 * model.top1.low:.1f}-{100 * model.top1.high:.1f}"
+        loss, ece = ("" if v is None else f"{v:.4f}" for v in (model.loss, model.calibration_error))
+        top1, top5 = (f"{100 * share.value:.2f}" for share in (model.top1, model.top5))
+        table.add_row(str(number), Text(printable(model.name)), top1, interval, top5, loss, ece)
+    console.print(table)
+    if report.pairs:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("models", "agree on", "only first right", "only second right", "McNemar p"):
+            table.add_column(heading, justify="left" if heading == "models" else "right")
+        for pair in report.pairs:
+            models = f"{pair.first + 1} and {pair.second + 1}"
+            agree = f"{100 * pair.agreement.value:.2f}%"
+            table.add_row(models, agree, str(pair.only_first), str(pair.only_second), f"{pair.p_value:.3g}")
+        console.print(table)
+    for confusion in report.models[0].confusions[:_CONFUSIONS_SHOWN]:
+        label, predicted = (printable(report.labels[index]) for index in (confusion.label, confusion.predicted))
+        console.print(Text(f"{label} taken for {predicted}: {confusion.count}"), soft_wrap=True)
+    for record in report.unreadable[:_CONFUSIONS_SHOWN]:
+        console.print(Text(f"unreadable: {printable(record.path)}: {printable(record.error or '')}"), soft_wrap=True)
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """What works and what does not, a line each and how to mend it, on stdout."""
+    console = _stdout()
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        line = Text(f"{finding.status:<7} ", style=styles[finding.status])
+        line.append(f"{printable(finding.name):<{width}}  {printable(finding.detail)}", style="default")
+        console.print(line, soft_wrap=True)
+        if finding.fix:
+            console.print(Text(f"        {'':<{width}}  try: {printable(finding.fix)}", style="dim"), soft_wrap=True)
 
 
 def show_sensitivity(report: SensitivityReport) -> None:

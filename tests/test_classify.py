@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from fakes import FakeRunner, metadata, quadrant_means
-from smlp_deploy import Classifier
+from smlp_deploy import Classifier, classify
 from smlp_deploy.classify import Prediction
 from smlp_deploy.errors import UsageError
 from smlp_deploy.export import Export
+from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.preprocessing import load_image
 from smlp_deploy.runners.base import FloatArray
 
 
@@ -121,16 +123,14 @@ def test_paths_are_read_no_further_ahead_than_two_batches(tmp_path: Path) -> Non
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-def test_decoding_goes_on_while_the_network_runs(tmp_path: Path) -> None:
+def test_decoding_goes_on_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [quadrant_image(tmp_path / f"{index}.png", 0) for index in range(8)]
     decoded = threading.Semaphore(0)
 
-    class Counting(Classifier):
-        def _load(self, path: Path) -> FloatArray | str:
-            try:
-                return super()._load(path)
-            finally:
-                decoded.release()
+    def counted(path: Path, preprocessing: Preprocessing) -> FloatArray:
+        image = load_image(path, preprocessing)
+        decoded.release()
+        return image
 
     def waits_for_two_more_batches(images: FloatArray) -> FloatArray:
         # The network's first run returns only once its own two images and the next four are decoded.
@@ -140,7 +140,9 @@ def test_decoding_goes_on_while_the_network_runs(tmp_path: Path) -> None:
         return quadrant_means(images)
 
     finished: list[bool] = []
-    assert len(list(Counting(FakeRunner(waits_for_two_more_batches)).classify(paths, batch_size=2))) == 8
+    monkeypatch.setattr(classify, "load_image", counted)
+    predictions = list(Classifier(FakeRunner(waits_for_two_more_batches)).classify(paths, batch_size=2))
+    assert [prediction.error for prediction in predictions] == [None] * 8
 
 
 @pytest.mark.parametrize(("topk", "reason"), [(5, "topk 5 is not between 1 and the model's 4 classes"), (0, "topk 0")])

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,18 @@ def one_error(outcome: Outcome) -> str:
 def test_help_of_every_verb(smlp: Smlp) -> None:
     top = smlp("--help")
     assert top.code == 0
-    for verb in ("models", "download", "inspect", "export", "build-engine", "profile", "verify", "predict"):
+    for verb in (
+        "models",
+        "download",
+        "inspect",
+        "export",
+        "build-engine",
+        "profile",
+        "verify",
+        "predict",
+        "eval",
+        "doctor",
+    ):
         assert verb in top.out
         outcome = smlp(verb, "--help")
         assert outcome.code == 0
@@ -416,12 +428,61 @@ def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) ->
         assert "Traceback" not in process.stderr.read()
 
 
+class TestEval:
+    @pytest.fixture
+    def dataset(self, tmp_path: Path, digit_images: list[Path]) -> Path:
+        for path in digit_images:
+            folder = tmp_path / "set" / path.name.split("-")[1]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder)
+        (tmp_path / "set" / "3" / "bad.jpg").write_text("no image")
+        return tmp_path / "set"
+
+    def test_models_side_by_side(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
+        outcome = smlp("eval", dataset, "-m", artifact, "-m", artifact, "-o", "report.json")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "12 images, 1 unreadable; classes named by label" in outcome.out
+        assert "1 and 2" in outcome.out
+        assert "100.00%" in outcome.out
+        assert "9 taken for 8: 1" in outcome.out
+        report = json.loads(Path("report.json").read_text())
+        assert report["models"][0]["top1"]["count"] == 11
+
+    def test_a_bound_fails(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
+        outcome = smlp("eval", dataset, "-m", artifact, "--min-top1", "95", "--json")
+        assert outcome.code == 1
+        assert "top-1 is 91.67%, below 95%" in one_error(outcome)
+        assert json.loads(outcome.out)["evaluated"] == 12
+        assert smlp("eval", dataset, "-m", artifact, "--min-top1", "90").code == 0
+
+    def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
+        assert "no such file" in one_error(smlp("eval", "absent", "-m", artifact))
+        (dataset / "ten").mkdir()
+        assert "'ten' is not the label" in one_error(smlp("eval", dataset, "-m", artifact))
+
+
+class TestDoctor:
+    def test_lines(self, smlp: Smlp) -> None:
+        outcome = smlp("doctor")
+        assert outcome.code == 0
+        assert re.search(r"^ok +onnxruntime +onnxruntime \d", outcome.out, re.MULTILINE)
+
+    def test_json_and_a_damaged_artifact(self, smlp: Smlp, artifact: Path) -> None:
+        artifact.write_bytes(b"damaged")
+        outcome = smlp("doctor", "--json")
+        assert outcome.code == 1
+        broken = [finding for finding in json.loads(outcome.out)["findings"] if finding["status"] == "error"]
+        assert [finding["name"] for finding in broken] == ["artifacts/digits-fp32.onnx"]
+
+
 class TestInterruptions:
     """Commands in processes of their own."""
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "smlp_deploy", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        )
 
     @pytest.mark.parametrize(
         ("number", "code", "message"),
@@ -504,6 +565,11 @@ class TestInterruptions:
         assert process.returncode == 143
         assert [json.loads(line)["path"] for line in out.splitlines()] == list(map(str, digit_images))
         assert err == "error: stopped by SIGTERM after 12 images\n"
+
+
+def heed_ctrl_c() -> None:
+    """Whoever runs the tests in the background has made them ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until_all_is_read(process: subprocess.Popen[str]) -> None:

@@ -12,6 +12,7 @@ from smlp_deploy.interrupts import StopRequest, Terminated, handle_sigterm, put_
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
     yield
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
         signal.signal(number, handler)

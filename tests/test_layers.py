@@ -15,7 +15,7 @@ import smlp_deploy
 PACKAGE = Path(smlp_deploy.__file__).parent
 LAYERS = [
     {"errors", "files", "interrupts", "metadata", "strictjson", "dependencies", "artifacts"},
-    {"decoding", "preprocessing", "listing", "models"},
+    {"dataset", "decoding", "preprocessing", "listing", "models"},
     {"exporters", "runners"},
     {"classify", "divergence", "parity", "sensitivity"},
     {"quantization"},

@@ -1,0 +1,298 @@
+"""What works on this machine, and what to do about the rest. Nothing is changed, and nothing is printed.
+
+Packages are tried in processes of their own: one that crashes when it is imported must not take this process along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import requires
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+
+from smlp_deploy.artifacts import ARTIFACTS_FOLDER
+from smlp_deploy.dependencies import GpuDevice, find_gpu, installed_version
+from smlp_deploy.errors import SmlpError, printable
+from smlp_deploy.models.pretrained import cache_folder
+from smlp_deploy.runners.tensorrt import check_machine, read_card
+
+Status = Literal["ok", "warning", "error"]
+
+_STATUSES: tuple[Status, ...] = ("ok", "warning", "error")
+_TIMEOUT_SECONDS = 120
+_LEAST_FREE = 1 << 30
+"""The weights of smlpnet_base and one fp32 export of them take half of it."""
+_LONGEST = 300
+_DEVICES = "print(it.version.cuda or '-', it.cuda.is_available())"
+"""For what PyTorch is built, and whether it sees a GPU."""
+_PROVIDER_TENSORRT = "10"
+"""The major version of TensorRT that ONNX Runtime's provider is linked with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: of it.
+        status: "ok"; "warning" for what is missing or does not fit; "error" for what is broken.
+        detail: what was found, in one line.
+        fix: the command that helps, or None.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An optional package. Of its `rivals`, which own the same folder, at most one may be installed."""
+
+    module: str
+    extra: str
+    purpose: str
+    rivals: tuple[str, ...] = ()
+
+    def installed(self) -> dict[str, str]:
+        """The version of each of its distributions that is installed."""
+        found = {name: installed_version(name) for name in (self.module.replace("_", "-"), *self.rivals)}
+        return {name: version for name, version in found.items() if version}
+
+    def is_here(self) -> bool:
+        spec = find_spec(self.module)  # has no origin where pip left an empty folder behind
+        return bool(self.installed()) or (spec is not None and spec.origin is not None)
+
+
+_ORT_NAMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+_RTX_NAMES = ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+_PYTORCH = _Package("torch", "export", "to load checkpoints and export")
+_ONNX = _Package("onnx", "cpu", "to read and run ONNX files")
+_ONNXRUNTIME = _Package("onnxruntime", "cpu", "to run ONNX files", _ORT_NAMES)
+_TENSORRT = _Package("tensorrt", "gpu", "to build and run engines on their GPU", ("tensorrt-cu12", "tensorrt-cu13"))
+_PACKAGES = (
+    _PYTORCH,
+    _ONNX,
+    _Package("onnxscript", "export", "to export"),
+    _Package("ml_dtypes", "export", "to export fp16, bf16 and int8"),
+    _ONNXRUNTIME,
+    _TENSORRT,
+    _Package("tensorrt_rtx", "rtx", "to build engines ahead of time, and to run them on RTX GPUs", _RTX_NAMES),
+    _Package("polygraphy", "rtx", "to build and run engines"),
+)
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at Python, packages, the GPU, folders and the artifacts in `artifacts/`."""
+    gpu = find_gpu()
+    # Each of them waits for a process of its own.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        providers = pool.submit(_providers, gpu)
+        packages = list(pool.map(lambda package: _package(package, gpu), _PACKAGES))
+    reads_onnx = next(finding for finding in packages if finding.name == "onnx")
+    folders = (
+        _folder("weights cache", cache_folder()),
+        _folder("kernels cache", user_cache_path("smlp-deploy") / "runtime"),
+        _folder("artifacts", ARTIFACTS_FOLDER.absolute()),
+    )
+    return (*_machine(gpu), *packages, *providers.result(), *folders, *_artifacts(reads_onnx))
+
+
+def to_json(findings: Sequence[Finding]) -> str:
+    """A JSON object: the worst status, and the findings."""
+    worst = max((finding.status for finding in findings), key=_STATUSES.index, default="ok")
+    return json.dumps({"status": worst, "findings": [asdict(finding) for finding in findings]}, indent=2)
+
+
+def _finding(name: str, status: Status, detail: str, fix: str | None = None) -> Finding:
+    """A finding fit to be shown: names of files and words of libraries may hold anything."""
+    shown = detail if len(detail) <= _LONGEST else f"{detail[:_LONGEST]}…"
+    return Finding(name=printable(name), status=status, detail=printable(shown), fix=fix and printable(fix))
+
+
+def _machine(gpu: GpuDevice | None) -> Iterator[Finding]:
+    yield _finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    found = "no NVIDIA GPU, or no driver: ONNX files run on the CPU"
+    if gpu:
+        cuda = f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
+        found = f"{gpu.name}, compute capability {gpu.architecture}, driver for CUDA {cuda}"
+    yield _finding("gpu", "ok", found)
+    yield _finding("openvino", "ok", installed_version("openvino") or "not installed, and not needed")
+
+
+def _package(package: _Package, gpu: GpuDevice | None) -> Finding:
+    installed = package.installed()
+    rivals = [name for name in package.rivals if name in installed]
+    if len(rivals) > 1:
+        return _rivalry(package, rivals, gpu)
+    if not package.is_here():
+        return _absence(package, gpu)
+    text = ", ".join(f"{name} {version}" for name, version in installed.items()) or f"{package.module}, no metadata"
+    again = f"pip install --force-reinstall {' '.join(installed) or package.module}"
+    cuda = _cuda_major(installed)
+    if gpu and package is not _PYTORCH and cuda > gpu.driver // 1000:
+        what = f"{text}: is for CUDA {cuda}, the NVIDIA driver for CUDA {gpu.driver // 1000}"
+        return _finding(package.module, "error", what, f"update the NVIDIA driver to one for CUDA {cuda}")
+    output, failure = _run(f"import {package.module} as it; {_DEVICES if package is _PYTORCH else ''}")
+    if failure:
+        return _finding(package.module, "error", f"{text}: cannot be imported: {failure}", again)
+    if package is _PYTORCH:
+        return _torch(text, output, gpu)
+    return _finding(package.module, "ok", text)
+
+
+def _torch(text: str, output: str, gpu: GpuDevice | None) -> Finding:
+    cuda, _, available = output.partition(" ")
+    if cuda == "-":
+        return _finding("torch", "ok", f"{text}, built for the CPU")
+    if gpu and available != "True":
+        fix = "update the NVIDIA driver, or install the PyTorch of its CUDA version"
+        return _finding("torch", "warning", f"{text}, built for CUDA {cuda}, does not see the GPU", fix)
+    return _finding("torch", "ok", f"{text}, built for CUDA {cuda}")
+
+
+def _rivalry(package: _Package, rivals: Sequence[str], gpu: GpuDevice | None) -> Finding:
+    keep = "onnxruntime-gpu" if gpu and "onnxruntime-gpu" in rivals else rivals[0]
+    return _finding(
+        package.module,
+        "error",
+        f"{' and '.join(rivals)} are installed at once and own the same folder, so none can be trusted; "
+        f"keep one of them, here {keep}",
+        f"pip uninstall -y {' '.join(rivals)} && pip install {keep}",
+    )
+
+
+def _absence(package: _Package, gpu: GpuDevice | None) -> Finding:
+    detail = f"not installed; needed {package.purpose}"
+    if package is _TENSORRT and gpu is None:
+        return _finding(package.module, "ok", f"{detail}, and there is no GPU")
+    extra = "gpu" if gpu and package is _ONNXRUNTIME else package.extra
+    return _finding(package.module, "warning", detail, f'pip install "smlp-deploy[{extra}]"')
+
+
+def _cuda_major(distributions: Iterable[str]) -> int:
+    """The major version of CUDA in the names of distributions or of what they require; 0 if none states it."""
+    texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
+    return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
+
+
+def _run(code: str) -> tuple[str, str | None]:
+    """The last line that code prints in a process that sees the packages of this one, and why it failed, if it did."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"it does not end within {_TIMEOUT_SECONDS} s"
+    output, errors = (text.decode(errors="replace").strip().splitlines() for text in (done.stdout, done.stderr))
+    if done.returncode < 0:
+        return "", f"it crashes with signal {-done.returncode}"
+    if done.returncode:
+        return "", errors[-1] if errors else f"it exits with {done.returncode}"
+    return output[-1] if output else "", None
+
+
+def _providers(gpu: GpuDevice | None) -> list[Finding]:
+    """What each provider that ONNX Runtime lists really gives."""
+    if not (_ONNXRUNTIME.is_here() and _ONNX.is_here()) or len(_ONNXRUNTIME.installed()) > 1:
+        return []
+    code = "import json; from smlp_deploy.runners.onnxruntime import working_providers as w; print(json.dumps(w()))"
+    output, failure = _run(code)
+    if failure:
+        fix = f"pip install --force-reinstall onnx {' '.join(_ONNXRUNTIME.installed())}"
+        return [_finding("providers", "error", f"ONNX Runtime has no session: {failure}", fix)]
+    return [_provider(name, works, gpu) for name, works in json.loads(output).items()]
+
+
+def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
+    name = f"provider {provider}"
+    if works:
+        return _finding(name, "ok", "a session gets it")
+    lost = "is listed, but a session does not get it"
+    if provider == "cpu":
+        return _finding(name, "error", lost, f"pip install --force-reinstall {' '.join(_ONNXRUNTIME.installed())}")
+    if gpu is None:
+        return _finding(name, "warning", f"{lost}: there is no NVIDIA GPU or driver", "use --provider cpu")
+    tensorrt = next(iter(_TENSORRT.installed().values()), None)
+    if provider == "cuda":
+        fix = 'pip install "onnxruntime-gpu[cuda,cudnn]", with its libraries on LD_LIBRARY_PATH'
+        return _finding(name, "error", f"{lost}: libraries of CUDA or cuDNN are not found or do not fit", fix)
+    if tensorrt is None or tensorrt.split(".")[0] != _PROVIDER_TENSORRT:
+        what = f"{lost}: it needs TensorRT {_PROVIDER_TENSORRT}, installed is {tensorrt or 'none'}"
+        return _finding(name, "warning", what, 'pip install "tensorrt>=10.12,<11"')
+    return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", "put them on LD_LIBRARY_PATH")
+
+
+def _folder(name: str, path: Path) -> Finding:
+    there = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
+    sizes = list(_sizes(path))
+    free = shutil.disk_usage(there).free
+    holds = f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} files" if there == path else "not there yet"
+    detail = f"{path}: {holds}, {free / 1e9:.1f} GB free"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fix = f"make {there} a folder that you can write to"
+        return _finding(name, "warning", f"{detail}, cannot be written to", fix)
+    if free < _LEAST_FREE:
+        return _finding(name, "warning", detail, "make room on that disk")
+    return _finding(name, "ok", detail)
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # it vanished meanwhile
+                yield (Path(parent) / name).lstat().st_size
+
+
+def _artifacts(reads_onnx: Finding) -> Iterator[Finding]:
+    """Whether each ONNX file and engine in the artifacts folder is sound, and an engine fits this machine."""
+    for path in sorted(ARTIFACTS_FOLDER.glob("*")):
+        if path.name.startswith(".") or path.suffix.lower() not in (".onnx", ".engine"):
+            continue
+        try:
+            yield _engine(path) if path.suffix.lower() == ".engine" else _onnx(path, reads_onnx)
+        except SmlpError as error:
+            yield _finding(str(path), "error", error.what, error.fix or "make it again, or remove it")
+        except OSError as error:
+            yield _finding(str(path), "error", f"cannot be read: {error.strerror}", "make it readable, or remove it")
+
+
+def _onnx(path: Path, reads_onnx: Finding) -> Finding:
+    if reads_onnx.status == "error" or reads_onnx.detail.startswith("not installed"):
+        return _finding(str(path), "warning", "cannot be checked without onnx", reads_onnx.fix)
+    from smlp_deploy.models.onnxfile import check_classifier, check_graph, read_onnx
+
+    file = read_onnx(path)
+    check_graph(file)
+    metadata = file.metadata()
+    if metadata is None:
+        fix = "export the checkpoint with smlp export"
+        return _finding(str(path), "warning", "an ONNX file that smlp-deploy did not write", fix)
+    check_classifier(file, metadata)
+    return _finding(str(path), "ok", f"{metadata.name}, {metadata.precision}, batch {metadata.batch or 'any'}")
+
+
+def _engine(path: Path) -> Finding:
+    card = read_card(path)
+    text = f"{card.flavour} {card.version}, {card.metadata.precision}, batch {card.profile.min} to {card.profile.max}"
+    try:
+        check_machine(path, card)
+    except SmlpError as error:
+        return _finding(str(path), "warning", f"{text}; does not run here: {error.what}", error.fix)
+    return _finding(str(path), "ok", f"{text}; fits this machine")

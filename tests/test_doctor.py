@@ -1,0 +1,322 @@
+"""`examine` in environments made for it: real ones, whose packages are links to this environment's, and stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from packaging.requirements import Requirement
+
+import smlp_deploy
+from fakes import metadata
+from smlp_deploy import doctor
+from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.dependencies import GpuDevice
+from smlp_deploy.doctor import Finding, examine, to_json
+from smlp_deploy.exporters.graph import save_graph
+from smlp_deploy.files import sha256_of
+from smlp_deploy.metadata import BatchProfile, EngineCard
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
+
+Environments = Callable[[str], Path]
+Findings = dict[str, Finding]
+
+
+def distributions_of(requirement: Requirement) -> Iterator[str]:
+    """The distributions that pip would install for a requirement, some more than once."""
+    yield requirement.name
+    for line in distribution(requirement.name).requires or []:
+        needed = Requirement(line)
+        if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}):
+            yield from distributions_of(needed)
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
+    """Gives the interpreter of an environment with smlp-deploy and some extras: "", "cpu" or "cpu,rtx"."""
+    made: dict[str, Path] = {}
+
+    def environment(extras: str) -> Path:
+        if extras not in made:
+            folder = tmp_path_factory.mktemp("environment")
+            venv.create(folder, symlinks=True)
+            made[extras] = folder / "bin" / "python"
+            lines = [*PROJECT["dependencies"]]
+            for extra in filter(None, extras.split(",")):
+                lines += PROJECT["optional-dependencies"][extra]
+            site = next(folder.glob("lib/python*/site-packages"))
+            (site / "smlp_deploy.pth").write_text(str(Path(smlp_deploy.__file__).parents[1]))
+            for name in {name for line in lines for name in distributions_of(Requirement(line))}:
+                of = distribution(name)
+                for top in {file.parts[0] for file in of.files or ()} - {"..", "__pycache__"}:
+                    if not (site / top).is_symlink():
+                        (site / top).symlink_to(str(of.locate_file(top)))
+        return made[extras]
+
+    return environment
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder for packages that come before the installed ones."""
+    folder = tmp_path / "stand-ins"
+    folder.mkdir()
+    return folder
+
+
+def stand_in(folder: Path, name: str, version: str = "1.0", *, code: str | None = None, requires: str = "") -> None:
+    """A distribution of this name; with the module of that name if there is code for it."""
+    facts = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
+    if code is not None:
+        (folder / f"{name}.py").write_text(code)
+
+
+def examined(python: Path, folder: Path, gpu: GpuDevice | None = None, *, prelude: str = "") -> Findings:
+    """The findings of an environment on a machine with this GPU, in a working directory."""
+    script = (
+        "import sys\n"
+        "from smlp_deploy import doctor\n"
+        "from smlp_deploy.dependencies import GpuDevice\n"
+        "from smlp_deploy.runners import tensorrt\n"
+        f"doctor.find_gpu = tensorrt.find_gpu = lambda: {gpu!r}\n"
+        f"{prelude}\n"
+        "print(doctor.to_json(doctor.examine()))\n"
+    )
+    variables = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(folder / "stand-ins"),
+    }
+    output = subprocess.run(
+        [python, "-c", script], cwd=folder, env=variables, stdout=subprocess.PIPE, check=True
+    ).stdout
+    findings = {values["name"]: Finding(**values) for values in json.loads(output)["findings"]}
+    assert all("\n" not in finding.detail for finding in findings.values())
+    return findings
+
+
+def names(findings: Findings, status: str) -> set[str]:
+    return {finding.name for finding in findings.values() if finding.status == status}
+
+
+class TestFourEnvironments:
+    def test_nothing_but_the_base(self, environments: Environments, tmp_path: Path) -> None:
+        findings = examined(environments(""), tmp_path)
+        optional = {"torch", "onnx", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt_rtx", "polygraphy"}
+        assert names(findings, "warning") == optional
+        assert not names(findings, "error")
+        assert findings["onnxruntime"].fix == 'pip install "smlp-deploy[cpu]"'
+        assert findings["torch"].detail == "not installed; needed to load checkpoints and export"
+        assert findings["tensorrt"].detail.endswith("and there is no GPU")
+
+    def test_cpu(self, environments: Environments, tmp_path: Path) -> None:
+        findings = examined(environments("cpu"), tmp_path)
+        assert names(findings, "warning") == {"torch", "onnxscript", "tensorrt_rtx", "polygraphy"}
+        assert not names(findings, "error")
+        assert findings["onnxruntime"].detail == f"onnxruntime {distribution('onnxruntime').version}"
+        assert [name for name in findings if name.startswith("provider")] == ["provider cpu"]
+
+    def test_cpu_and_rtx(self, environments: Environments, tmp_path: Path) -> None:
+        findings = examined(environments("cpu,rtx"), tmp_path, L4)
+        assert names(findings, "warning") == {"torch", "onnxscript", "tensorrt"}
+        assert not names(findings, "error")
+        assert findings["tensorrt_rtx"].detail == f"tensorrt-rtx-cu12 {distribution('tensorrt-rtx-cu12').version}"
+        assert findings["gpu"].detail == "NVIDIA L4, compute capability sm89, driver for CUDA 12.8"
+
+    @pytest.mark.parametrize(("gpu", "keep"), [(None, "onnxruntime"), (L4, "onnxruntime-gpu")])
+    def test_both_onnxruntimes(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path, gpu: GpuDevice | None, keep: str
+    ) -> None:
+        stand_in(stand_ins, "onnxruntime-gpu")
+        findings = examined(environments("cpu"), tmp_path, gpu)
+        assert names(findings, "error") == {"onnxruntime"}
+        found = findings["onnxruntime"]
+        assert "onnxruntime and onnxruntime-gpu are installed at once" in found.detail
+        assert found.fix == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {keep}"
+        assert "provider cpu" not in findings
+
+
+class TestPackages:
+    def test_what_fails_or_crashes_when_imported_is_an_error(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        stand_in(stand_ins, "onnxscript", code="raise OSError('libx.so.1: cannot open shared object file')")
+        stand_in(stand_ins, "torch", "2.0", code="import os; os.kill(os.getpid(), 9)")
+        stand_in(stand_ins, "polygraphy")  # its files are gone
+        findings = examined(environments(""), tmp_path)
+        assert names(findings, "error") == {"torch", "onnxscript", "polygraphy"}
+        assert findings["torch"].detail == "torch 2.0: cannot be imported: it crashes with signal 9"
+        assert findings["onnxscript"].detail.endswith("OSError: libx.so.1: cannot open shared object file")
+        assert findings["polygraphy"].fix == "pip install --force-reinstall polygraphy"
+
+    def test_a_module_in_the_working_directory_is_not_imported(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        stand_in(stand_ins, "torch", code="class version: cuda = None\nclass cuda: is_available = lambda: False")
+        (tmp_path / "torch.py").write_text("raise SystemExit('a stranger')")
+        findings = examined(environments(""), tmp_path, prelude="sys.path.remove('')")
+        assert findings["torch"].detail == "torch 1.0, built for the CPU"
+
+    def test_an_empty_folder_that_pip_left_is_no_package(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        (stand_ins / "onnxruntime").mkdir()
+        finding = examined(environments(""), tmp_path, L4)["onnxruntime"]
+        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu]"')
+
+    @pytest.mark.parametrize(("gpu", "status"), [(L4, "error"), (replace(L4, driver=13000), "ok"), (None, "ok")])
+    def test_tensorrt_for_a_newer_cuda_than_the_driver(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path, gpu: GpuDevice | None, status: str
+    ) -> None:
+        stand_in(stand_ins, "tensorrt", "11.2", code="", requires="Requires-Dist: tensorrt_cu13==11.2\n")
+        finding = examined(environments(""), tmp_path, gpu)["tensorrt"]
+        assert finding.status == status
+        if status == "error":
+            assert finding.detail == "tensorrt 11.2: is for CUDA 13, the NVIDIA driver for CUDA 12"
+            assert finding.fix == "update the NVIDIA driver to one for CUDA 13"
+
+    def test_a_torch_that_does_not_see_the_gpu(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        stand_in(stand_ins, "torch", code="class version: cuda = '13.0'\nclass cuda: is_available = lambda: False")
+        finding = examined(environments(""), tmp_path, L4)["torch"]
+        assert (finding.status, finding.detail) == ("warning", "torch 1.0, built for CUDA 13.0, does not see the GPU")
+
+
+@pytest.mark.parametrize(("gpu", "cuda"), [(None, "warning"), (L4, "error")])
+def test_providers_that_are_listed_but_not_given(
+    environments: Environments, tmp_path: Path, stand_ins: Path, gpu: GpuDevice | None, cuda: str
+) -> None:
+    listed = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
+    # Runs in every process of the environment; the sessions stay the real ones of a machine without a GPU.
+    (stand_ins / "sitecustomize.py").write_text(
+        f"import onnxruntime; onnxruntime.get_available_providers = lambda: {listed}"
+    )
+    findings = examined(environments("cpu"), tmp_path, gpu)
+    assert findings["provider cpu"].status == "ok"
+    assert findings["provider cuda"].status == cuda
+    assert findings["provider tensorrt"].status == "warning"
+    if gpu:
+        assert findings["provider tensorrt"].detail.endswith("it needs TensorRT 10, installed is none")
+        assert findings["provider tensorrt"].fix == 'pip install "tensorrt>=10.12,<11"'
+
+
+class TestFolders:
+    def test_a_cache_that_cannot_be_written_and_a_full_disk(self, environments: Environments, tmp_path: Path) -> None:
+        (tmp_path / "cache").write_text("a file")
+        full = "from collections import namedtuple\ndoctor.shutil.disk_usage = lambda path: Usage(9, 9, 0)"
+        findings = examined(
+            environments(""), tmp_path, prelude=full.replace("\n", "\nUsage = namedtuple('Usage', 'total used free')\n")
+        )
+        assert findings["weights cache"].fix == f"make {tmp_path / 'cache'} a folder that you can write to"
+        assert findings["kernels cache"].status == "warning"
+        assert findings["artifacts"].fix == "make room on that disk"
+
+    def test_sizes_are_of_what_is_there(self, environments: Environments, tmp_path: Path) -> None:
+        weights = tmp_path / "cache" / "smlp-deploy" / "weights"
+        weights.mkdir(parents=True)
+        (weights / "a.pth").write_bytes(bytes(1_500_000))
+        findings = examined(environments(""), tmp_path)
+        assert f"{weights}: 1.5 MB in 1 files, " in findings["weights cache"].detail
+        assert "not there yet" in findings["artifacts"].detail
+
+
+def write_engine(path: Path, **changes: Any) -> None:
+    path.write_bytes(b"an engine")
+    values: dict[str, Any] = {
+        "engine_sha256": sha256_of(path),
+        "metadata": metadata(),
+        "onnx_file": "x.onnx",
+        "onnx_sha256": "0" * 64,
+        "flavour": "tensorrt-rtx",
+        "version": distribution("tensorrt-rtx-cu12").version,
+        "profile": BatchProfile(min=1, opt=4, max=8),
+        "architectures": ("sm89",),
+        "ran_here": False,
+    }
+    engine_card_path(path).write_text(EngineCard(**values | changes).to_json())
+
+
+def smallest_classifier() -> onnx.ModelProto:
+    """A graph that `fakes.metadata` may stand in: one matrix product."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])
+    nodes = [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
+    weights = numpy_helper.from_array(np.ones((192, 4), np.float32), "w")
+    graph = helper.make_graph(nodes, "smallest", [images], [logits], [weights])
+    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+
+
+class TestArtifacts:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "artifacts"
+        folder.mkdir()
+        model = smallest_classifier()
+        onnx.save(model, folder / "foreign.onnx")
+        save_graph(model, metadata(), folder / "sound.onnx")
+        (folder / "cut\nshort.onnx").write_bytes((folder / "sound.onnx").read_bytes()[:1000])
+        (folder / ".hidden.onnx").write_bytes(b"")
+        os.mkfifo(folder / "pipe.onnx")
+        write_engine(folder / "fits.engine")
+        write_engine(folder / "other.engine", architectures=("sm120",))
+        write_engine(folder / "changed.engine", engine_sha256="0" * 64)
+        return tmp_path
+
+    def test_each_is_judged(self, environments: Environments, folder: Path) -> None:
+        findings = examined(environments("cpu,rtx"), folder, L4)
+        found = {name[10:]: finding for name, finding in findings.items() if name.startswith("artifacts/")}
+        assert {name: finding.status for name, finding in found.items()} == {
+            "sound.onnx": "ok",
+            "cut\\nshort.onnx": "error",
+            "foreign.onnx": "warning",
+            "pipe.onnx": "error",
+            "fits.engine": "ok",
+            "other.engine": "warning",
+            "changed.engine": "error",
+        }
+        assert found["sound.onnx"].detail == "fake, fp32, batch any"
+        assert found["other.engine"].detail.endswith("was built for sm120, this GPU is sm89 (NVIDIA L4)")
+        assert found["other.engine"].fix == "build it again for this GPU"
+
+    def test_without_onnx_or_a_gpu_nothing_is_called_broken(self, environments: Environments, folder: Path) -> None:
+        findings = examined(environments(""), folder)
+        assert names(findings, "error") == {"artifacts/changed.engine"}
+        assert findings["artifacts/sound.onnx"].fix == 'pip install "smlp-deploy[cpu]"'
+        assert findings["artifacts/fits.engine"].fix == "use the ONNX file"
+
+
+def test_this_environment_has_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "find_gpu", lambda: None)
+    (tmp_path / "artifacts").mkdir()
+    write_engine(tmp_path / "artifacts" / "x.engine")
+    findings = {finding.name: finding for finding in examine()}
+    assert not names(findings, "error")
+    assert findings["python"].detail.startswith(sys.version.split()[0])
+    assert findings["torch"].detail.startswith(f"torch {distribution('torch').version}, built for ")
+
+
+def test_json_has_the_worst_status() -> None:
+    findings = [Finding(name="a", status="warning", detail="x"), Finding(name="b", status="ok", detail="y", fix="z")]
+    document = json.loads(to_json(findings))
+    assert document["status"] == "warning"
+    assert document["findings"][1] == {"name": "b", "status": "ok", "detail": "y", "fix": "z"}
+    assert json.loads(to_json([]))["status"] == "ok"
