@@ -29,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 _INPUT, _OUTPUT = "images", "logits"
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
-_DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu12"}
+_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+}
 
 
 class Session(Protocol):
@@ -96,7 +99,10 @@ def read_card(path: Path) -> EngineCard:
     check_regular(path, error=ArtifactError, fix="smlp build-engine makes one")
     beside = engine_card_path(path)
     card = EngineCard.from_json(read_text(beside, error=ArtifactError, fix="build the engine again"), where=beside)
-    _check_sha256(path, card, sha256_of(path))
+    try:
+        _check_sha256(path, card, sha256_of(path))
+    except OSError as error:
+        raise ArtifactError(f"cannot read it: {error.strerror}", where=path, fix="mend its permissions") from None
     return card
 
 
@@ -125,7 +131,7 @@ def check_machine(path: Path, card: EngineCard) -> None:
         )
     extra = _EXTRAS[card.flavour]
     require("polygraphy", TENSORRT_MODULES[card.flavour], purpose=f"to run {card.flavour} engines", extra=extra)
-    installed = installed_version(_DISTRIBUTIONS[card.flavour]) or ""
+    installed = next(filter(None, map(installed_version, _DISTRIBUTIONS[card.flavour])), "")
     if installed.split(".")[0] != card.version.split(".")[0] and not card.options.get("version_compatible"):
         raise MissingDependencyError(
             f"built by {card.flavour} {card.version}, installed is {installed or 'none'}",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -113,6 +114,15 @@ def test_only_regular_files_of_sensible_size_are_read(engine: Path) -> None:
     engine.unlink()
     os.mkfifo(engine)
     with pytest.raises(ArtifactError, match=r"is not a regular file · .*x\.engine "):
+        read_card(engine)
+
+
+def test_an_engine_that_cannot_be_read_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(tensorrt, "sha256_of", refused)  # a real one would not stop root
+    with pytest.raises(ArtifactError, match=r"cannot read it: Permission denied · .*x\.engine"):
         read_card(engine)
 
 
