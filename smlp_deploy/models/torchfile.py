@@ -219,6 +219,8 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
         _refuse("a member of the archive occurs twice", path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         _refuse("members are compressed, which torch.save never does", path)
+    if any(member.compress_size != member.file_size for member in members):
+        _refuse("a member states two sizes", path)
     if sum(member.file_size for member in members) > path.stat().st_size:
         _refuse("members claim more bytes than the file has", path)
     pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
