@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -442,14 +442,14 @@ def predict(
     images = find_images(inputs, _stdin())
     path = _model(model, provider)
     with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
-        run = _run_identity(
-            path, classifier, kind=kind, topk=classifier.resolve_topk(topk), batch_size=batch_size, provider=provider
-        )
-        with _record_sink(output, run, resume=resume) as sink:
+        topk = classifier.resolve_topk(topk)
+
+        def identity() -> RunIdentity:
+            return _run_identity(path, classifier, kind=kind, topk=topk, batch_size=batch_size, provider=provider)
+
+        with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
             sink.skip(images)
-            predictions = classifier.classify(
-                stop.before(images), batch_size=batch_size, topk=run.topk, workers=workers
-            )
+            predictions = classifier.classify(stop.before(images), batch_size=batch_size, topk=topk, workers=workers)
             done, failed = _write_records(predictions, sink, stop, batch_size=batch_size, on_terminal=output is None)
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:
@@ -903,8 +903,13 @@ def _run_identity(
 
 
 @contextlib.contextmanager
-def _record_sink(output: Path | None, run: RunIdentity, *, resume: bool) -> Iterator[RecordFile | RecordStream]:
-    """Where records go: standard output, or a file. Undecodable bytes of file names survive."""
+def _record_sink(
+    output: Path | None, identity: Callable[[], RunIdentity], *, kind: RecordFormat, topk: int, resume: bool
+) -> Iterator[RecordFile | RecordStream]:
+    """Where records go: standard output, or a file. Undecodable bytes of file names survive.
+
+    What they depend on is asked only where it is kept, because it takes the hash of the whole model.
+    """
     from smlp_deploy.files import replacing
     from smlp_deploy.recordfile import RecordFile, RecordStream
     from smlp_deploy.records import FORMATS
@@ -913,15 +918,15 @@ def _record_sink(output: Path | None, run: RunIdentity, *, resume: bool) -> Iter
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")
-        if run.format == RecordFormat.table:
+        if kind is RecordFormat.table:
             yield RecordStream(sys.stdout, predictions_writer(sys.stdout))
         else:
-            yield RecordStream(sys.stdout, FORMATS[run.format].writer(sys.stdout, topk=run.topk))
-    elif run.format == RecordFormat.table:
+            yield RecordStream(sys.stdout, FORMATS[kind].writer(sys.stdout, topk=topk))
+    elif kind is RecordFormat.table:
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
             yield RecordStream(stream, predictions_writer(stream))
     else:
-        with RecordFile.open(output, run, resume=resume) as records:
+        with RecordFile.open(output, identity(), resume=resume) as records:
             yield records
 
 

@@ -13,6 +13,12 @@ from smlp_deploy.errors import MissingDependencyError
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The module of each flavour of TensorRT."""
 
+TENSORRT_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+}
+"""The distributions that bring it."""
+
 # Of the CUDA driver interface's device attributes.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from smlp_deploy import strictjson
-from smlp_deploy.errors import ArtifactError, ImageError, UsageError
-from smlp_deploy.preprocessing import load_image
+from smlp_deploy.classify import available_cores, decoded_batches
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.runners.base import FloatArray, TracingRunner
 
 MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
@@ -126,26 +126,27 @@ def find_divergence(
     """
     if reference.metadata.config != candidate.metadata.config:
         raise UsageError("the two networks have different shapes, so their blocks cannot be compared")
-    names, samples, unreadable = [], [], []
-    for path in image_paths:
-        try:
-            samples.append(load_image(path, candidate.metadata.preprocessing))
-            names.append(path.name)
-        except ImageError as error:
-            unreadable.append(f"{path}: {error}")
-    if not samples:
-        raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give others")
+    names: list[str] = []
+    unreadable: list[str] = []
     totals: dict[str, _Total] = {}
-    for at in range(0, len(samples), _BATCH):
-        batch = np.stack(samples[at : at + _BATCH])
+    preprocessing = candidate.metadata.preprocessing
+    for contents in decoded_batches(image_paths, preprocessing, batch_size=_BATCH, workers=available_cores()):
+        names += [Path(path).name for path, content in contents if not isinstance(content, str)]
+        unreadable += [f"{path}: {content}" for path, content in contents if isinstance(content, str)]
+        samples = [content for _, content in contents if not isinstance(content, str)]
+        if not samples:
+            continue
+        batch = np.stack(samples)
         found = candidate.trace(batch)
         for name, values in reference.trace(batch).items():
             totals.setdefault(name, _Total()).add(values, found[name])
+    if not names:
+        raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give others")
     return DivergenceReport(
         reference=reference.name,
         candidate=candidate.name,
         precision=candidate.metadata.precision,
-        images=len(samples),
+        images=len(names),
         unreadable=tuple(unreadable),
         max_error=MAX_ERROR[candidate.metadata.precision] if max_error is None else max_error,
         points=_reports(totals, names),

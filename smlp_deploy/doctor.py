@@ -24,7 +24,7 @@ from typing import Literal
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import ARTIFACTS_FOLDER
-from smlp_deploy.dependencies import GpuDevice, find_gpu, installed_version
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.models.pretrained import cache_folder
 from smlp_deploy.runners.tensorrt import check_machine, read_card
@@ -79,11 +79,11 @@ class _Package:
 
 
 _ORT_NAMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-_RTX_NAMES = ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
+_TENSORRT_NAMES, _RTX_NAMES = (TENSORRT_DISTRIBUTIONS[flavour] for flavour in ("tensorrt", "tensorrt-rtx"))
 _PYTORCH = _Package("torch", "export", "to load checkpoints and export")
 _ONNX = _Package("onnx", "cpu", "to read and run ONNX files")
 _ONNXRUNTIME = _Package("onnxruntime", "cpu", "to run ONNX files", _ORT_NAMES)
-_TENSORRT = _Package("tensorrt", "gpu", "to build and run engines on their GPU", ("tensorrt-cu12", "tensorrt-cu13"))
+_TENSORRT = _Package("tensorrt", "gpu", "to build and run engines on their GPU", _TENSORRT_NAMES[1:])
 _PACKAGES = (
     _PYTORCH,
     _ONNX,

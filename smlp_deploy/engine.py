@@ -13,7 +13,7 @@ from typing import Any
 from smlp_deploy.artifacts import engine_card_path, failed_path
 from smlp_deploy.dependencies import find_gpu, require_onnxruntime
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
-from smlp_deploy.export import bundled_images
+from smlp_deploy.export import default_images
 from smlp_deploy.exporters.graph import ModelProto, load_graph, read_metadata, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
@@ -21,7 +21,7 @@ from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
 from smlp_deploy.files import replacing, sha256_of
 from smlp_deploy.metadata import EngineCard, ModelMetadata
 from smlp_deploy.parity import Bounds, ParityReport, compare
-from smlp_deploy.quantization import Int8Options, parity_images, quantize_graph
+from smlp_deploy.quantization import Int8Options, quantize_graph
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine
 from smlp_deploy.sensitivity import SensitivityReport
@@ -90,8 +90,7 @@ def prepare_graph(
     if metadata is None:
         raise ArtifactError("smlp-deploy did not write it", where=source, fix="export the checkpoint with smlp export")
     if precision is None or precision == metadata.precision:
-        images = parity_images((), metadata) if metadata.precision == "int8" else []
-        return Graph(source=source, model=model, metadata=metadata, images=images or bundled_images())
+        return Graph(source=source, model=model, metadata=metadata, images=default_images(metadata))
     if metadata.precision != "fp32":
         raise UsageError(
             f"the graph is {metadata.precision} and decides the precision of its engine, {precision} was asked for",
@@ -99,14 +98,15 @@ def prepare_graph(
             fix="give the fp32 file",
         )
     sensitivity = None
-    images = bundled_images()
+    calibrated: Sequence[Path] = ()
     if precision == "int8":
         quantized = quantize_graph(model, metadata, int8 or Int8Options(), progress=progress)
         model, metadata, sensitivity = quantized.model, quantized.metadata, quantized.sensitivity
-        images = parity_images(quantized.images, metadata) or images
+        calibrated = quantized.images
     else:
         metadata = replace(metadata, precision=precision)
         model = to_half(model, precision)
+    images = default_images(metadata, calibrated)
     parity = _compare(source, model, metadata, images, bounds)
     if not parity.passed:
         raise ArtifactError(f"in {precision} it computes something else: {_failures(parity)}", where=source)

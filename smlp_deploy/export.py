@@ -55,6 +55,11 @@ def bundled_images() -> list[Path]:
     return sorted((DATA_FOLDER / "parity").glob("*.jpg"))
 
 
+def default_images(metadata: ModelMetadata, calibrated: Sequence[Path] = ()) -> list[Path]:
+    """Images to prove a graph on where none are given; `calibrated` are those that an int8 graph was calibrated on."""
+    return (parity_images(calibrated, metadata) if metadata.precision == "int8" else []) or bundled_images()
+
+
 def export_checkpoint(
     checkpoint: Checkpoint,
     metadata: ModelMetadata,
@@ -92,7 +97,7 @@ def export_checkpoint(
             quantized = quantize_graph(load_graph(temporary), metadata, int8 or Int8Options(), progress=progress)
             metadata = quantized.metadata
             save_graph(quantized.model, metadata, temporary)
-            images = images or parity_images(quantized.images, metadata)
+            images = images or default_images(metadata, quantized.images)
         elif metadata.precision != "fp32":
             save_graph(to_half(load_graph(temporary), metadata.precision), metadata, temporary)
         try:
@@ -179,10 +184,8 @@ def verify_layers(
         if reference is None:
             same = candidate.suffix.lower() in CHECKPOINT_SUFFIXES
             reference = candidate if same else _find_reference(metadata, candidate)
-        if not images:
-            images = (parity_images((), metadata) if metadata.precision == "int8" else []) or bundled_images()
         with _open_reference(reference, metadata) as truth:
-            return find_divergence(truth, inside, images, max_error=max_error)
+            return find_divergence(truth, inside, images or default_images(metadata), max_error=max_error)
 
 
 def _open_reference(path: Path, metadata: ModelMetadata) -> TracingRunner:
@@ -200,9 +203,7 @@ def _prove(
     bounds: Bounds | None,
     artifact_sha256: str,
 ) -> ParityReport:
-    if not images and candidate.metadata.precision == "int8":
-        images = parity_images((), candidate.metadata)
-    images = images or bundled_images()
+    images = images or default_images(candidate.metadata)
     with PyTorchRunner(checkpoint, metadata) as trained:
         report = compare(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
         if candidate.metadata.precision not in ("fp16", "int8"):

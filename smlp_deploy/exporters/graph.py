@@ -10,7 +10,7 @@ import onnx
 from onnx import ModelProto
 
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
-from smlp_deploy.models.onnxfile import as_text, check_classifier, check_graph, read_onnx, value_text
+from smlp_deploy.models.onnxfile import as_text, check_classifier, check_graph, read_metadata, read_onnx, value_text
 
 __all__ = ["GraphFacts", "ModelProto", "graph_facts", "load_graph", "read_metadata", "save_graph"]
 
@@ -65,16 +65,6 @@ def save_graph(model: ModelProto, metadata: ModelMetadata, path: Path) -> None:
     onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json()})
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
-    """The metadata that smlp-deploy wrote into a graph, or None.
-
-    Raises:
-        ConfigError: it is damaged, or of a newer schema.
-    """
-    text = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
-    return None if text is None else ModelMetadata.from_json(text, where=path)
 
 
 def graph_facts(path: Path) -> GraphFacts:

@@ -103,8 +103,17 @@ class OnnxFile:
         Raises:
             ConfigError: it is damaged, or of a newer schema.
         """
-        text = {prop.key: prop.value for prop in self.structure.metadata_props}.get(METADATA_KEY)
-        return None if text is None else ModelMetadata.from_json(text, where=self.path)
+        return read_metadata(self.structure, self.path)
+
+
+def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
+    """The metadata that smlp-deploy wrote into a graph, or None.
+
+    Raises:
+        ConfigError: it is damaged, or of a newer schema.
+    """
+    text = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
+    return None if text is None else ModelMetadata.from_json(text, where=path)
 
 
 def read_onnx(path: Path) -> OnnxFile:

@@ -19,7 +19,14 @@ from typing import Any, Protocol, Self
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import engine_card_path
-from smlp_deploy.dependencies import TENSORRT_MODULES, GpuDevice, find_gpu, installed_version, require
+from smlp_deploy.dependencies import (
+    TENSORRT_DISTRIBUTIONS,
+    TENSORRT_MODULES,
+    GpuDevice,
+    find_gpu,
+    installed_version,
+    require,
+)
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_text, sha256_of, write_bytes
 from smlp_deploy.metadata import EngineCard
@@ -29,10 +36,6 @@ logger = logging.getLogger(__name__)
 
 _INPUT, _OUTPUT = "images", "logits"
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
-_DISTRIBUTIONS = {
-    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
-}
 
 
 class Session(Protocol):
@@ -131,7 +134,7 @@ def check_machine(path: Path, card: EngineCard) -> None:
         )
     extra = _EXTRAS[card.flavour]
     require("polygraphy", TENSORRT_MODULES[card.flavour], purpose=f"to run {card.flavour} engines", extra=extra)
-    installed = next(filter(None, map(installed_version, _DISTRIBUTIONS[card.flavour])), "")
+    installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[card.flavour])), "")
     if installed.split(".")[0] != card.version.split(".")[0] and not card.options.get("version_compatible"):
         raise MissingDependencyError(
             f"built by {card.flavour} {card.version}, installed is {installed or 'none'}",
