@@ -30,12 +30,11 @@ from smlp_deploy.export import bundled_images
 from smlp_deploy.exporters.graph import ModelProto, load_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
-from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.exporters.onnx import export_onnx, export_straight
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions, TensorRT
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.models.variants import VARIANTS, Variant
 from smlp_deploy.quantization import Int8Options, quantize_graph
 
@@ -93,29 +92,14 @@ def graphs(variant: Variant) -> Iterator[tuple[str, ModelProto]]:
         weights = Path(folder) / f"{variant.name}.pth"
         torch.save(recipe_weights(variant.config, SEED), weights)
         checkpoint = load_checkpoint(weights)
-        yield "straight fp32", straight_export(checkpoint.network())
+        path = Path(folder) / "straight.onnx"
+        export_straight(checkpoint.network(), describe(checkpoint), path)
+        yield "straight fp32", load_graph(path)
         path = Path(folder) / "lowered.onnx"
         metadata = export_onnx(checkpoint.network(), describe(checkpoint), path)
         yield "lowered fp32", load_graph(path)
         yield "fp16", to_half(load_graph(path), "fp16")
         yield "int8", quantize_graph(load_graph(path), metadata, Int8Options(images=tuple(bundled_images()))).model
-
-
-def straight_export(network: SMLPNet) -> ModelProto:
-    """The trained network as torch exports it, its batch dynamic."""
-    size = network.config.image_size
-    program = torch.onnx.export(
-        network,
-        (torch.zeros(2, 3, size, size),),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        opset_version=20,
-    )
-    assert program is not None
-    return program.model_proto
 
 
 def measure(tensorrt: TensorRT, variant: str, graph: str, model: onnx.ModelProto, architecture: str) -> Row:

@@ -560,6 +560,68 @@ def evaluate(
 
 
 @app.command(rich_help_panel="Prove")
+def benchmark(
+    artifacts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Artifacts and checkpoints; ratios are to the first. Default: as in smlp predict."),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Images per run, each size timed.")] = "1,8,32",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model has its turn at each batch size.")] = 10,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Also PyTorch, torch.compile and the straight export of the same checkpoint."),
+    ] = False,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="--baseline: the checkpoint. Default: found by the first artifact's own sha256 of it."),
+    ] = None,
+    provider: Annotated[Provider | None, typer.Option(help="Where ONNX Runtime runs ONNX files. Default: cpu.")] = None,
+    end_to_end: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IMAGES", help="Also time image files to records; a folder or image, may be repeated."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="--end-to-end: decoding threads. Default: one per core.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON report here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time models side by side, in turns: A B A B, each in a process of its own."""
+    from tempfile import TemporaryDirectory
+
+    from smlp_deploy.benchmark import Files, baselines_of, run_benchmark
+    from smlp_deploy.classify import available_cores
+    from smlp_deploy.files import check_writable, write_text
+    from smlp_deploy.terminal import building, show_benchmark
+    from smlp_deploy.timing import Subject
+
+    sizes = _batch_sizes(batch_sizes)
+    if reference is not None and not baseline:
+        raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
+    if output is not None:
+        check_writable(output)
+    files = None
+    if end_to_end:
+        files = Files(paths=tuple(_images(end_to_end)), batch=max(sizes), workers=workers or available_cores())
+    where = provider.value if provider else None
+    paths = artifacts or [_model(None, provider)]
+    subjects = [Subject(path=path, provider=where if path.suffix.lower() == ".onnx" else None) for path in paths]
+    with TemporaryDirectory() as folder, building("loading") as progress:
+        if baseline:
+            progress("exporting the network as it is", 0, 1)
+        others = baselines_of(paths[0], Path(folder), reference=reference, provider=where) if baseline else ()
+        report = run_benchmark(
+            subjects, baselines=others, batch_sizes=sizes, rounds=rounds, files=files, progress=progress
+        )
+    if output is not None:
+        write_text(output, report.to_json())
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        show_benchmark(report)
+
+
+@app.command(rich_help_panel="Prove")
 def doctor(as_json: JsonOption = False) -> None:
     """Tell what works on this machine, and what to do about the rest."""
     from smlp_deploy.doctor import examine, to_json
@@ -757,6 +819,16 @@ def _preprocessing_options(
                 raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
             given[name] = (red, green, blue)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _batch_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="as 1,8,32")
+    return sizes
 
 
 def _images(arguments: list[str]) -> list[Path]:

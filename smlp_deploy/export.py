@@ -13,7 +13,7 @@ from smlp_deploy.divergence import DivergenceReport, find_divergence
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import load_graph, save_graph
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
+from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx, export_straight
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, replacing, sha256_of, write_text
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -150,7 +150,7 @@ def verify_artifact(
         SmlpError: a file cannot be used.
     """
     with open_runner(candidate) as runner:
-        path = reference or _find_reference(runner.metadata, candidate)
+        path = reference or find_reference(runner.metadata, candidate)
         checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
             logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
@@ -183,7 +183,7 @@ def verify_layers(
         metadata = inside.metadata
         if reference is None:
             same = candidate.suffix.lower() in CHECKPOINT_SUFFIXES
-            reference = candidate if same else _find_reference(metadata, candidate)
+            reference = candidate if same else find_reference(metadata, candidate)
         with _open_reference(reference, metadata) as truth:
             return find_divergence(truth, inside, images or default_images(metadata), max_error=max_error)
 
@@ -213,7 +213,12 @@ def _prove(
             return check_half_range(report, trained, half, recorder, images)
 
 
-def _find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
+def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
+    """The checkpoint that an artifact was made from, if it is the bundled one or was downloaded.
+
+    Raises:
+        UsageError: it is neither.
+    """
     known = [BUNDLED_CHECKPOINT, *filter(None, map(cached_weights, VARIANTS.values()))]
     for path in known:
         if path.name == metadata.checkpoint and sha256_of(path) == metadata.checkpoint_sha256:
@@ -223,3 +228,12 @@ def _find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
         where=candidate,
         fix="give it with --reference CHECKPOINT",
     )
+
+
+def straight_export(checkpoint_path: Path, folder: Path) -> Path:
+    """Write a checkpoint's network into `folder` as `torch.onnx.export` makes it, for comparison; where it is."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    metadata = describe(checkpoint)
+    path = folder / f"{metadata.name}-straight.onnx"
+    export_straight(checkpoint.network(), metadata, path)
+    return path

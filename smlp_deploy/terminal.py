@@ -29,6 +29,7 @@ from smlp_deploy.parity import ParityReport
 from smlp_deploy.sensitivity import SensitivityReport
 
 if TYPE_CHECKING:
+    from smlp_deploy.benchmark import Benchmark, Ratio
     from smlp_deploy.doctor import Finding
     from smlp_deploy.evaluate import Evaluation
     from smlp_deploy.profiling import GraphProfile
@@ -192,6 +193,64 @@ def show_evaluation(report: Evaluation) -> None:
         console.print(Text(f"{label} taken for {predicted}: {confusion.count}"), soft_wrap=True)
     for record in report.unreadable[:_CONFUSIONS_SHOWN]:
         console.print(Text(f"unreadable: {printable(record.path)}: {printable(record.error or '')}"), soft_wrap=True)
+
+
+def show_benchmark(report: Benchmark) -> None:
+    """Each model's start, its times by batch size, and files to records if measured, on stdout."""
+    console = _stdout()
+    console.print(_models_table(report))
+    console.print(_batches_table(report))
+    if any(model.end_to_end for model in report.models):
+        console.print(_end_to_end_table(report))
+    unstable = {f"{i} at batch {b.batch}" for i, m in enumerate(report.models, 1) for b in m.batches if not b.stable}
+    if unstable:
+        console.print(Text(f"not stable when timing began: {', '.join(sorted(unstable))}", style="yellow"))
+    for reason in report.left_out:
+        console.print(Text(f"left out: {printable(reason)}", style="yellow"), soft_wrap=True)
+    console.print("ratio: times as fast as 1, median over the rounds, with its 95% interval")
+
+
+def _models_table(report: Benchmark) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "model", "load s", "first s", "peak MB"):
+        table.add_column(heading, justify="left" if heading in ("", "model") else "right", no_wrap=heading != "model")
+    for number, model in enumerate(report.models, start=1):
+        peak = "" if model.peak_memory is None else f"{model.peak_memory / 1e6:.0f}"
+        name = Text(printable(model.name), overflow="fold")
+        table.add_row(str(number), name, f"{model.load:.3g}", f"{model.first:.3g}", peak)
+    return table
+
+
+def _batches_table(report: Benchmark) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("batch", "", "median ms", "p90", "p95", "p99", "images/s", "ratio", "95%"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for of_size in zip(*(model.batches for model in report.models), strict=True):
+        for number, timing in enumerate(of_size, start=1):
+            times = (f"{1000 * t:.4g}" for t in (timing.median, timing.p90, timing.p95, timing.p99))
+            size = str(timing.batch) if number == 1 else ""
+            table.add_row(size, str(number), *times, f"{timing.images_per_second:.4g}", *_ratio(timing.ratio))
+    return table
+
+
+def _end_to_end_table(report: Benchmark) -> Table:
+    first = report.models[0].end_to_end
+    assert first is not None
+    title = (
+        f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} threads decode"
+    )
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for heading in ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, model in enumerate(report.models, start=1):
+        if (end := model.end_to_end) is not None:
+            seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
+            table.add_row(str(number), f"{end.images_per_second:.4g}", *seconds, *_ratio(end.ratio))
+    return table
+
+
+def _ratio(ratio: Ratio | None) -> tuple[str, str]:
+    return ("1", "") if ratio is None else (f"{ratio.value:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -81,6 +81,7 @@ def test_help_of_every_verb(smlp: Smlp) -> None:
         "verify",
         "predict",
         "eval",
+        "benchmark",
         "doctor",
     ):
         assert verb in top.out
@@ -101,6 +102,8 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
+        (["benchmark", "--batch-sizes", "1,x"], "'1,x' is not a list of batch sizes · --batch-sizes · as 1,8,32"),
+        (["benchmark", "--reference", "x.pth"], "is for --baseline · --reference · add --baseline"),
         (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
         (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
         (["export", "--fp16", "--bf16"], "bf16 and fp16 contradict each other"),
@@ -408,6 +411,19 @@ class TestPredict:
         outcome = smlp("predict", "--topk", "11", "a.jpg")
         assert outcome.code == 2
         assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+
+
+def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+    outcome = smlp(
+        *("benchmark", artifact, artifact, "--batch-sizes", "2", "--rounds", "2"),
+        *("--end-to-end", digit_images[0].parent, "-o", "report.json"),
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "12 files to records, 0 failed; batch 2" in outcome.out
+    report = json.loads(Path("report.json").read_text())
+    assert [model["precision"] for model in report["models"]] == ["fp32", "fp32"]
+    assert json.loads(smlp("benchmark", artifact, "--batch-sizes", "1", "--rounds", "1", "--json").out)["models"]
 
 
 def test_undecodable_names_survive_the_whole_way(artifact: Path, tmp_path: Path, digit_images: list[Path]) -> None:

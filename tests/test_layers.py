@@ -20,7 +20,7 @@ LAYERS = [
     {"classify", "divergence", "parity", "sensitivity"},
     {"quantization"},
     {"doctor", "evaluate", "export", "inspection", "records"},
-    {"engine", "profiling", "recordfile"},
+    {"benchmark", "engine", "profiling", "recordfile", "timing"},
     {"terminal"},
     {"cli"},
     {"__main__", "__init__"},

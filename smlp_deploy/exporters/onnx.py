@@ -11,18 +11,25 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters.graph import INPUT_NAME, OUTPUT_NAME, save_graph
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.models.lowering import LoweredSMLPNet, lower
+from smlp_deploy.models.lowering import lower
 from smlp_deploy.models.smlpnet import SMLPNet
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+
+
+def export_straight(network: SMLPNet, metadata: ModelMetadata, path: Path) -> None:
+    """Write `network` as `torch.onnx.export` makes it, not lowered: what the lowered graph is measured against."""
+    model = _trace(network, image_size=network.config.image_size, batch=metadata.batch, opset=DEFAULT_OPSET)
+    save_graph(model, metadata, path)
 
 
 def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset: int = DEFAULT_OPSET) -> ModelMetadata:
@@ -45,7 +52,7 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset:
     libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
     metadata = replace(metadata, libraries={**metadata.libraries, **libraries})
     try:
-        model = _trace(lower(network), batch=metadata.batch, opset=opset)
+        model = _trace(lower(network), image_size=network.config.image_size, batch=metadata.batch, opset=opset)
         _clean(model)
         save_graph(model, metadata, path)
     except (
@@ -59,9 +66,8 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset:
     return metadata
 
 
-def _trace(network: LoweredSMLPNet, *, batch: int | None, opset: int) -> onnx.ModelProto:
-    size = network.config.image_size
-    example = torch.zeros(batch or 2, 3, size, size)
+def _trace(network: nn.Module, *, image_size: int, batch: int | None, opset: int) -> onnx.ModelProto:
+    example = torch.zeros(batch or 2, 3, image_size, image_size)
     with _quiet():
         program = torch.onnx.export(
             network,

@@ -63,6 +63,22 @@ def open_runner(path: Path, *, provider: str | None = None) -> Runner:
     return _open_onnx(path, provider=provider)
 
 
+def open_compiled(path: Path) -> Runner:
+    """Load a checkpoint to run it through `torch.compile`.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+        MissingDependencyError: PyTorch is not installed.
+    """
+    require_torch("to run a checkpoint")
+    from smlp_deploy.models.checkpoint import load_checkpoint
+    from smlp_deploy.models.description import describe
+    from smlp_deploy.runners.pytorch import CompiledRunner
+
+    checkpoint = load_checkpoint(path)
+    return CompiledRunner(checkpoint, describe(checkpoint))
+
+
 def open_tracer(path: Path) -> TracingRunner:
     """Load an ONNX file, or a checkpoint as it is deployed, to look into it.
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,15 @@ class TracingRunner(Runner, Protocol):
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         """What comes out of each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
+        ...
+
+
+@runtime_checkable
+class GpuTimer(Protocol):
+    """A runner that can tell how long the GPU alone takes."""
+
+    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+        """Seconds of each run by CUDA events, inputs and outputs staying on the GPU; none if it must split `batch`."""
         ...
 
 

@@ -45,6 +45,17 @@ class PyTorchRunner(Closing):
         self._network = None
 
 
+class CompiledRunner(PyTorchRunner):
+    """Runs a checkpoint's network as trained through `torch.compile`, which compiles it anew for each batch size."""
+
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
+        super().__init__(checkpoint, metadata)
+        self.name = f"torch.compile (CPU) {checkpoint.path.name}"
+
+    def _prepared(self, network: SMLPNet) -> nn.Module:
+        return cast(nn.Module, torch.compile(network, dynamic=False))
+
+
 class HalfRunner(PyTorchRunner):
     """Runs a checkpoint's lowered network in true fp16 arithmetic, float32 only where an fp16 graph has it. Slow."""
 

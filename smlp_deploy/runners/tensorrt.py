@@ -7,6 +7,7 @@ TensorRT has neither at run time.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import logging
@@ -54,7 +55,8 @@ class TensorRTRunner(Closing):
     """
 
     def __init__(self, path: Path, card: EngineCard, session: Session) -> None:
-        self.name = f"{card.flavour} {path.name}"
+        graphs = " (CUDA graphs)" if card.flavour == "tensorrt-rtx" else ""
+        self.name = f"{card.flavour}{graphs} {path.name}"
         self.metadata = card.metadata
         self._profile = card.profile
         self._session: Session | None = session
@@ -81,6 +83,14 @@ class TensorRTRunner(Closing):
 
     def infer(self, batch: FloatArray) -> FloatArray:
         return in_batches(batch, self._profile, self._run)
+
+    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+        if not self._profile.min <= len(batch) <= self._profile.max:
+            return []
+        self._run(batch)  # sets shapes and buffers, and brings the images onto the GPU
+        from polygraphy import cuda
+
+        return time_executions(cuda.wrapper(), self._session, runs=runs)
 
     def _run(self, batch: FloatArray) -> FloatArray:
         assert self._session is not None, "the runner is closed"
@@ -175,6 +185,32 @@ def _plan(path: Path, card: EngineCard) -> bytes:
     plan = path.read_bytes()
     _check_sha256(path, card, hashlib.sha256(plan).hexdigest())
     return plan
+
+
+def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:
+    """Seconds that the GPU takes for what the session ran last, each time between two CUDA events.
+
+    Args:
+        cuda: polygraphy's wrapper of the CUDA runtime, which has no events of its own.
+        session: polygraphy's TrtRunner, its shapes and buffers set.
+        runs: how often.
+    """
+    runtime, stream = cuda.handle, ctypes.c_void_p(session.stream.ptr)
+    start, end, milliseconds = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
+    with ExitStack() as stack:
+        for event in (start, end):
+            cuda.check(runtime.cudaEventCreate(ctypes.byref(event)))
+            stack.callback(runtime.cudaEventDestroy, event)
+        seconds = []
+        for _ in range(runs):
+            cuda.check(runtime.cudaEventRecord(start, stream))
+            if not session.context.execute_async_v3(session.stream.ptr):
+                raise ArtifactError("TensorRT cannot run it")
+            cuda.check(runtime.cudaEventRecord(end, stream))
+            cuda.check(runtime.cudaEventSynchronize(end))
+            cuda.check(runtime.cudaEventElapsedTime(ctypes.byref(milliseconds), start, end))
+            seconds.append(milliseconds.value / 1000)
+    return seconds
 
 
 def runtime_cache_path(card: EngineCard) -> Path:

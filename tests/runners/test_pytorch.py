@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.runners.base import FloatArray
-from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
+from smlp_deploy.runners.pytorch import CompiledRunner, HalfRunner, PyTorchRunner, RecordingRunner
 
 
 @pytest.fixture
@@ -32,3 +34,13 @@ def test_the_recorder_computes_the_same_and_remembers_the_largest(digits: Checkp
         recorder.infer(batch)
         assert recorder.largest()[1] > largest
     assert name.split(".")[0] in ("blocks", "embeddings")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_computes_the_same(digits: Checkpoint, batch: FloatArray) -> None:
+    metadata = describe(digits)
+    with PyTorchRunner(digits, metadata) as trained, CompiledRunner(digits, metadata) as compiled:
+        expected, found = trained.infer(batch), compiled.infer(batch)
+    assert compiled.name == "torch.compile (CPU) smlpnet_digits.safetensors"
+    assert np.abs(found - expected).max() < 1e-4

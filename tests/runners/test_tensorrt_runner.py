@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from smlp_deploy.files import sha256_of
 from smlp_deploy.metadata import BatchProfile, EngineCard
 from smlp_deploy.runners import open_runner, tensorrt
 from smlp_deploy.runners.base import FloatArray
-from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, create_context, read_card, runtime_cache_path
+from smlp_deploy.runners.tensorrt import (
+    TensorRTRunner,
+    check_machine,
+    create_context,
+    read_card,
+    runtime_cache_path,
+    time_executions,
+)
 from standin import VERSIONS, StandIn
 
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
@@ -69,7 +77,7 @@ def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
         first = runner.infer(batch)
         runner.infer(batch * 2)
         assert runner.metadata == metadata()
-        assert runner.name == "tensorrt-rtx x.engine"
+        assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine"
     np.testing.assert_array_equal(first, quadrant_means(batch))
     assert session.sizes == [4, 4, 2] * 2
 
@@ -215,3 +223,49 @@ class TestExecutionContexts:
         assert path.name == f"{card.engine_sha256[:32]}-NVIDIA-L4-12080.cache"
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, driver=13000))
         assert runtime_cache_path(card) != path
+
+
+class Runtime:
+    """A CUDA runtime whose GPU takes 2 ms for each execution, by the events recorded on stream 5."""
+
+    def __init__(self) -> None:
+        self.handle = self
+        self.events: list[str] = []
+        self.milliseconds = 0.0
+        self.times: dict[int | None, float] = {}
+
+    def check(self, status: int) -> None:
+        assert status == 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.milliseconds += 2
+        return stream == 5
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.events.append(name)
+            if name == "cudaEventCreate":
+                arguments[0]._obj.value = len(self.events)
+            elif name == "cudaEventRecord":
+                assert arguments[1].value == 5
+                self.times[arguments[0].value] = self.milliseconds
+            elif name == "cudaEventElapsedTime":
+                arguments[0]._obj.value = self.times[arguments[2].value] - self.times[arguments[1].value]
+            return 0
+
+        return call
+
+
+def test_the_gpu_is_timed_between_two_events() -> None:
+    cuda = Runtime()
+    session = SimpleNamespace(stream=SimpleNamespace(ptr=5), context=cuda)
+    assert time_executions(cuda, session, runs=3) == pytest.approx([0.002] * 3)
+    each = ["cudaEventRecord", "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime"]
+    assert cuda.events == ["cudaEventCreate"] * 2 + each * 3 + ["cudaEventDestroy"] * 2
+
+
+def test_a_batch_that_must_be_split_is_not_timed_on_the_gpu(engine: Path) -> None:
+    session = Buffers()
+    with TensorRTRunner(engine, read_card(engine), session) as runner:
+        assert runner.gpu_seconds(np.zeros((5, 3, 8, 8), np.float32), runs=1) == []
+    assert session.sizes == []
