@@ -1,7 +1,9 @@
 """Where two forms of a network part: the values between its blocks in both, compared on real images.
 
 The measure at each point is the relative error: the root of the squared differences over that of the squared values,
-over all images; in decibels, the signal-to-quantization-noise ratio of int8.
+over all images; in decibels, the signal-to-quantization-noise ratio of int8. That of each int8 layer is measured at its
+own output, twice: with what comes out in the int8 network, whose noise has come through all layers before it, and with
+what the layer makes in int8 of the fp32 network's values, whose noise is the layer's own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from smlp_deploy import strictjson
 from smlp_deploy.classify import available_cores, decoded_batches
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.runners.base import FloatArray, TracingRunner
+from smlp_deploy.runners.base import FloatArray, LayerOutput, LayerTracer, TracingRunner
 
 MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: some ten times what the bundled model has, int8 three times."""
@@ -54,6 +56,22 @@ class PointReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerNoise:
+    """The noise of one int8 layer: 10 log10(Σ x² / Σ (x - y)²) over all images, x its output in the fp32 network.
+
+    Attributes:
+        name: of the layer, as the sensitivity report has it.
+        sqnr_db: y is its output in the int8 network, so that it has the noise of all layers before it too; infinite
+            where there is no noise, NaN where a value is not finite.
+        own_sqnr_db: y is its output in int8 for its input in the fp32 network.
+    """
+
+    name: str
+    sqnr_db: float
+    own_sqnr_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DivergenceReport:
     """What a comparison found at each point, in the order of the computation.
 
@@ -65,6 +83,7 @@ class DivergenceReport:
         unreadable: images left out, with the reason.
         max_error: the gate.
         points: every point.
+        layers: those in int8, the one with the most noise of its own first; empty where that was not measured.
     """
 
     reference: str
@@ -74,6 +93,7 @@ class DivergenceReport:
     unreadable: tuple[str, ...]
     max_error: float
     points: tuple[PointReport, ...]
+    layers: tuple[LayerNoise, ...] = ()
 
     @property
     def first_over(self) -> PointReport | None:
@@ -87,10 +107,11 @@ class DivergenceReport:
     def to_json(self) -> str:
         """A JSON object, which `from_json` reads again; what is not finite is null."""
         document = asdict(self)
-        document["points"] = [
-            {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in p.items()}
-            for p in document["points"]
-        ]
+        for key in ("points", "layers"):
+            document[key] = [
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+                for entry in document[key]
+            ]
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -103,7 +124,9 @@ class DivergenceReport:
         try:
             document: dict[str, Any] = strictjson.loads(text)
             points = tuple(_point(point) for point in document["points"])
-            return cls(**{**document, "points": points, "unreadable": tuple(document["unreadable"])})
+            layers = tuple(_layer(layer) for layer in document.get("layers", ()))
+            unreadable = tuple(document["unreadable"])
+            return cls(**{**document, "points": points, "layers": layers, "unreadable": unreadable})
         except (ValueError, TypeError, KeyError):
             raise ArtifactError(
                 "is no report of smlp verify --layers", where=where, fix="make one with --layers --save"
@@ -111,7 +134,12 @@ class DivergenceReport:
 
 
 def find_divergence(
-    reference: TracingRunner, candidate: TracingRunner, image_paths: Sequence[Path], *, max_error: float | None = None
+    reference: TracingRunner,
+    candidate: TracingRunner,
+    image_paths: Sequence[Path],
+    *,
+    max_error: float | None = None,
+    layers: LayerTracer | None = None,
 ) -> DivergenceReport:
     """Run real images through both networks and compare what comes out of each part.
 
@@ -120,6 +148,7 @@ def find_divergence(
         candidate: what is looked into.
         image_paths: real images; one that cannot be read is left out and reported.
         max_error: the gate; by default that of the candidate's precision.
+        layers: shows the candidate's int8 layers, if their noise is wanted.
 
     Raises:
         UsageError: the networks have different shapes, or no image can be read.
@@ -129,6 +158,7 @@ def find_divergence(
     names: list[str] = []
     unreadable: list[str] = []
     totals: dict[str, _Total] = {}
+    noise: dict[str, _Noise] = {}
     preprocessing = candidate.metadata.preprocessing
     for contents in decoded_batches(image_paths, preprocessing, batch_size=_BATCH, workers=available_cores()):
         names += [Path(path).name for path, content in contents if not isinstance(content, str)]
@@ -140,6 +170,8 @@ def find_divergence(
         found = candidate.trace(batch)
         for name, values in reference.trace(batch).items():
             totals.setdefault(name, _Total()).add(values, found[name])
+        for output in layers.trace_layers(batch) if layers is not None else ():
+            noise.setdefault(output.name, _Noise()).add(output)
     if not names:
         raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give others")
     return DivergenceReport(
@@ -150,6 +182,7 @@ def find_divergence(
         unreadable=tuple(unreadable),
         max_error=MAX_ERROR[candidate.metadata.precision] if max_error is None else max_error,
         points=_reports(totals, names),
+        layers=_worst_first(noise),
     )
 
 
@@ -157,6 +190,38 @@ def _point(document: dict[str, Any]) -> PointReport:
     numbers = {key: float("nan" if document[key] is None else document[key]) for key in _NUMBERS}
     growth = None if document["growth"] is None else float(document["growth"])
     return PointReport(name=str(document["name"]), worst_image=str(document["worst_image"]), growth=growth, **numbers)
+
+
+def _layer(document: dict[str, Any]) -> LayerNoise:
+    numbers = {key: float("nan" if document[key] is None else document[key]) for key in ("sqnr_db", "own_sqnr_db")}
+    return LayerNoise(name=str(document["name"]), **numbers)
+
+
+class _Noise:
+    """Squared values of one int8 layer in fp32, and squared differences: in the int8 network, and alone."""
+
+    def __init__(self) -> None:
+        self._signal = self._deployed = self._own = 0.0
+
+    def add(self, output: LayerOutput) -> None:
+        with np.errstate(all="ignore"):
+            signal = output.reference.astype(np.float64)
+            self._signal += float(np.square(signal).sum())
+            self._deployed += float(np.square(signal - output.deployed).sum())
+            self._own += float(np.square(signal - output.alone).sum())
+
+    def report(self, name: str) -> LayerNoise:
+        return LayerNoise(name=name, sqnr_db=self._decibels(self._deployed), own_sqnr_db=self._decibels(self._own))
+
+    def _decibels(self, noise: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(10 * np.log10(np.float64(self._signal) / noise)) if noise else math.inf
+
+
+def _worst_first(noise: dict[str, _Noise]) -> tuple[LayerNoise, ...]:
+    """By their own noise, then as they come; NaN before all others."""
+    reports = [total.report(name) for name, total in noise.items()]
+    return tuple(sorted(reports, key=lambda layer: (not math.isnan(layer.own_sqnr_db), layer.own_sqnr_db)))
 
 
 class _Total:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES, calibration_path, failed_path, parity_path, sensitivity_path
 from smlp_deploy.dependencies import require_onnxruntime
@@ -31,6 +33,7 @@ from smlp_deploy.quantization import (
 from smlp_deploy.runners import open_runner, open_tracer
 from smlp_deploy.runners.base import Runner, TracingRunner
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.runners.onnxtracing import QuantizedLayers
 from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner, TracingPyTorchRunner
 from smlp_deploy.sensitivity import SensitivityReport
 
@@ -168,6 +171,10 @@ def verify_layers(
 ) -> DivergenceReport:
     """Find where an ONNX file, or a checkpoint as it is deployed, parts from a reference.
 
+    Of an int8 file each int8 layer's noise is measured too, against the layer in the fp32 file of the reference: the
+    reference itself, or an export of the checkpoint that is made for it; if the reference is an ONNX file of another
+    precision it is not measured.
+
     Args:
         candidate: the file.
         reference: an ONNX file, or the checkpoint, which is then run as trained; by default that checkpoint, found as
@@ -184,8 +191,12 @@ def verify_layers(
         if reference is None:
             same = candidate.suffix.lower() in CHECKPOINT_SUFFIXES
             reference = candidate if same else find_reference(metadata, candidate)
+        images = images or default_images(metadata)
         with _open_reference(reference, metadata) as truth:
-            return find_divergence(truth, inside, images or default_images(metadata), max_error=max_error)
+            if metadata.precision != "int8" or truth.metadata.precision != "fp32":
+                return find_divergence(truth, inside, images, max_error=max_error)
+            with _open_layers(candidate, reference, metadata) as layers:
+                return find_divergence(truth, inside, images, max_error=max_error, layers=layers)
 
 
 def _open_reference(path: Path, metadata: ModelMetadata) -> TracingRunner:
@@ -193,6 +204,19 @@ def _open_reference(path: Path, metadata: ModelMetadata) -> TracingRunner:
         return open_tracer(path)
     checkpoint = load_checkpoint(path, ema=metadata.ema)
     return TracingPyTorchRunner(checkpoint, describe(checkpoint))
+
+
+@contextmanager
+def _open_layers(candidate: Path, reference: Path, metadata: ModelMetadata) -> Iterator[QuantizedLayers]:
+    """The int8 layers of `candidate` beside those of the fp32 file `reference`, or of an export of that checkpoint."""
+    with TemporaryDirectory() as folder:
+        path = reference
+        if reference.suffix.lower() in CHECKPOINT_SUFFIXES:
+            checkpoint = load_checkpoint(reference, ema=metadata.ema)
+            path = Path(folder) / f"{reference.stem}.onnx"
+            export_onnx(checkpoint.network(), describe(checkpoint), path)
+        with QuantizedLayers(candidate, path) as layers:
+            yield layers
 
 
 def _prove(

@@ -89,7 +89,7 @@ def open_tracer(path: Path) -> TracingRunner:
     """
     if path.suffix.lower() == ".onnx":
         require_onnxruntime()
-        from smlp_deploy.runners.onnxruntime import TracingOnnxRunner
+        from smlp_deploy.runners.onnxtracing import TracingOnnxRunner
 
         return TracingOnnxRunner(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,30 @@ class TracingRunner(Runner, Protocol):
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         """What comes out of each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
+        ...
+
+
+class LayerOutput(NamedTuple):
+    """What comes out of one int8 layer for the same images, three times in float32, of any one shape.
+
+    Attributes:
+        name: of the layer, as the sensitivity report has it.
+        reference: of the layer in fp32, inside the fp32 network.
+        alone: of the layer in int8, given what it is given in the fp32 network.
+        deployed: of the layer in int8, inside the int8 network.
+    """
+
+    name: str
+    reference: FloatArray
+    alone: FloatArray
+    deployed: FloatArray
+
+
+class LayerTracer(Protocol):
+    """What shows each int8 layer of a network beside its fp32 form."""
+
+    def trace_layers(self, batch: FloatArray) -> Iterator[LayerOutput]:
+        """Every int8 layer, in the order of the computation, for a batch N, 3, S, S; perhaps in several goes."""
         ...
 
 

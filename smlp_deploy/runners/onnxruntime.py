@@ -11,13 +11,13 @@ from typing import cast
 
 import numpy as np
 import onnxruntime
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.metadata import BatchProfile, ModelMetadata
 from smlp_deploy.models.onnxfile import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
-from smlp_deploy.runners.base import Closing, FloatArray, TracePoint, in_batches, trace_points
+from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -86,49 +86,6 @@ class OnnxRuntimeRunner(Closing):
 
     def close(self) -> None:
         self._session = None
-
-
-class TracingOnnxRunner(OnnxRuntimeRunner):
-    """Runs an ONNX file that `smlp export` wrote, in any precision, and shows what is inside.
-
-    Raises:
-        ArtifactError: like `OnnxRuntimeRunner`, or its nodes do not have the names that `smlp export` gives.
-    """
-
-    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
-        if self.metadata.batch not in (None, len(batch)):
-            raise ArtifactError(
-                f"takes exactly {self.metadata.batch} images", where=self._path, fix="export it without --batch"
-            )
-        names = [point.name for point in trace_points(self.metadata.config)]
-        return dict(zip(names, self._outputs(batch)[1:], strict=True))
-
-    def _content(self, file: OnnxFile) -> bytes:
-        """The graph with a float32 output more for each point."""
-        model = file.model()
-        graph = model.graph
-        for point in trace_points(self.metadata.config):
-            name = _traced_value(graph, point, file.path)
-            graph.node.append(helper.make_node("Cast", [name], [point.name], to=TensorProto.FLOAT))
-            graph.output.append(helper.make_tensor_value_info(point.name, TensorProto.FLOAT, None))
-        return bytes(model.SerializeToString())
-
-
-def _traced_value(graph: GraphProto, point: TracePoint, path: Path) -> str:
-    """The value of a graph at a point: an embedding's convolution, or one of a block's two residual sums."""
-    if point.kind == "embedding":
-        found = [n for n in graph.node if n.op_type == "Conv" and n.name.startswith(f"embeddings.{point.index}/")]
-        position, count = 0, 1
-    else:
-        weights = {tensor.name for tensor in graph.initializer}
-        adds = (n for n in graph.node if n.op_type == "Add" and n.name.startswith(f"blocks.{point.index}/"))
-        found = [node for node in adds if weights.isdisjoint(node.input)]
-        position, count = (0 if point.kind == "tokens" else 1), 2
-    if len(found) != count:
-        raise ArtifactError(
-            f"cannot be looked into: no {point.name} in it", where=path, fix="use a file that smlp export wrote"
-        )
-    return str(found[position].output[0])
 
 
 def _metadata(file: OnnxFile) -> ModelMetadata:
