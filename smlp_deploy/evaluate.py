@@ -8,16 +8,20 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
 from statistics import NormalDist
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.classify import DEFAULT_BATCH_SIZE, available_cores, decoded_batches, infer_each
 from smlp_deploy.dataset import Sample
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import StoppedError, UsageError
+from smlp_deploy.interrupts import SIGNALS, StopRequest
 from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.runners.base import FloatArray, Runner
 
@@ -121,11 +125,21 @@ class PairResult:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One model's best class and its softmax probability, or the reason why there is none."""
+    """What one model made of an image.
+
+    Attributes:
+        index: the best class.
+        probability: its softmax probability.
+        error: the reason why there is no answer.
+        loss: cross-entropy, in nats.
+        top5: the label is among the five best classes.
+    """
 
     index: int | None = None
     probability: float | None = None
     error: str | None = None
+    loss: float | None = None
+    top5: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +181,32 @@ class Evaluation:
         return json.dumps({**asdict(self), "unreadable": len(self.unreadable)}, indent=2, allow_nan=False) + "\n"
 
 
+class Kept(Protocol):
+    """What an interrupted evaluation left, and where a running one leaves its records.
+
+    Attributes:
+        partial: where they are.
+    """
+
+    partial: Path
+
+    def read(self) -> Iterator[ImageRecord]:
+        """The records of whole batches that are there."""
+        ...
+
+    def write(self, record: ImageRecord) -> None:
+        """Take a record, which `flush` keeps."""
+        ...
+
+    def flush(self) -> None:
+        """Keep what was written, after each whole batch."""
+        ...
+
+    def discard(self) -> None:
+        """Forget all records."""
+        ...
+
+
 def evaluate(
     runners: Sequence[Runner],
     samples: Sequence[Sample],
@@ -174,6 +214,8 @@ def evaluate(
     batch_size: int = DEFAULT_BATCH_SIZE,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept: Kept | None = None,
+    stop: StopRequest | None = None,
 ) -> Evaluation:
     """Run every image, decoded once, through every model.
 
@@ -185,47 +227,85 @@ def evaluate(
         batch_size: images per run of a network.
         workers: decoding threads; by default one per core.
         progress: called after each batch with the images done and their number.
+        kept: records of the first samples, which are not run again, and where those of the others go.
+        stop: looked at after each batch.
 
     Raises:
         UsageError: the models differ in more than the network, a number is out of range, or no image can be read.
+        StoppedError: a signal came.
     """
     _check(runners, samples, batch_size, workers)
-    models = [_Answers(runner) for runner in runners]
-    errors: list[str | None] = []
-    truth: list[int] = []
-    paths = [sample.path for sample in samples]
-    preprocessing = runners[0].metadata.preprocessing
-    for batch in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers or available_cores()):
-        contents = [content for _, content in batch]
-        images = [content for content in contents if not isinstance(content, str)]
-        read = [i for i, content in enumerate(contents, start=len(errors)) if not isinstance(content, str)]
-        for model in models:
-            model.run(images, [samples[i].label for i in read])
-        errors += [content if isinstance(content, str) else None for content in contents]
-        truth += [samples[i].label for i in read]
+    records = list(kept.read()) if kept is not None else []
+    remaining = samples[len(records) :]
+    for batch in _measured(runners, remaining, batch_size=batch_size, workers=workers or available_cores()):
+        records += batch
+        if kept is not None:
+            _keep(batch, kept)
         if progress is not None:
-            progress(len(errors), len(samples))
-    if not truth:
-        raise UsageError(f"none of the {len(samples)} images can be read: {errors[0]}", where=samples[0].path)
-    return Evaluation(
-        named_by=", ".join(sorted({sample.named_by for sample in samples})),
-        labels=runners[0].metadata.labels,
-        evaluated=len(truth),
-        models=tuple(model.result(np.array(truth)) for model in models),
-        pairs=tuple(
-            _compared(a, b, models[a].best, models[b].best, np.array(truth))
-            for a, b in itertools.combinations(range(len(models)), 2)
-        ),
-        records=tuple(_records(samples, errors, zip(*(model.answers for model in models), strict=True))),
+            progress(len(records), len(samples))
+        if stop:
+            break
+    if stop is not None and stop.signal is not None:
+        raise StoppedError(
+            f"stopped by {SIGNALS[stop.signal]} after {len(records)} images",
+            signal=stop.signal,
+            where=kept.partial if kept is not None else None,
+            fix="the same command with --resume continues" if kept is not None else None,
+        )
+    if all(record.error is not None for record in records):
+        if kept is not None:
+            kept.discard()
+        raise UsageError(f"none of the {len(samples)} images can be read: {records[0].error}", where=samples[0].path)
+    return _summary(runners, samples, records)
+
+
+def _keep(batch: Iterable[ImageRecord], kept: Kept) -> None:
+    for record in batch:
+        kept.write(record)
+    kept.flush()
+
+
+def _measured(
+    runners: Sequence[Runner], samples: Sequence[Sample], *, batch_size: int, workers: int
+) -> Iterator[list[ImageRecord]]:
+    """The records of each batch."""
+    remaining = iter(samples)
+    paths = (sample.path for sample in samples)
+    preprocessing = runners[0].metadata.preprocessing
+    for contents in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+        batch = [
+            (sample, content) for sample, (_, content) in zip(islice(remaining, len(contents)), contents, strict=True)
+        ]
+        images = [content for _, content in batch if not isinstance(content, str)]
+        labels = [sample.label for sample, content in batch if not isinstance(content, str)]
+        answers = zip(*(list(_answers(runner, images, labels)) for runner in runners), strict=True)
+        yield [
+            ImageRecord(os.fspath(sample.path), sample.label, error=content)
+            if isinstance(content, str)
+            else ImageRecord(os.fspath(sample.path), sample.label, next(answers))
+            for sample, content in batch
+        ]
+
+
+def _answers(runner: Runner, images: list[FloatArray], labels: Sequence[int]) -> Iterator[Answer]:
+    """What one model answers to each image: a few numbers, not its logits."""
+    for logits, label in zip(infer_each(runner, images), labels, strict=True):
+        if isinstance(logits, str):
+            yield Answer(error=logits)
+        else:
+            yield _answer(logits.astype(np.float64), label)
+
+
+def _answer(logits: NDArray[np.float64], label: int) -> Answer:
+    log_probabilities = logits - logits.max()
+    log_probabilities -= np.log(np.exp(log_probabilities).sum())
+    best = np.argsort(-logits, kind="stable")[:5]
+    return Answer(
+        index=int(best[0]),
+        probability=float(np.exp(log_probabilities[best[0]])),
+        loss=-float(log_probabilities[label]),
+        top5=bool(label in best),
     )
-
-
-def _records(
-    samples: Sequence[Sample], errors: Sequence[str | None], answers: Iterator[tuple[Answer, ...]]
-) -> Iterator[ImageRecord]:
-    for sample, error in zip(samples, errors, strict=True):
-        given = next(answers) if error is None else ()
-        yield ImageRecord(os.fspath(sample.path), sample.label, given, error)
 
 
 def _check(runners: Sequence[Runner], samples: Sequence[Sample], batch_size: int, workers: int | None) -> None:
@@ -249,59 +329,51 @@ def _check(runners: Sequence[Runner], samples: Sequence[Sample], batch_size: int
             )
 
 
-class _Answers:
-    """What one model answers to each image that can be read: a few numbers, not its logits."""
+def _summary(runners: Sequence[Runner], samples: Sequence[Sample], records: Sequence[ImageRecord]) -> Evaluation:
+    read = [record for record in records if record.error is None]
+    truth = np.array([record.label for record in read])
+    answers = [[record.answers[i] for record in read] for i in range(len(runners))]
+    best = [_best(of_one) for of_one in answers]
+    return Evaluation(
+        named_by=", ".join(sorted({sample.named_by for sample in samples})),
+        labels=runners[0].metadata.labels,
+        evaluated=len(read),
+        models=tuple(_result(runner, of_one, truth) for runner, of_one in zip(runners, answers, strict=True)),
+        pairs=tuple(_compared(a, b, best[a], best[b], truth) for a, b in itertools.combinations(range(len(best)), 2)),
+        records=tuple(records),
+    )
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.answers: list[Answer] = []
-        self._losses: list[float] = []
-        self._top5 = 0
 
-    @property
-    def best(self) -> _Ints:
-        """The best class of each image, -1 where there is none."""
-        return np.array([_NO_ANSWER if answer.index is None else answer.index for answer in self.answers])
+def _best(answers: Sequence[Answer]) -> _Ints:
+    """The best class of each image, -1 where there is none."""
+    return np.array([_NO_ANSWER if answer.index is None else answer.index for answer in answers])
 
-    def run(self, images: list[FloatArray], labels: Sequence[int]) -> None:
-        for logits, label in zip(infer_each(self._runner, images), labels, strict=True):
-            if isinstance(logits, str):
-                self.answers.append(Answer(error=logits))
-            else:
-                self._add(logits.astype(np.float64), label)
 
-    def _add(self, logits: NDArray[np.float64], label: int) -> None:
-        log_probabilities = logits - logits.max()
-        log_probabilities -= np.log(np.exp(log_probabilities).sum())
-        best = np.argsort(-logits, kind="stable")[:5]
-        self.answers.append(Answer(int(best[0]), float(np.exp(log_probabilities[best[0]]))))
-        self._losses.append(-float(log_probabilities[label]))
-        self._top5 += int(label in best)
-
-    def result(self, truth: _Ints) -> ModelResult:
-        best, metadata = self.best, self._runner.metadata
-        right, answered = best == truth, best != _NO_ANSWER
-        confidence = np.array([answer.probability for answer in self.answers if answer.probability is not None])
-        images_of, right_of = Counter(truth.tolist()), Counter(truth[right].tolist())
-        wrong = answered & ~right
-        confused = Counter(zip(truth[wrong].tolist(), best[wrong].tolist(), strict=True))
-        return ModelResult(
-            name=self._runner.name,
-            precision=metadata.precision,
-            top1=Share.of(int(right.sum()), len(truth)),
-            top5=Share.of(self._top5, len(truth)),
-            loss=float(np.mean(self._losses)) if self._losses else None,
-            calibration_error=calibration_error(confidence, right[answered]) if self._losses else None,
-            unanswered=len(truth) - len(self._losses),
-            classes=tuple(
-                ClassResult(index=i, label=metadata.labels[i], n=n, right=right_of[i], top1=right_of[i] / n)
-                for i, n in sorted(images_of.items())
-            ),
-            confusions=tuple(
-                Confusion(label=label, predicted=predicted, count=count)
-                for (label, predicted), count in sorted(confused.items(), key=lambda item: (-item[1], item[0]))
-            ),
-        )
+def _result(runner: Runner, answers: Sequence[Answer], truth: _Ints) -> ModelResult:
+    best, metadata = _best(answers), runner.metadata
+    right, answered = best == truth, best != _NO_ANSWER
+    confidence = np.array([answer.probability for answer in answers if answer.probability is not None])
+    losses = [answer.loss for answer in answers if answer.loss is not None]
+    images_of, right_of = Counter(truth.tolist()), Counter(truth[right].tolist())
+    wrong = answered & ~right
+    confused = Counter(zip(truth[wrong].tolist(), best[wrong].tolist(), strict=True))
+    return ModelResult(
+        name=runner.name,
+        precision=metadata.precision,
+        top1=Share.of(int(right.sum()), len(truth)),
+        top5=Share.of(sum(answer.top5 for answer in answers), len(truth)),
+        loss=float(np.mean(losses)) if losses else None,
+        calibration_error=calibration_error(confidence, right[answered]) if losses else None,
+        unanswered=len(truth) - len(losses),
+        classes=tuple(
+            ClassResult(index=i, label=metadata.labels[i], n=n, right=right_of[i], top1=right_of[i] / n)
+            for i, n in sorted(images_of.items())
+        ),
+        confusions=tuple(
+            Confusion(label=label, predicted=predicted, count=count)
+            for (label, predicted), count in sorted(confused.items(), key=lambda item: (-item[1], item[0]))
+        ),
+    )
 
 
 def calibration_error(confidence: NDArray[np.float64], right: _Bools) -> float:

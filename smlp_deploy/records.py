@@ -1,16 +1,21 @@
-"""Predictions as machine-readable records: one JSON object or CSV row per input. Odd file names survive both."""
+"""Predictions and evaluated images as machine-readable records: one JSON object or CSV row per input.
+
+Odd file names survive both.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TextIO
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TextIO, TypeVar
 
 from smlp_deploy.classify import Prediction
+from smlp_deploy.evaluate import Answer, ImageRecord
 
 Write = Callable[[Prediction], None]
+T = TypeVar("T")
 
 
 def jsonl_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
@@ -41,30 +46,53 @@ def csv_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
     return write
 
 
-class Written(NamedTuple):
-    """A record in a file: the image's path, whether it failed, and the number of bytes up to the record's end."""
+def image_writer(stream: TextIO) -> Callable[[ImageRecord], None]:
+    """Writes each image of an evaluation as a JSON object with the fields of `ImageRecord`, one per line."""
 
-    path: str
-    failed: bool
+    def write(record: ImageRecord) -> None:
+        stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    return write
+
+
+class Written(NamedTuple, Generic[T]):
+    """A record in a file, and the number of bytes up to its end; a prediction is read without its scores."""
+
+    record: T
     end: int
 
 
-def read_jsonl(lines: Iterable[bytes], *, topk: int) -> Iterator[Written]:
+def read_jsonl(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
     """The records of a file, up to the first that is not whole."""
+    return _read_lines(lines, lambda document: Prediction(document["path"], error=document.get("error")))
+
+
+def read_images(lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
+    """What `image_writer` wrote, up to the first record that is not whole; every number is the one written."""
+
+    def parse(document: dict[str, Any]) -> ImageRecord:
+        answers = tuple(Answer(**answer) for answer in document["answers"])
+        return ImageRecord(**{**document, "answers": answers})
+
+    return _read_lines(lines, parse)
+
+
+def _read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> Iterator[Written[T]]:
     end = 0
     for line in lines:
         end += len(line)
         try:
-            record = json.loads(line)
-            path = record["path"]
+            document = json.loads(line)
+            record = parse(document)
+            whole = isinstance(document["path"], str) and line.endswith(b"\n")
         except (ValueError, KeyError, TypeError):
             return
-        if not isinstance(path, str) or not line.endswith(b"\n"):
+        if not whole:
             return
-        yield Written(path, "error" in record, end)
+        yield Written(record, end)
 
 
-def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written]:
+def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
     """The records of a file, up to the first that is not whole."""
     end = 0
     last = b""
@@ -84,7 +112,7 @@ def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written]:
             # A row torn within quotes lacks columns: the last one is never quoted.
             if len(row) != len(columns) or not last.endswith(b"\n"):
                 return
-            yield Written(row[0], bool(row[1]), end)
+            yield Written(Prediction(row[0], error=row[1] or None), end)
     except csv.Error:
         return
 
@@ -99,12 +127,12 @@ class _Writer(Protocol):
 
 
 class _Reader(Protocol):
-    def __call__(self, lines: Iterable[bytes], *, topk: int) -> Iterator[Written]: ...
+    def __call__(self, lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]: ...
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """How records of one kind are written, and found again in a file that may end in the middle of one."""
+    """How predictions are written, and found again in a file that may end in the middle of one."""
 
     writer: _Writer
     reader: _Reader

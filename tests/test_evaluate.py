@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from digits import write_held_out
 from fakes import FakeRunner, metadata, quadrant_means
 from smlp_deploy.dataset import Sample, find_samples
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import StoppedError, UsageError
 from smlp_deploy.evaluate import (
     Answer,
     Confusion,
@@ -28,6 +29,8 @@ from smlp_deploy.evaluate import (
     mcnemar,
 )
 from smlp_deploy.export import Export
+from smlp_deploy.interrupts import StopRequest
+from smlp_deploy.recordfile import EvaluationIdentity, RecordFile
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import FloatArray
 
@@ -214,6 +217,118 @@ class TestRefusals:
         for runners, samples in (([], four), ([fake], ())):
             with pytest.raises(UsageError, match="nothing to evaluate"):
                 evaluate(runners, samples)
+
+
+class TestContinued:
+    """Twenty images of which every fifth cannot be read, in batches of three, by two models of which one has gaps."""
+
+    @pytest.fixture
+    def samples(self, tmp_path: Path) -> list[Sample]:
+        paths = [tmp_path / f"{i}.png" for i in range(20)]
+        for i, path in enumerate(paths):
+            if i % 5 != 2:
+                picture(path, i % 4)
+        return [Sample(path, i % 3) for i, path in enumerate(paths)]
+
+    @pytest.fixture
+    def target(self, tmp_path: Path, samples: list[Sample]) -> Path:
+        (tmp_path / "m").write_text("model")
+        return tmp_path / "report" / "report.json"
+
+    def run(self, target: Path, samples: Sequence[Sample], *, resume: bool, until: int | None = None) -> list[int]:
+        """One run as the command line makes it, with a signal once `until` images are done; where its batches ended."""
+
+        def gaps(batch: FloatArray) -> FloatArray:
+            logits = quadrant_means(batch) / np.float32(7)
+            logits[logits.argmax(axis=1) == 1] = np.nan
+            return logits
+
+        runners = [FakeRunner(lambda batch: quadrant_means(batch) / np.float32(3)), FakeRunner(gaps)]
+        model = target.parent.parent / "m"
+        identity = EvaluationIdentity.of([model, model], runners[0].metadata, samples, batch_size=3)
+        stop, ends = StopRequest(), []
+
+        def progress(done: int, total: int) -> None:
+            ends.append(done)
+            if done == until:
+                stop.receive(signal.SIGTERM)
+
+        with RecordFile.open(target, identity, resume=resume) as kept:
+            report = evaluate(runners, samples, batch_size=3, workers=2, progress=progress, kept=kept, stop=stop)
+            kept.conclude(report.to_json())
+        return ends
+
+    def test_wherever_it_was_cut_the_report_is_the_same(self, samples: list[Sample], target: Path) -> None:
+        self.run(target, samples, resume=False)
+        assert [path.name for path in target.parent.iterdir()] == ["report.json"]
+        expected = target.read_bytes()
+        target.unlink()
+        with pytest.raises(
+            StoppedError, match=r"SIGTERM after 20 images · .*report\.json\.partial · the same .*--resume"
+        ):
+            self.run(target, samples, resume=True, until=20)
+        partial, beside = (target.with_name(f"report.json.{end}") for end in ("partial", "partial.json"))
+        whole, facts = partial.read_bytes(), beside.read_text()
+        for cut in range(0, len(whole) + 1, 97):
+            partial.write_bytes(whole[:cut])
+            beside.write_text(facts)
+            ends = self.run(target, samples, resume=True)
+            lines = whole[:cut].count(b"\n")
+            assert ends == [end for end in (3, 6, 9, 12, 15, 18, 20) if end > lines // 3 * 3]
+            assert target.read_bytes() == expected
+            target.unlink()
+
+    @pytest.mark.parametrize("until", [3, 9, 18])
+    def test_a_signal_ends_it_behind_a_whole_batch(self, samples: list[Sample], target: Path, until: int) -> None:
+        with pytest.raises(StoppedError, match=f"stopped by SIGTERM after {until} images") as caught:
+            self.run(target, samples, resume=False, until=until)
+        assert caught.value.exit_code == 143
+        lines = target.with_name("report.json.partial").read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == [sample.label for sample in samples[:until]]
+        assert not target.exists()
+        assert self.run(target, samples, resume=True)[0] == min(until + 3, 20)
+
+    def test_another_evaluation_is_not_continued(self, samples: list[Sample], target: Path) -> None:
+        with pytest.raises(StoppedError):
+            self.run(target, samples, resume=False, until=6)
+        with pytest.raises(UsageError, match=r"an interrupted run is there · .* · add --resume"):
+            self.run(target, samples, resume=False)
+        others = (
+            (samples[1:], "samples count was 20, now it is 19"),
+            ([*samples[:19], replace(samples[19], label=3)], "samples sha256 was [0-9a-f]{64}, now it is"),
+            ([replace(sample, named_by="index") for sample in samples], "samples sha256 was"),
+        )
+        for those, message in others:
+            with pytest.raises(UsageError, match=rf"cannot continue it: {message}.* · .*partial · give the same"):
+                self.run(target, those, resume=True)
+        (target.parent.parent / "m").write_text("another")
+        with pytest.raises(UsageError, match=r"cannot continue it: model 1 was \w{64}, now it is \w{64} · "):
+            self.run(target, samples, resume=True)
+
+    def test_each_fact_of_the_models_counts(self, samples: list[Sample], target: Path) -> None:
+        with pytest.raises(StoppedError):
+            self.run(target, samples, resume=False, until=6)
+        model, plain = target.parent.parent / "m", metadata()
+        nearest = replace(plain, preprocessing=replace(plain.preprocessing, interpolation="nearest"))
+        one = EvaluationIdentity.of([model], plain, samples, batch_size=3)
+        two = EvaluationIdentity.of([model, model], plain, samples, batch_size=3)
+        for other, message in (
+            (one, "model count was 2, now it is 1"),
+            (replace(two, batch_size=4), "batch size was 3, now it is 4"),
+            (EvaluationIdentity.of([model, model], nearest, samples, batch_size=3), "preprocessing interpolation was"),
+            (EvaluationIdentity.of([model, model], metadata(classes=5), samples, batch_size=3), "labels was"),
+            (replace(two, version="0"), "version was"),
+        ):
+            with (
+                pytest.raises(UsageError, match=f"cannot continue it: {message}.* · "),
+                RecordFile.open(target, other, resume=True),
+            ):
+                pass
+
+    def test_where_no_image_can_be_read_nothing_is_left_to_continue(self, samples: list[Sample], target: Path) -> None:
+        with pytest.raises(UsageError, match="none of the 2 images can be read"):
+            self.run(target, [samples[2], samples[7]], resume=False)
+        assert not list(target.parent.iterdir())
 
 
 def test_the_bundled_model_on_its_held_out_digits(digits_export: Export, tmp_path: Path) -> None:

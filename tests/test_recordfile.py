@@ -46,7 +46,9 @@ def prediction(path: str, number: int) -> Prediction:
     return Prediction(path, (Score(number % 3, f"label\n{number}", 0.5 + number / 1000), Score(7, 'b,"', 0.1)))
 
 
-def run(target: Path, paths: list[str], identity: RunIdentity, *, resume: bool, until: int | None = None) -> RecordFile:
+def run(
+    target: Path, paths: list[str], identity: RunIdentity, *, resume: bool, until: int | None = None
+) -> RecordFile[Prediction]:
     """A run over `paths` that ends after `until` records, if at all, in the middle of a batch perhaps."""
     with RecordFile.open(target, identity, resume=resume) as records:
         remaining = iter(map(Path, paths))
