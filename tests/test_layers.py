@@ -21,7 +21,7 @@ LAYERS = [
     {"quantization"},
     {"doctor", "evaluate", "export", "inspection", "records"},
     {"benchmark", "engine", "profiling", "recordfile", "timing"},
-    {"terminal"},
+    {"reports", "terminal"},
     {"cli"},
     {"__main__", "__init__"},
 ]

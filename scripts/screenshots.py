@@ -1,0 +1,65 @@
+"""Write docs/screens/*.png anew: reports of the bundled model on the held-out digits, as a browser shows them.
+
+python scripts/screenshots.py
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from digits import ROOT, write_held_out
+from smlp_deploy.dataset import find_samples
+from smlp_deploy.evaluate import evaluate
+from smlp_deploy.export import export_checkpoint
+from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.models.checkpoint import load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.reports import evaluation_page
+from smlp_deploy.runners import open_runner
+
+SCREENS = ROOT / "docs" / "screens"
+WIDTH, HEIGHT = 1000, 1300
+
+
+def eval_page() -> str:
+    """fp32 against int8; paths on the page are relative to the current folder."""
+    checkpoint = load_checkpoint(BUNDLED_CHECKPOINT)
+    metadata = describe(checkpoint)
+    paths = [Path(f"digits-{precision}.onnx") for precision in ("fp32", "int8")]
+    for path, precision in zip(paths, ("fp32", "int8"), strict=True):
+        export_checkpoint(checkpoint, replace(metadata, precision=precision), path)
+    write_held_out(Path("held-out"))
+    with open_runner(paths[0]) as first, open_runner(paths[1]) as second:
+        return evaluation_page(evaluate([first, second], find_samples(Path("held-out"), metadata.labels)))
+
+
+def shoot(html: str, target: Path) -> None:
+    """The top of a page as a picture."""
+    page_file = Path(f"{target.stem}.html").absolute()
+    page_file.write_text(html, encoding="utf-8")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=found, args=arguments) as browser:
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.goto(page_file.as_uri())
+        taken = page.screenshot()
+    Image.open(io.BytesIO(taken)).quantize(256).save(target, optimize=True)
+
+
+def main() -> None:
+    SCREENS.mkdir(exist_ok=True)
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)
+        shoot(eval_page(), SCREENS / "eval.png")
+
+
+if __name__ == "__main__":
+    main()

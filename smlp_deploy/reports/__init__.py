@@ -1,0 +1,17 @@
+"""Findings as self-contained HTML pages. Each function turns a value into the text of one."""
+
+from smlp_deploy.reports.accuracy import IMAGES_SHOWN, evaluation_page, predictions_page
+from smlp_deploy.reports.page import require_report
+from smlp_deploy.reports.proof import divergence_page, parity_page
+from smlp_deploy.reports.speed import benchmark_page, profile_page
+
+__all__ = [
+    "IMAGES_SHOWN",
+    "benchmark_page",
+    "divergence_page",
+    "evaluation_page",
+    "parity_page",
+    "predictions_page",
+    "profile_page",
+    "require_report",
+]

@@ -1,0 +1,231 @@
+"""Pages of what models take images for, and how often they are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from smlp_deploy.reports import charts
+from smlp_deploy.reports.page import (
+    ROWS_SHOWN,
+    Bar,
+    Card,
+    Fact,
+    Section,
+    Table,
+    number,
+    numbered,
+    percent,
+    plural,
+    render,
+    require_report,
+    shown,
+    thumbnail,
+)
+
+if TYPE_CHECKING:
+    from smlp_deploy.classify import Prediction
+    from smlp_deploy.evaluate import Evaluation, ImageRecord, Share
+
+IMAGES_SHOWN = 200
+"""The most images on a page."""
+
+_WRONG_SHOWN, _DIFFERENT_SHOWN, _RIGHT_SHOWN = 100, 60, 40
+_CLASSES_SHOWN = 30
+
+
+def predictions_page(predictions: Sequence[Prediction], *, model: str, total: int, failed: int) -> str:
+    """What a model takes images for.
+
+    Args:
+        predictions: the first of them; as many as are to be shown.
+        model: its name.
+        total: images in all.
+        failed: those of them without a prediction.
+    """
+    require_report()
+    cards = tuple(
+        Card(
+            path=prediction.path,
+            picture=thumbnail(prediction.path),
+            error=prediction.error,
+            bars=tuple(Bar(label=score.label, probability=score.probability) for score in prediction.scores),
+        )
+        for prediction in predictions
+    )
+    which = f"The first {len(cards):,} of {total:,} images." if len(cards) < total else "All images, in their order."
+    return render(
+        "Predictions",
+        f"Best classes by {model}, with their softmax probabilities.",
+        facts=[Fact(f"{total:,}", plural(total, "image")), Fact(f"{failed:,}", "failed")],
+        sections=[Section(name="images", title="Images", text=[which], cards=cards)],
+    )
+
+
+def evaluation_page(report: Evaluation) -> str:
+    """How often models are right, what they take for what, and the images they have wrong."""
+    require_report()
+    on = f"on {report.evaluated:,} {plural(report.evaluated, 'image')}"
+    return render(
+        "Accuracy",
+        f"{on[3:]}, {len(report.unreadable):,} unreadable; the dataset names its classes by {report.named_by}.",
+        facts=[
+            Fact(f"{percent(m.top1.value)} top-1", f"(95 %: {_interval(m.top1)}) {on} · {m.name}")
+            for m in report.models
+        ],
+        sections=[
+            _models_section(report),
+            *([_pairs_section(report)] if report.pairs else []),
+            *_image_sections(report),
+            *(_confusions_section(report, number) for number in range(len(report.models))),
+            _classes_section(report),
+            *([_unreadable_section(report.unreadable)] if report.unreadable else []),
+        ],
+    )
+
+
+def _models_section(report: Evaluation) -> Section:
+    rows = [
+        (
+            name,
+            model.precision,
+            percent(model.top1.value),
+            _interval(model.top1),
+            percent(model.top5.value),
+            number(model.loss, ".4f"),
+            number(model.calibration_error, ".4f"),
+            f"{model.unanswered:,}",
+        )
+        for name, model in numbered(report.models)
+    ]
+    shares = [
+        (name, 100 * model.top1.value, 100 * model.top1.low, 100 * model.top1.high)
+        for name, model in numbered(report.models)
+    ]
+    heads = ("model", "precision", "top-1", "95 %", "top-5", "loss", "ECE", "unanswered")
+    table = Table(caption="Accuracy with Wilson intervals", heads=heads, words=("model", "precision"), rows=rows)
+    chart = charts.interval_chart(shares, name="top1", title="Top-1 accuracy with 95 % intervals", unit="top-1, %")
+    text = ["Loss is the mean cross-entropy in nats; ECE the expected calibration error in 15 bins."]
+    return Section(name="models", title="Models", text=text, charts=[chart] if len(rows) > 1 else [], tables=[table])
+
+
+def _pairs_section(report: Evaluation) -> Section:
+    heads = ("models", "same class", "95 %", "only first right", "only second right", "McNemar p")
+    rows = [
+        (
+            f"{pair.first + 1} and {pair.second + 1}",
+            percent(pair.agreement.value),
+            _interval(pair.agreement),
+            f"{pair.only_first:,}",
+            f"{pair.only_second:,}",
+            f"{pair.p_value:.3g}",
+        )
+        for pair in report.pairs
+    ]
+    table = Table(caption="Models on the same images", heads=heads, words=("models",), rows=rows)
+    text = ["p is that of McNemar's exact test; a small one says that one of the two is right more often."]
+    return Section(name="pairs", title="Model against model", text=text, tables=[table])
+
+
+def _image_sections(report: Evaluation) -> list[Section]:
+    """Images that no model has right, those that only some have right, and the rest; surest and least sure first."""
+    several = len(report.models) > 1
+    groups: dict[str, list[ImageRecord]] = {"wrong": [], "different": [], "right": []}
+    for record in report.records:
+        right = [answer.index == record.label for answer in record.answers]
+        if right:
+            groups["right" if all(right) else "different" if any(right) else "wrong"].append(record)
+    for name, records in groups.items():
+        records.sort(key=_confidence, reverse=name != "right")
+    titles = {
+        "wrong": ("No model is right" if several else "Wrong", "surest first", _WRONG_SHOWN),
+        "different": ("Some models are right, some wrong", "surest first", _DIFFERENT_SHOWN),
+        "right": ("All models are right" if several else "Right", "least sure first", _RIGHT_SHOWN),
+    }
+    return [
+        Section(
+            name=name,
+            title=f"{title}: {len(groups[name]):,}",
+            text=[f"Shown: {shown(groups[name], most)}, {order}. Bars are the probability of the class answered."],
+            cards=[_record_card(record, report) for record in groups[name][:most]],
+        )
+        for name, (title, order, most) in titles.items()
+        if groups[name]
+    ]
+
+
+def _confidence(record: ImageRecord) -> float:
+    return max(answer.probability or 0.0 for answer in record.answers)
+
+
+def _record_card(record: ImageRecord, report: Evaluation) -> Card:
+    bars = tuple(
+        Bar(
+            label=answer.error or "no answer" if answer.index is None else report.labels[answer.index],
+            probability=answer.probability,
+            good=answer.index == record.label,
+            by=str(number) if len(record.answers) > 1 else "",
+        )
+        for number, answer in enumerate(record.answers, start=1)
+    )
+    text = f"label: {report.labels[record.label]}"
+    return Card(path=record.path, picture=thumbnail(record.path), text=text, bars=bars)
+
+
+def _confusions_section(report: Evaluation, position: int) -> Section:
+    """What one model took for what: a heat map of the classes it confuses most, and a table."""
+    model = report.models[position]
+    often: Counter[int] = Counter({of_class.index: 0 for of_class in model.classes})
+    for confusion in model.confusions:
+        often.update({confusion.label: confusion.count, confusion.predicted: confusion.count})
+    drawn = sorted(index for index, _ in often.most_common(_CLASSES_SHOWN))
+    counts = {(confusion.label, confusion.predicted): confusion.count for confusion in model.confusions}
+    counts |= {(of_class.index, of_class.index): of_class.right for of_class in model.classes}
+    title = f"Labels in rows, answers of model {position + 1} in columns"
+    chart = charts.heat_map(
+        [report.labels[index] for index in drawn],
+        [[counts.get((row, column), 0) for column in drawn] for row in drawn],
+        name=f"confusions-{position + 1}",
+        title=title,
+        axes_names=("label", "answer"),
+    )
+    rows = [
+        (report.labels[confusion.label], report.labels[confusion.predicted], f"{confusion.count:,}")
+        for confusion in model.confusions[:ROWS_SHOWN]
+    ]
+    heads = ("label", "taken for", "images")
+    caption = f"Confusions, most frequent first: {shown(model.confusions, ROWS_SHOWN)}"
+    text = f"{model.name}; grey is right."
+    if len(often) > len(drawn):
+        text += f" The {len(drawn)} classes most often confused, of {len(often):,}."
+    return Section(
+        name=f"confusions-of-{position + 1}",
+        title=f"Confusions of model {position + 1}" if len(report.models) > 1 else "Confusions",
+        text=[text],
+        charts=[chart],
+        tables=[Table(caption=caption, heads=heads, words=heads[:2], rows=rows, folded=True)] if rows else [],
+    )
+
+
+def _classes_section(report: Evaluation) -> Section:
+    """Each class by each model, the worst of the first model first."""
+    by_class = sorted(zip(*(model.classes for model in report.models), strict=True), key=lambda of: of[0].top1)
+    rows = [
+        (first.label, f"{first.n:,}", *(f"{100 * one.top1:.1f} %" for one in (first, *others)))
+        for first, *others in by_class
+    ]
+    heads = ("class", "images", *(f"top-1 of {number}" for number in range(1, len(report.models) + 1)))
+    table = Table(caption="Top-1 by class", heads=heads, words=heads[:1], rows=rows, folded=len(rows) > _CLASSES_SHOWN)
+    return Section(name="classes", title="Classes", text=["Lowest first, by model 1."], tables=[table])
+
+
+def _unreadable_section(records: Sequence[ImageRecord]) -> Section:
+    heads = ("image", "reason")
+    rows = [(record.path, record.error or "") for record in records[:ROWS_SHOWN]]
+    table = Table(caption=shown(records, ROWS_SHOWN), heads=heads, words=heads, rows=rows, folded=True)
+    return Section(name="unreadable", title=f"Unreadable images: {len(records):,}", tables=[table])
+
+
+def _interval(share: Share) -> str:
+    return f"{100 * share.low:.1f} to {100 * share.high:.1f}"

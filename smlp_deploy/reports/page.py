@@ -1,0 +1,160 @@
+"""A self-contained HTML page: no script, nothing loaded, images and charts inside it.
+
+A page is facts and sections of text, charts, tables and images; `templates/` lays them out. All text passes through
+jinja2's escaping and `errors.printable`, so that a file's name or a label stays text.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from smlp_deploy import __version__
+from smlp_deploy.decoding import open_image
+from smlp_deploy.dependencies import require
+from smlp_deploy.errors import printable
+from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.preprocessing import resize_and_crop
+
+if TYPE_CHECKING:
+    from smlp_deploy.benchmark import ModelTiming
+    from smlp_deploy.evaluate import ModelResult
+
+THUMBNAIL = 96
+"""Pixels of its longest side."""
+
+ROWS_SHOWN = 200
+"""The most rows of a table that may be long."""
+
+_Model = TypeVar("_Model", "ModelResult", "ModelTiming")
+
+
+class Verdict(NamedTuple):
+    """A table's cell that is told by a sign and a word, not by colour alone."""
+
+    good: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Columns whose heads are not among `words` are numbers; a `folded` table is shown when it is asked for."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str | Verdict]]
+    words: Sequence[str] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A class and its probability; `good` where it is known to be right or wrong, `by` where several models answer."""
+
+    label: str
+    probability: float | None
+    good: bool | None = None
+    by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    path: str
+    picture: str | None
+    text: str = ""
+    error: str | None = None
+    bars: tuple[Bar, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    name: str
+    title: str
+    text: Sequence[str] = ()
+    charts: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    cards: Sequence[Card] = ()
+
+
+class Fact(NamedTuple):
+    """One of the first things to read: a number or a verdict, and what it is."""
+
+    value: str | Verdict
+    meaning: str
+
+
+def require_report() -> None:
+    """Check that what writes the pages is installed.
+
+    Raises:
+        MissingDependencyError: it is not.
+    """
+    require("jinja2", "matplotlib", purpose="to write HTML reports", extra="report")
+
+
+def thumbnail(path: str | Path) -> str | None:
+    """The centre square of an image, upright and at most 96 pixels wide, as a `data:` address; None if unreadable."""
+    try:
+        with open_image(Path(path)) as image:
+            image.draft(None, (2 * THUMBNAIL, 2 * THUMBNAIL))  # a large JPEG is decoded at a fraction of its size
+            side = min(THUMBNAIL, *image.size)
+            small = resize_and_crop(image, Preprocessing(image_size=side, crop_pct=1.0))
+        enlarged = THUMBNAIL // side * side
+        content = io.BytesIO()
+        small.resize((enlarged, enlarged), resample=0).save(content, "JPEG", quality=80)  # 0: whole pixels
+    # Decoders raise almost anything for damaged files. The page says elsewhere why an image could not be read.
+    except Exception:
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def facts_table(facts: Mapping[str, str]) -> Table:
+    return Table(caption="", heads=("what", "value"), words=("what", "value"), rows=list(facts.items()))
+
+
+def numbered(models: Sequence[_Model]) -> list[tuple[str, _Model]]:
+    """Each model by its number, which other tables use, and its name."""
+    return [(f"{number} {model.name}", model) for number, model in enumerate(models, start=1)]
+
+
+def percent(value: float) -> str:
+    return number(100 * value, ".2f", " %")
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "not finite"
+
+
+def plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def shown(things: Sequence[object], most: int) -> str:
+    return f"the first {most:,} of {len(things):,}" if len(things) > most else f"all {len(things):,}"
+
+
+def render(title: str, subtitle: str, *, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_on_one_line,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html")
+    return template.render(title=title, subtitle=subtitle, facts=facts, sections=sections, version=__version__)
+
+
+def _on_one_line(value: Any) -> Any:
+    """Text as `errors.printable` has it; what is HTML already stays."""
+    return printable(value) if type(value) is str else value
