@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -76,25 +75,49 @@ class RecordFormat(StrEnum):
     csv = "csv"
 
 
+_PRECISION_PANEL = "Precision"
+_CALIBRATION_PANEL = "Calibration of int8"
+_GATES_PANEL = "Gates of the proof"
+_PREPROCESSING_PANEL = "Labels and preprocessing, where the checkpoint states none"
+_BATCH_PANEL = "Batch sizes"
+_TENSORRT_PANEL = "TensorRT"
+
 CheckpointArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[CHECKPOINT|VARIANT]",
+        metavar="CHECKPOINT|VARIANT",
         help="A .pth or .safetensors file, or a variant's name for its official weights. "
         "Default: the bundled digits model.",
     ),
 ]
-Int8Option = Annotated[bool, typer.Option("--int8", help="int8 layers inside an fp16 graph; needs calibration.")]
+Int8Option = Annotated[
+    bool,
+    typer.Option(
+        "--int8", help="int8 layers inside an fp16 graph; needs calibration.", rich_help_panel=_PRECISION_PANEL
+    ),
+]
 CalibrationDataOption = Annotated[
     list[str] | None,
     typer.Option(
         help="Image or folder to calibrate int8 on; may be repeated. Folders named like classes give labels. "
-        "Default: training digits, for the bundled model alone."
+        "Default: training digits, for the bundled model alone.",
+        rich_help_panel=_CALIBRATION_PANEL,
     ),
 ]
-CalibratorOption = Annotated[Calibrator, typer.Option(help="How the ranges of int8 are chosen.")]
+CalibratorOption = Annotated[
+    Calibrator,
+    typer.Option(
+        metavar="METHOD",
+        help="How ranges are chosen: minmax, entropy or percentile.",
+        rich_help_panel=_CALIBRATION_PANEL,
+    ),
+]
 CalibrationTableOption = Annotated[
-    Path | None, typer.Option(help="Ranges of an earlier int8 export (x.calibration.json); needs no images.")
+    Path | None,
+    typer.Option(
+        help="Ranges of an earlier int8 export (x.calibration.json); needs no images.",
+        rich_help_panel=_CALIBRATION_PANEL,
+    ),
 ]
 MaxDropOption = Annotated[
     float | None,
@@ -103,6 +126,7 @@ MaxDropOption = Annotated[
         min=0.0,
         max=100.0,
         help="Measure each int8 layer and leave as few in fp16 as keep top-1 within this many percentage points.",
+        rich_help_panel=_CALIBRATION_PANEL,
     ),
 ]
 MinCosineOption = Annotated[
@@ -111,20 +135,40 @@ MinCosineOption = Annotated[
         metavar="COSINE",
         min=-1,
         max=1,
-        help="Gate: smallest cosine of two logit vectors. Default: the precision's own.",
+        help="Smallest cosine of two logit vectors. Default: the precision's own.",
+        rich_help_panel=_GATES_PANEL,
     ),
 ]
 MaxDifferenceOption = Annotated[
     float | None,
     typer.Option(
-        metavar="SCALE", min=0, help="Gate: largest difference of a logit, in standard deviations of the logits."
+        metavar="SCALE",
+        min=0,
+        help="Largest difference of a logit, in standard deviations of the logits.",
+        rich_help_panel=_GATES_PANEL,
     ),
 ]
 MinTop1Option = Annotated[
-    float | None, typer.Option(metavar="SHARE", min=0, max=1, help="Gate: share of images with the same top-1.")
+    float | None,
+    typer.Option(
+        metavar="SHARE", min=0, max=1, help="Share of images with the same top-1.", rich_help_panel=_GATES_PANEL
+    ),
 ]
 EmaOption = Annotated[bool, typer.Option("--ema", help="Take the moving-average weights of a training checkpoint.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Also write a page to look at: one file, nothing loaded.")
+]
+
+
+def _set_quiet(wanted: bool) -> None:
+    if wanted:
+        from smlp_deploy import terminal
+
+        terminal.be_quiet()
+
+
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.", callback=_set_quiet)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -143,10 +187,10 @@ def smlp(
 
 
 @app.command(rich_help_panel="Get")
-def models(as_json: JsonOption = False) -> None:
+def models(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the paper's variants: parameters, MACs, accuracy, and where their weights are."""
     from smlp_deploy.models.variants import VARIANTS, mac_count, parameter_count
-    from smlp_deploy.terminal import say, show_variants
+    from smlp_deploy.terminal import show_variants, suggest
 
     if as_json:
         facts = [
@@ -162,83 +206,125 @@ def models(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(facts, indent=2))
         return
     show_variants(VARIANTS)
-    say("next: smlp download smlpnet_small")
+    suggest("smlp", "download", "smlpnet_small")
 
 
-@app.command(rich_help_panel="Get")
-def download(variant: Annotated[str, typer.Argument(help="A variant's name; smlp models lists them.")]) -> None:
+@app.command(rich_help_panel="Get", epilog="Example: smlp download smlpnet_small")
+def download(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="A variant's name; smlp models lists them.")],
+    quiet: QuietOption = False,
+) -> None:
     """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
     from smlp_deploy.models.pretrained import fetch_weights
     from smlp_deploy.models.variants import find_variant
-    from smlp_deploy.terminal import downloading
+    from smlp_deploy.terminal import downloading, suggest
 
     with downloading() as progress:
         path = fetch_weights(find_variant(variant), progress=progress)
     typer.echo(path)
+    suggest("smlp", "export", variant)
 
 
-@app.command(rich_help_panel="Get")
+@app.command(rich_help_panel="Get", epilog="Example: smlp inspect my.pth")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, an ONNX file or an engine.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, an ONNX file or an engine.")],
     ema: EmaOption = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what a file is, from the file itself: configuration, labels, preprocessing, provenance."""
     from smlp_deploy.inspection import inspect_file
-    from smlp_deploy.terminal import show_facts
+    from smlp_deploy.terminal import show_facts, suggest
 
     facts = inspect_file(file, ema=ema)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         show_facts(facts)
+        suggest(
+            *("smlp", "export", file)
+            if facts["kind"] == "checkpoint"
+            else ("smlp", "predict", "--model", file, "IMAGES")
+        )
 
 
-@app.command(rich_help_panel="Export")
+@app.command(rich_help_panel="Export", epilog="Example: smlp export my.pth --labels names.txt --fp16")
 def export(
     source: CheckpointArgument = None,
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Default: artifacts/<model>-<precision>.onnx.", show_default=False),
+        typer.Option("-o", "--output", help="Default: in artifacts/, by model and precision.", show_default=False),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Fix the batch size. Default: any size.")] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Of the graph's arithmetic; inputs and outputs stay float32. Default: fp32."),
+        typer.Option(
+            help="Of the graph's arithmetic; inputs and outputs stay float32. Default: fp32.",
+            rich_help_panel=_PRECISION_PANEL,
+        ),
     ] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="The same as --precision fp16.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="The same as --precision bf16.")] = False,
+    fp16: Annotated[
+        bool,
+        typer.Option("--fp16", "--half", help="The same as --precision fp16.", rich_help_panel=_PRECISION_PANEL),
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="The same as --precision bf16.", rich_help_panel=_PRECISION_PANEL)
+    ] = False,
     int8: Int8Option = False,
     calibration_data: CalibrationDataOption = None,
     calibrator: CalibratorOption = Calibrator.minmax,
     calibration_table: CalibrationTableOption = None,
     max_drop: MaxDropOption = None,
     per_channel: Annotated[
-        bool, typer.Option("--per-channel", help="int8: a scale per output channel, for TensorRT, not TensorRT-RTX.")
+        bool,
+        typer.Option(
+            "--per-channel",
+            help="A scale per output channel, for TensorRT, not TensorRT-RTX.",
+            rich_help_panel=_CALIBRATION_PANEL,
+        ),
     ] = False,
     opset: Annotated[int, typer.Option(min=18, max=23, help="ONNX operator set.")] = 20,
     ema: EmaOption = False,
     labels: Annotated[
-        Path | None, typer.Option(help="Class names: a text file with one per line, or a JSON list.")
+        Path | None,
+        typer.Option(
+            help="Class names: a text file with one per line, or a JSON list.", rich_help_panel=_PREPROCESSING_PANEL
+        ),
     ] = None,
-    mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Channel means of pixels in 0 to 1.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Channel standard deviations.")] = None,
-    crop_pct: Annotated[float | None, typer.Option(help="Crop over resized shorter side; 0.875 is 224 of 256.")] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Channel means of pixels in 0 to 1.", rich_help_panel=_PREPROCESSING_PANEL),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Channel standard deviations.", rich_help_panel=_PREPROCESSING_PANEL),
+    ] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(help="Crop over resized shorter side; 0.875 is 224 of 256.", rich_help_panel=_PREPROCESSING_PANEL),
+    ] = None,
     interpolation: Annotated[
-        str | None, typer.Option(help="Resize filter: nearest, bilinear, bicubic or lanczos.")
+        str | None,
+        typer.Option(
+            help="Resize filter: nearest, bilinear, bicubic or lanczos.", rich_help_panel=_PREPROCESSING_PANEL
+        ),
     ] = None,
     parity_images: Annotated[
         list[str] | None,
-        typer.Option(help="Image or folder to compare on; may be repeated. Default: bundled images."),
+        typer.Option(
+            help="Image or folder to compare on; may be repeated. Default: bundled images.",
+            rich_help_panel=_GATES_PANEL,
+        ),
     ] = None,
     min_cosine: MinCosineOption = None,
     max_difference: MaxDifferenceOption = None,
     min_top1: MinTop1Option = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
     from smlp_deploy.dependencies import require_onnxruntime, require_torch
-    from smlp_deploy.terminal import say
+    from smlp_deploy.terminal import suggest
 
     require_torch("to export")
     require_onnxruntime()
@@ -267,59 +353,100 @@ def export(
     bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     path = _export_proven(checkpoint, metadata, target, opset=opset, images=images, bounds=bounds, int8=quantization)
     typer.echo(path)
-    say(f"next: smlp predict --model {path} IMAGES")
+    suggest("smlp", "predict", "--model", path, "IMAGES")
 
 
-@app.command("build-engine", rich_help_panel="Build")
+@app.command("build-engine", rich_help_panel="Build", epilog="Example: smlp build-engine artifacts/my-fp32.onnx --fp16")
 def build_engine(
     source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[ONNX|CHECKPOINT|VARIANT]",
+            metavar="ONNX|CHECKPOINT|VARIANT",
             help="What to build. Default: the newest fp32 ONNX file in artifacts/; with none there, one is exported.",
         ),
     ] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.")] = False,
+    fp16: Annotated[
+        bool,
+        typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.", rich_help_panel=_PRECISION_PANEL),
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.", rich_help_panel=_PRECISION_PANEL)
+    ] = False,
     int8: Int8Option = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision. Default: the ONNX file's own.")] = False,
+    fp32: Annotated[
+        bool,
+        typer.Option(
+            "--fp32", help="Single precision. Default: the ONNX file's own.", rich_help_panel=_PRECISION_PANEL
+        ),
+    ] = False,
     calibration_data: CalibrationDataOption = None,
     calibrator: CalibratorOption = Calibrator.minmax,
     calibration_table: CalibrationTableOption = None,
     max_drop: MaxDropOption = None,
-    min_batch: Annotated[int | None, typer.Option(min=1, help="Smallest batch. Default: 1.")] = None,
-    opt_batch: Annotated[int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.")] = None,
-    max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch. Default: 32.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.")] = None,
+    min_batch: Annotated[
+        int | None, typer.Option(min=1, help="Smallest batch. Default: 1.", rich_help_panel=_BATCH_PANEL)
+    ] = None,
+    opt_batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.", rich_help_panel=_BATCH_PANEL)
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Largest batch. Default: 32.", rich_help_panel=_BATCH_PANEL)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.", rich_help_panel=_BATCH_PANEL)] = None,
     target: Annotated[
-        EngineTarget, typer.Option(help="auto: tensorrt if it and a GPU are there, else tensorrt-rtx.")
+        EngineTarget,
+        typer.Option(
+            metavar="FLAVOUR",
+            help="tensorrt, tensorrt-rtx, or auto: tensorrt if it and a GPU are there.",
+            rich_help_panel=_TENSORRT_PANEL,
+        ),
     ] = EngineTarget.auto,
     gpu_arch: Annotated[
         str | None,
-        typer.Option(metavar="SM,SM", help="Ahead of time, for which GPUs. Default: sm80,sm86,sm89,sm120."),
+        typer.Option(
+            metavar="SM,SM",
+            help="Ahead of time, for which GPUs. Default: sm80,sm86,sm89,sm120.",
+            rich_help_panel=_TENSORRT_PANEL,
+        ),
     ] = None,
-    workspace: Annotated[float | None, typer.Option(metavar="GIB", min=0.0, help="Bound on scratch memory.")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="Timing cache to start from and to update.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's own by default.")] = None,
+    workspace: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", min=0.0, help="Bound on scratch memory.", rich_help_panel=_TENSORRT_PANEL),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Timing cache to start from and to update.", rich_help_panel=_TENSORRT_PANEL)
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="TensorRT's own by default.", rich_help_panel=_TENSORRT_PANEL)
+    ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Loadable by later TensorRT versions.")
+        bool,
+        typer.Option(
+            "--version-compatible", help="Loadable by later TensorRT versions.", rich_help_panel=_TENSORRT_PANEL
+        ),
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="For every GPU from Ampere on; tensorrt only.")
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="For every GPU from Ampere on; tensorrt only.",
+            rich_help_panel=_TENSORRT_PANEL,
+        ),
     ] = False,
     min_cosine: MinCosineOption = None,
     max_difference: MaxDifferenceOption = None,
     min_top1: MinTop1Option = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: artifacts/<model>-<precision>.engine.")
+        Path | None, typer.Option("-o", "--output", help="Default: in artifacts/, by model and precision.")
     ] = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
     from smlp_deploy.artifacts import engine_path
     from smlp_deploy.dependencies import require
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.terminal import building, say, show_kernels, show_parity, show_sensitivity
+    from smlp_deploy.terminal import building, say, show_kernels, show_parity, show_sensitivity, suggest
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
@@ -367,42 +494,55 @@ def build_engine(
     how = f"built ahead of time by {flavour} for {', '.join(options.architectures)}" if options.architectures else ""
     ran = "run here and compared with its ONNX file" if result.parity else "it was not run here"
     say(f"{how or f'built by {flavour} for this GPU'}; {ran}")
+    suggest("smlp", "predict", "--model", result.path, "IMAGES")
 
 
-@app.command(rich_help_panel="Build")
+@app.command(rich_help_panel="Build", epilog="Example: smlp profile artifacts/my-fp16.onnx --gpu-arch sm89")
 def profile(
-    file: Annotated[Path, typer.Argument(help="An ONNX file that smlp export wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="ONNX", help="An ONNX file that smlp export wrote.")],
     batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 8,
     gpu_arch: Annotated[str, typer.Option(metavar="SM", help="Architecture to compile for.")] = "sm89",
     top: Annotated[int, typer.Option(min=0, help="How many kernels to list, those that move most bytes first.")] = 20,
     compare: Annotated[Path | None, typer.Option(help="Another ONNX file to put beside it.")] = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """List the kernels TensorRT makes of an ONNX file, their bytes, and a roofline estimate; needs no GPU."""
     from dataclasses import asdict
 
     from smlp_deploy.dependencies import require
-    from smlp_deploy.terminal import show_comparison, show_profile, working
+    from smlp_deploy.terminal import show_comparison, show_profile, suggest, working
 
     require("onnx", purpose="to read an ONNX file", extra="cpu")
     from smlp_deploy.profiling import profile_graph
+    from smlp_deploy.reports import profile_page
+
+    _check_html(html)
+    if html is not None and compare is not None:
+        raise UsageError("a page is about one file", where="--html", fix="leave out --compare")
 
     with working("compiling"):
         profiles = [
             profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None
         ]
+    if html is not None:
+        _write_html(html, profile_page(profiles[0]))
     if as_json:
         typer.echo(json.dumps([asdict(found) for found in profiles], indent=2, default=str))
-    elif compare is not None:
+        return
+    if compare is not None:
         show_comparison(profiles[0], profiles[1])
     else:
         show_profile(profiles[0], top=top)
+    suggest("smlp", "build-engine", file)
 
 
-@app.command(rich_help_panel="Run")
+@app.command(rich_help_panel="Run", epilog="Example: smlp predict photos/ -o predictions.jsonl")
 def predict(
     inputs: Annotated[
-        list[str], typer.Argument(help="Images, folders, @FILE with a path per line, or - for such a list on stdin.")
+        list[str],
+        typer.Argument(metavar="IMAGES", help="Images, folders, @FILE with a path per line, or - for such a list."),
     ],
     model: Annotated[
         Path | None,
@@ -426,6 +566,8 @@ def predict(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")] = None,
     allow_errors: Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")] = False,
+    html: HtmlOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Classify images; labels and preprocessing are those inside the model. One record per image, in order.
 
@@ -434,13 +576,18 @@ def predict(
     from smlp_deploy.classify import Classifier
     from smlp_deploy.interrupts import put_off
     from smlp_deploy.listing import find_images
-    from smlp_deploy.terminal import say
+    from smlp_deploy.reports import IMAGES_SHOWN, predictions_page
+    from smlp_deploy.terminal import say, suggest
 
     kind = _record_format(format_, output)
     if resume and (output is None or kind is RecordFormat.table):
         raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
+    _check_html(html)
+    if html is not None and resume:
+        raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
     images = find_images(inputs, _stdin())
     path = _model(model, provider)
+    first: list[Prediction] = []
     with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
         topk = classifier.resolve_topk(topk)
 
@@ -450,16 +597,24 @@ def predict(
         with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
             sink.skip(images)
             predictions = classifier.classify(stop.before(images), batch_size=batch_size, topk=topk, workers=workers)
+            if html is not None:
+                predictions = _remembering(predictions, first, IMAGES_SHOWN)
             done, failed = _write_records(predictions, sink, stop, batch_size=batch_size, on_terminal=output is None)
+        if html is not None:
+            _write_html(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
+    suggest("smlp", "verify", path)
     if failed and not allow_errors:
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Prove")
+@app.command(rich_help_panel="Prove", epilog="Example: smlp verify artifacts/my-int8.onnx --reference my.pth --layers")
 def verify(
     candidate: Annotated[
-        Path, typer.Argument(help="The artifact to check; with --layers also a checkpoint, or what --save wrote.")
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT", help="The artifact to check; with --layers also a checkpoint, or what --save wrote."
+        ),
     ],
     reference: Annotated[
         Path | None,
@@ -480,36 +635,54 @@ def verify(
         typer.Option(min=0, metavar="RATIO", help="--layers: gate on the relative error. Default: by precision."),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="--layers: write the figures here, to judge them later.")] = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compare an artifact with its trained network again, on real images and seeded noise."""
+    _check_html(html)
     if layers:
-        _verify_layers(candidate, reference, images, max_error=max_error, save=save, as_json=as_json)
+        _verify_layers(candidate, reference, images, max_error=max_error, save=save, html=html, as_json=as_json)
         return
     if max_error is not None or save is not None:
         raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
     from smlp_deploy.dependencies import require_torch
-    from smlp_deploy.terminal import show_parity, working
+    from smlp_deploy.terminal import show_parity, suggest, working
 
     require_torch("to run the trained network")
     from smlp_deploy.export import verify_artifact
+    from smlp_deploy.reports import parity_page
 
     paths = _images(images) if images else None
     bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     with working(f"comparing {candidate} with the trained network"):
         report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
+    if html is not None:
+        _write_html(html, parity_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_parity(report, stderr=False)
     if not report.passed:
-        raise SmlpError(f"parity failed: {', '.join(gate.name for gate in report.failures)}", where=candidate)
+        raise SmlpError(
+            f"parity failed: {', '.join(gate.name for gate in report.failures)}",
+            where=candidate,
+            fix="smlp verify --layers finds where they part",
+        )
+    suggest("smlp", "benchmark", candidate)
 
 
-@app.command("eval", rich_help_panel="Prove")
+@app.command(
+    "eval",
+    rich_help_panel="Prove",
+    epilog="Example: smlp eval val/ -m artifacts/my-fp32.onnx -m artifacts/my-int8.onnx",
+)
 def evaluate(
     dataset: Annotated[
-        Path, typer.Argument(help="A folder with one folder per class, or a CSV file with the columns path and label.")
+        Path,
+        typer.Argument(
+            metavar="DATASET", help="A folder with one folder per class, or a CSV file with the columns path and label."
+        ),
     ],
     model: Annotated[
         list[Path] | None,
@@ -526,20 +699,41 @@ def evaluate(
         float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Fail if a model's top-1 is below it.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON report here.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run with the same -o, or begin it.")
+    ] = False,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Measure accuracy on labelled images, of several models on the very same decoded images."""
+    """Measure accuracy on labelled images, of several models on the very same decoded images.
+
+    With -o each image's answers are in FILE.partial until the report is there; whatever stops the run, --resume
+    continues it.
+    """
     from smlp_deploy.dataset import find_samples, imagenet_synsets, read_mapping
     from smlp_deploy.evaluate import evaluate as measure
-    from smlp_deploy.files import write_text
+    from smlp_deploy.interrupts import StopRequest, put_off
+    from smlp_deploy.recordfile import EvaluationIdentity, RecordFile
+    from smlp_deploy.reports import evaluation_page
     from smlp_deploy.runners import open_runner
-    from smlp_deploy.terminal import building, show_evaluation
+    from smlp_deploy.terminal import building, show_evaluation, suggest
 
+    _check_html(html)
+    if resume and output is None:
+        raise UsageError("only a report in a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
+    paths = model or [_model(None, None)]
     with contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(open_runner(path)) for path in model or [_model(None, None)]]
-        labels = runners[0].metadata.labels
-        samples = find_samples(dataset, labels, synsets=imagenet_synsets(labels), mapping=names)
+        runners = [stack.enter_context(open_runner(path)) for path in paths]
+        metadata = runners[0].metadata
+        synsets = imagenet_synsets(metadata.labels)
+        samples = find_samples(dataset, metadata.labels, synsets=synsets, mapping=names)
+        stop, kept = StopRequest(), None
+        if output is not None:
+            identity = EvaluationIdentity.of(paths, metadata, samples, batch_size=batch_size)
+            stop = stack.enter_context(put_off(again=True))
+            kept = stack.enter_context(RecordFile.open(output, identity, resume=resume))
         progress = stack.enter_context(building("evaluating"))
         report = measure(
             runners,
@@ -547,9 +741,13 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             progress=lambda done, total: progress("images", done, total),
+            kept=kept,
+            stop=stop,
         )
-    if output is not None:
-        write_text(output, report.to_json())
+        if kept is not None:
+            kept.conclude(report.to_json())
+    if html is not None:
+        _write_html(html, evaluation_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -557,13 +755,19 @@ def evaluate(
     below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
     if below:
         raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
+    suggest("smlp", "benchmark", *paths)
 
 
-@app.command(rich_help_panel="Prove")
+@app.command(
+    rich_help_panel="Prove", epilog="Example: smlp benchmark artifacts/my-fp32.onnx --baseline --reference my.pth"
+)
 def benchmark(
     artifacts: Annotated[
         list[Path] | None,
-        typer.Argument(help="Artifacts and checkpoints; ratios are to the first. Default: as in smlp predict."),
+        typer.Argument(
+            metavar="ARTIFACT",
+            help="Artifacts and checkpoints; ratios are to the first. Default: as in smlp predict.",
+        ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Images per run, each size timed.")] = "1,8,32",
     rounds: Annotated[int, typer.Option(min=1, help="How often each model has its turn at each batch size.")] = 10,
@@ -584,7 +788,9 @@ def benchmark(
         int | None, typer.Option(min=1, help="--end-to-end: decoding threads. Default: one per core.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON report here.")] = None,
+    html: HtmlOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Time models side by side, in turns: A B A B, each in a process of its own."""
     from tempfile import TemporaryDirectory
@@ -592,9 +798,11 @@ def benchmark(
     from smlp_deploy.benchmark import Files, baselines_of, run_benchmark
     from smlp_deploy.classify import available_cores
     from smlp_deploy.files import check_writable, write_text
-    from smlp_deploy.terminal import building, show_benchmark
+    from smlp_deploy.reports import benchmark_page
+    from smlp_deploy.terminal import building, show_benchmark, suggest
     from smlp_deploy.timing import Subject
 
+    _check_html(html)
     sizes = _batch_sizes(batch_sizes)
     if reference is not None and not baseline:
         raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
@@ -615,17 +823,20 @@ def benchmark(
         )
     if output is not None:
         write_text(output, report.to_json())
+    if html is not None:
+        _write_html(html, benchmark_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_benchmark(report)
+        suggest("smlp", "profile", next((path for path in paths if path.suffix.lower() == ".onnx"), "ONNX"))
 
 
 @app.command(rich_help_panel="Prove")
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Tell what works on this machine, and what to do about the rest."""
     from smlp_deploy.doctor import examine, to_json
-    from smlp_deploy.terminal import show_findings, working
+    from smlp_deploy.terminal import show_findings, suggest, working
 
     with working("looking"):
         findings = examine()
@@ -635,6 +846,7 @@ def doctor(as_json: JsonOption = False) -> None:
         show_findings(findings)
     if any(finding.status == "error" for finding in findings):
         raise typer.Exit(1)
+    suggest("smlp", "export")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -651,7 +863,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except typer.TyperException as error:
         # With no verb at all the help was shown and the message is empty.
         message = printable(error.format_message())
-        _fail(f"{message} · smlp --help lists verbs and options" if message else "no verb given", error.exit_code)
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else "smlp"
+        _fail(f"{message} · {verb} --help" if message else "no verb given · smlp --help", error.exit_code)
     except Terminated as stop:
         _fail("stopped by SIGTERM; nothing is left half-made", int(stop.code or 1))
     except OSError as error:
@@ -672,12 +886,14 @@ def _verify_layers(
     *,
     max_error: float | None,
     save: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Show the error at each point, and fail if one is over the gate."""
     from smlp_deploy.divergence import DivergenceReport
     from smlp_deploy.files import read_text, write_text
-    from smlp_deploy.terminal import show_divergence, working
+    from smlp_deploy.reports import divergence_page
+    from smlp_deploy.terminal import show_divergence, suggest, working
 
     if candidate.suffix == ".json":
         text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
@@ -695,6 +911,8 @@ def _verify_layers(
             )
     if save is not None:
         write_text(save, report.to_json())
+    if html is not None:
+        _write_html(html, divergence_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -704,6 +922,7 @@ def _verify_layers(
             f"parts from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
             where=candidate,
         )
+    suggest("smlp", "eval", "DATASET", "--model", "ARTIFACT" if candidate.suffix == ".json" else candidate)
 
 
 class _LazyNotes(logging.Handler):
@@ -819,6 +1038,35 @@ def _preprocessing_options(
                 raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
             given[name] = (red, green, blue)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _check_html(path: Path | None) -> None:
+    """Check that a page can be written before anything slow is done."""
+    if path is None:
+        return
+    from smlp_deploy.files import check_writable
+    from smlp_deploy.reports import require_report
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("a page's name ends in .html", where=path)
+    require_report()
+    check_writable(path)
+
+
+def _write_html(path: Path, page: str) -> None:
+    from smlp_deploy.files import write_text
+    from smlp_deploy.terminal import say
+
+    write_text(path, page)
+    say(f"page written to {path}")
+
+
+def _remembering(predictions: Iterable[Prediction], first: list[Prediction], most: int) -> Iterator[Prediction]:
+    """`predictions`, of which the first are put into a list on the way."""
+    for prediction in predictions:
+        if len(first) < most:
+            first.append(prediction)
+        yield prediction
 
 
 def _batch_sizes(text: str) -> list[int]:
@@ -959,13 +1207,13 @@ def _run_identity(
     from dataclasses import asdict
 
     from smlp_deploy.files import sha256_of
-    from smlp_deploy.recordfile import RunIdentity
+    from smlp_deploy.recordfile import RunIdentity, sha256_of_json
 
     metadata = classifier.runner.metadata
     return RunIdentity(
         version=__version__,
         model=sha256_of(path),
-        labels=hashlib.sha256(json.dumps(metadata.labels).encode()).hexdigest(),
+        labels=sha256_of_json(metadata.labels),
         preprocessing=asdict(metadata.preprocessing),
         provider=provider.value if provider else Provider.cpu.value,
         format=kind.value,
@@ -977,7 +1225,7 @@ def _run_identity(
 @contextlib.contextmanager
 def _record_sink(
     output: Path | None, identity: Callable[[], RunIdentity], *, kind: RecordFormat, topk: int, resume: bool
-) -> Iterator[RecordFile | RecordStream]:
+) -> Iterator[RecordFile[Prediction] | RecordStream]:
     """Where records go: standard output, or a file. Undecodable bytes of file names survive.
 
     What they depend on is asked only where it is kept, because it takes the hash of the whole model.
@@ -1004,7 +1252,7 @@ def _record_sink(
 
 def _write_records(
     predictions: Iterable[Prediction],
-    sink: RecordFile | RecordStream,
+    sink: RecordFile[Prediction] | RecordStream,
     stop: StopRequest,
     *,
     batch_size: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -39,16 +40,42 @@ _LAYERS_SHOWN = 10
 _CONFUSIONS_SHOWN = 5
 
 
+class _Settings:
+    """What the options of every verb say.
+
+    Attributes:
+        quiet: nothing but errors on stderr.
+    """
+
+    quiet = False
+
+
+def be_quiet() -> None:
+    """From now on show nothing but errors on stderr."""
+    _Settings.quiet = True
+
+
 def note(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"note: {printable(message)}", style="yellow"))
+    _stderr().print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
 
 
 def say(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(printable(message)))
+    _stderr().print(Text(printable(message)), soft_wrap=True)
+
+
+def suggest(*command: object) -> None:
+    """The next useful command, ready to paste, for whoever sits at a terminal."""
+    console = _stderr()
+    if console.is_terminal:
+        console.print(Text(f"next: {printable(shlex.join(map(str, command)))}", style="dim"), soft_wrap=True)
 
 
 def show_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {message}", style="red"))
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, quiet=_Settings.quiet)
 
 
 @contextmanager
@@ -85,8 +112,9 @@ def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Cal
 
 
 def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
+    console = _stderr()
+    wanted = enabled and console.is_terminal and not _Settings.quiet
+    return Progress(*columns, console=console, transient=True, disable=not wanted)
 
 
 def show_variants(variants: Mapping[str, Variant]) -> None:
@@ -140,7 +168,7 @@ def show_parity(report: ParityReport, *, stderr: bool) -> None:
         measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
         verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
         table.add_row(gate.name, verdict, measured, gate.limit)
-    console = Console(stderr=stderr, highlight=False)
+    console = _stderr() if stderr else _stdout()
     console.print(table)
     for gate in report.failures:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
@@ -162,6 +190,15 @@ def show_divergence(report: DivergenceReport) -> None:
         image = f"{printable(point.worst_image)[:16]} {point.worst_error:.1e}"
         table.add_row(point.name, f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, image, verdict)
     console.print(table)
+    if report.layers:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("int8 layer", "own SQNR dB", "in the network"):
+            table.add_column(heading, justify="left" if heading == "int8 layer" else "right", no_wrap=True)
+        for layer in report.layers[:_LAYERS_SHOWN]:
+            table.add_row(Text(printable(layer.name)), f"{layer.own_sqnr_db:.1f}", f"{layer.sqnr_db:.1f}")
+        console.print(table)
+        shown = min(_LAYERS_SHOWN, len(report.layers))
+        console.print(f"the {shown} with the most noise of their own, of {len(report.layers)} int8 layers")
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
 
@@ -200,6 +237,11 @@ def show_benchmark(report: Benchmark) -> None:
     console = _stdout()
     console.print(_models_table(report))
     console.print(_batches_table(report))
+    for number, model in enumerate(report.models, start=1):
+        for timing in model.batches:
+            if timing.gpu_median is not None:
+                found = f"{1000 * timing.gpu_median:.4g} ms by CUDA events, without transfers"
+                console.print(f"{number} at batch {timing.batch}: {found}")
     if any(model.end_to_end for model in report.models):
         console.print(_end_to_end_table(report))
     unstable = {f"{i} at batch {b.batch}" for i, m in enumerate(report.models, 1) for b in m.batches if not b.stable}
@@ -273,7 +315,7 @@ def show_sensitivity(report: SensitivityReport) -> None:
         table.add_column(heading, justify="right" if heading in ("points", "error") else "left")
     for layer in report.layers[: max(_LAYERS_SHOWN, len(report.left_out))]:
         table.add_row(layer.layer, f"{layer.drop:.2f}", f"{layer.error:.1e}", layer.precision)
-    Console(stderr=True, highlight=False).print(table)
+    _stderr().print(table)
     chosen = (
         f"{len(report.layers) - len(report.left_out)} layers in int8, {len(report.left_out)} left in half precision"
     )

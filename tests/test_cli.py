@@ -172,7 +172,6 @@ class TestExport:
         assert outcome.code == 0
         assert outcome.out == "artifacts/smlpnet_digits-fp32.onnx\n"
         assert "using the bundled digits model" in outcome.err
-        assert "next: smlp predict --model artifacts/smlpnet_digits-fp32.onnx" in outcome.err
         assert json.loads(Path("artifacts/smlpnet_digits-fp32.parity.json").read_text())["passed"]
         # With no model named, predict now finds it.
         image = Path(__file__).parent.parent / "images" / "digit-7-3504.jpg"
@@ -472,6 +471,7 @@ class TestEval:
         assert smlp("eval", dataset, "-m", artifact, "--min-top1", "90").code == 0
 
     def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
+        assert "add -o report.json" in one_error(smlp("eval", dataset, "-m", artifact, "--resume"))
         assert "no such file" in one_error(smlp("eval", "absent", "-m", artifact))
         (dataset / "ten").mkdir()
         assert "'ten' is not the label" in one_error(smlp("eval", dataset, "-m", artifact))
@@ -521,6 +521,42 @@ class TestInterruptions:
             _, err = process.communicate()
         assert (process.returncode, err.splitlines()[-1]) == (code, message)
         assert not list(folder.iterdir())
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+    def test_an_evaluation_goes_on_where_it_was_stopped(
+        self, artifact: Path, tmp_path: Path, digit_images: list[Path], number: signal.Signals
+    ) -> None:
+        dataset, target = tmp_path / "set.csv", tmp_path / "report.json"
+        partial = tmp_path / "report.json.partial"
+        rows = [f"{path},{path.name.split('-')[1]}" for path in digit_images] + ["absent.jpg,3"]
+        dataset.write_text("\n".join(["path,label", *rows * 60]))
+        models: list[str | Path] = ["-m", artifact, "-m", artifact]
+        arguments = ["eval", dataset, *models, "--batch-size", "7", "-o", target]
+        with self.start(*arguments) as process:
+            assert process.communicate()[1] == ""
+        expected = target.read_bytes()
+        target.unlink()
+        with self.start(*arguments) as process:
+            while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+                time.sleep(0.001)
+            process.send_signal(number)
+            _, err = process.communicate()
+        whole = partial.read_bytes().count(b"\n")
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 128 + number
+            assert whole % 7 == 0
+            (line,) = err.splitlines()
+            assert line.endswith(f" after {whole} images · {partial} · the same command with --resume continues")
+        assert 0 < whole < 13 * 60
+        assert not target.exists()
+        with self.start(*arguments) as process:
+            assert "add --resume, or delete it to start over" in process.communicate()[1]
+        with self.start(*arguments, "--resume") as process:
+            assert process.communicate()[1] == ""
+        assert (process.returncode, target.read_bytes() == expected) == (0, True)
+        assert not partial.exists()
 
     def test_two_exports_at_once_leave_one_whole_file(self, tmp_path: Path) -> None:
         target = tmp_path / "x.onnx"

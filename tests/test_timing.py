@@ -9,9 +9,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from fakes import FakeRunner, quadrant_means
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.export import Export
-from smlp_deploy.timing import Subject, TimedProcess
+from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.timing import Subject, TimedProcess, _Session
 
 
 @pytest.fixture
@@ -89,3 +91,18 @@ def test_ctrl_c_is_left_to_the_process_that_asks(process: TimedProcess) -> None:
         assert process._process.pid is not None
         os.kill(process._process.pid, signal.SIGINT)
         assert process.first(1) > 0
+
+
+class TimesOnGpu(FakeRunner):
+    """A runner that says what a GPU would have taken."""
+
+    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+        return [len(batch) / 1000] * runs
+
+
+def test_a_turn_on_a_gpu_is_timed_twice() -> None:
+    session = _Session(Subject(path=Path("x.engine")), 0)
+    session._runner = TimesOnGpu(quadrant_means)
+    turn = session.turn(2, 0)
+    assert turn.gpu_runs == (0.002,)
+    assert len(turn.runs) == 1

@@ -1,0 +1,127 @@
+"""What people see: in a terminal of 80 columns, and in a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from smlp_deploy.benchmark import BatchTiming, Benchmark, ModelTiming
+from smlp_deploy.export import Export
+from smlp_deploy.terminal import show_benchmark
+
+GETTING = ("models", "download", "inspect")
+MAKING = ("export", "build-engine", "profile")
+USING = ("predict", "verify", "eval", "benchmark", "doctor")
+COLOR = re.compile(r"\x1b\[[\d;]*3[1-7][\d;]*m")
+
+
+def in_terminal(*arguments: str | Path, folder: Path, **environment: str) -> tuple[int, str]:
+    """The exit code and what the command line shows in a terminal of 80 columns, stdout and stderr in one."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR", "CI")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smlp_deploy", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**inherited, "TERM": "xterm-256color", **environment},
+        cwd=folder,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 1 << 16)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
+def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"median": 0.002, "p90": 0.002, "p95": 0.002, "p99": 0.003, "spread": 0.01, "images_per_second": 500.0}
+    timing = BatchTiming(batch=1, stable=False, rounds=((0.002,),), ratio=None, gpu_median=0.0005, **times)
+    model = ModelTiming(name="x", precision="fp16", load=1, first=0.1, peak_memory=None, batches=(timing,))
+    show_benchmark(Benchmark(environment={}, models=(model,), left_out=("torch.compile: no compiler",)))
+    out = capsys.readouterr().out
+    assert "1 at batch 1: 0.5 ms by CUDA events, without transfers" in out
+    assert "not stable when timing began: 1 at batch 1" in out
+    assert "left out: torch.compile: no compiler" in out
+
+
+@pytest.fixture
+def model(digits_export: Export, tmp_path: Path) -> Path:
+    return Path(shutil.copy(digits_export.path, tmp_path / "digits.onnx"))
+
+
+@pytest.mark.parametrize("verb", GETTING + MAKING + USING)
+def test_help_fits_80_columns_and_nothing_is_cut(verb: str, tmp_path: Path) -> None:
+    code, shown = in_terminal(verb, "--help", folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert "--quiet" in shown
+
+
+def test_colours_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    colourful, plain = (in_terminal("exprot", folder=tmp_path, **asked)[1] for asked in ({}, {"NO_COLOR": "1"}))
+    assert COLOR.search(colourful)
+    assert not COLOR.search(plain)
+
+
+def test_the_next_command_is_shown_in_a_terminal_and_not_in_a_pipe(
+    model: Path, digit_images: list[Path], tmp_path: Path
+) -> None:
+    command = ("predict", "--model", model.name, digit_images[0])
+    shown = in_terminal(*command, folder=tmp_path)[1]
+    assert "next: smlp verify digits.onnx" in shown
+    piped = subprocess.run(
+        [sys.executable, "-m", "smlp_deploy", *map(str, command)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert piped.stderr == "1 image, 0 failed\n"
+
+
+def test_quiet_leaves_results_and_errors(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
+    command = ("predict", "-q", "--model", model.name, digit_images[0])
+    code, shown = in_terminal(*command, folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    assert code == 0
+    heading, line = shown.splitlines()
+    assert heading.startswith("image ")
+    assert digit_images[0].name in line
+    code, shown = in_terminal("verify", "--quiet", "absent.onnx", folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    assert code == 1
+    assert shown.startswith("error: no such file · absent.onnx")
+
+
+def test_the_shell_completes_verbs_and_options(tmp_path: Path) -> None:
+    def completed(words: str, position: int) -> list[str]:
+        environment = {"_SMLP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        run = subprocess.run(
+            [sys.executable, "-c", "from smlp_deploy.cli import main; main()"],
+            env={**os.environ, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return run.stdout.split()
+
+    assert completed("smlp ex", 1) == ["export"]
+    assert completed("smlp export --prec", 2) == ["--precision"]
+    assert completed("smlp export --precision f", 3) == ["fp32", "fp16"]
