@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -225,7 +226,7 @@ def run_benchmark(
         progress: told of the phase, and of steps done and in all.
 
     Raises:
-        UsageError: there is nothing to time, or a number is out of range.
+        UsageError: there is nothing to time, a number is out of range, or none of the files can be read.
         SmlpError: a model cannot be loaded or run, or its process ended.
     """
     if not subjects or not batch_sizes or min(*batch_sizes, rounds) < 1:
@@ -243,8 +244,9 @@ def run_benchmark(
                 if number < len(subjects):
                     raise
                 left_out.append(f"{'torch.compile: ' if subject.compiled else ''}{error}")
-        sizes = sorted(set(batch_sizes))
-        timings = [_time_batches(models, size, rounds=rounds, tell=tell) for size in sizes]
+        if files is not None:
+            _warm_up_files(models, files, tell=tell)
+        timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, tell=tell)
         ends = _end_to_end(models, files, tell=tell) if files else [None] * len(models)
         return Benchmark(
             environment=environment,
@@ -272,22 +274,35 @@ def _start(subject: Subject, batch: int, stack: ExitStack) -> _Model:
     return model
 
 
-def _time_batches(models: Sequence[_Model], batch: int, *, rounds: int, tell: Progress) -> tuple[BatchTiming, ...]:
-    """Every model's times at one batch size."""
-    stable = []
-    for number, model in enumerate(models):
-        tell(f"batch {batch}: warming up", number, len(models))
+def _time_batches(
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+) -> list[tuple[BatchTiming, ...]]:
+    """Every model's times at each batch size.
+
+    A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too.
+    """
+    pairs = list(product(sizes, models))
+    stable: list[bool] = []
+    for number, (batch, model) in enumerate(pairs):
+        tell(f"batch {batch}: warming up", number, len(pairs))
         stable.append(_warm_up(model.process, batch))
-    turns: list[list[Turn]] = [[] for _ in models]
+    turns: list[list[Turn]] = [[] for _ in pairs]
     for number in range(rounds):
-        for position, model in enumerate(models):
-            tell(f"batch {batch}: timing", number * len(models) + position, rounds * len(models))
+        for position, (batch, model) in enumerate(pairs):
+            tell(f"round {number + 1}: batch {batch}", number * len(pairs) + position, rounds * len(pairs))
             turns[position].append(model.process.turn(batch, _TURN_SECONDS))
-    medians = [[median(turn.runs) for turn in of_model] for of_model in turns]
-    return tuple(
-        _batch_timing(batch, of_model, stable=stable[i], ratio=ratio_to_first(medians[0], medians[i]) if i else None)
-        for i, of_model in enumerate(turns)
-    )
+    timings = []
+    for first, batch in zip(range(0, len(pairs), len(models)), sizes, strict=True):
+        of_size = turns[first : first + len(models)]
+        medians = [[median(turn.runs) for turn in of_model] for of_model in of_size]
+        ratios = [None, *(ratio_to_first(medians[0], others) for others in medians[1:])]
+        timings.append(
+            tuple(
+                _batch_timing(batch, of_model, stable=was_stable, ratio=ratio)
+                for of_model, was_stable, ratio in zip(of_size, stable[first:], ratios, strict=False)
+            )
+        )
+    return timings
 
 
 def _warm_up(process: TimedProcess, batch: int) -> bool:
@@ -333,11 +348,17 @@ def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
     return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
 
 
+def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) -> None:
+    """Read all files once, and let networks that are compiled for each batch size meet that of the last batch."""
+    for position, model in enumerate(models):
+        tell("files to records: warming up", position, len(models))
+        found = model.process.end_to_end(files.paths, files.batch, files.workers)
+        if found.failed == len(files.paths):
+            raise UsageError(f"none of the {found.failed} files can be read", where=files.paths[0])
+
+
 def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> list[EndToEnd]:
     """Every model over the same files, in turns."""
-    for position, model in enumerate(models):  # reads all files once, and lets the last, smaller batch be compiled
-        tell("files to records: warming up", position, len(models))
-        model.process.end_to_end(files.paths, files.batch, files.workers)
     passes: list[list[Pass]] = [[] for _ in models]
     for number in range(_PASSES):
         for position, model in enumerate(models):

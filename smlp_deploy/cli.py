@@ -9,21 +9,60 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from enum import StrEnum
+from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from smlp_deploy import __version__
 from smlp_deploy.errors import SmlpError, StoppedError, UsageError, printable
 from smlp_deploy.interrupts import SIGNALS, Terminated, handle_sigterm
+from smlp_deploy.options import (
+    BATCH_PANEL,
+    CALIBRATION_PANEL,
+    GATES_PANEL,
+    PRECISION_PANEL,
+    PREPROCESSING_PANEL,
+    TENSORRT_PANEL,
+    CalibrationDataOption,
+    CalibrationTableOption,
+    Calibrator,
+    CalibratorOption,
+    CheckpointArgument,
+    EmaOption,
+    EngineTarget,
+    ExportFormat,
+    HtmlOption,
+    Int8Option,
+    JsonOption,
+    MaxDifferenceOption,
+    MaxDropOption,
+    MinCosineOption,
+    MinTop1Option,
+    Precision,
+    Provider,
+    QuietOption,
+    RecordFormat,
+    check_html,
+    choose_architectures,
+    choose_batch_profile,
+    choose_format,
+    choose_int8,
+    choose_precision,
+    choose_preprocessing,
+    find_given_images,
+    gate_bounds,
+    parse_batch_sizes,
+    read_timing_cache,
+    standard_input,
+)
 
 if TYPE_CHECKING:
     from smlp_deploy.classify import Classifier, Prediction
     from smlp_deploy.interrupts import StopRequest
-    from smlp_deploy.metadata import BatchProfile, ModelMetadata
+    from smlp_deploy.metadata import ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
     from smlp_deploy.quantization import Int8Options
     from smlp_deploy.recordfile import RecordFile, RecordStream, RunIdentity
@@ -38,137 +77,6 @@ app = typer.Typer(
 
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
-
-
-class ExportFormat(StrEnum):
-    onnx = "onnx"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    int8 = "int8"
-
-
-class Calibrator(StrEnum):
-    minmax = "minmax"
-    entropy = "entropy"
-    percentile = "percentile"
-
-
-class Provider(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
-    tensorrt = "tensorrt"
-
-
-class EngineTarget(StrEnum):
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class RecordFormat(StrEnum):
-    table = "table"
-    jsonl = "jsonl"
-    csv = "csv"
-
-
-_PRECISION_PANEL = "Precision"
-_CALIBRATION_PANEL = "Calibration of int8"
-_GATES_PANEL = "Gates of the proof"
-_PREPROCESSING_PANEL = "Labels and preprocessing, where the checkpoint states none"
-_BATCH_PANEL = "Batch sizes"
-_TENSORRT_PANEL = "TensorRT"
-
-CheckpointArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="CHECKPOINT|VARIANT",
-        help="A .pth or .safetensors file, or a variant's name for its official weights. "
-        "Default: the bundled digits model.",
-    ),
-]
-Int8Option = Annotated[
-    bool,
-    typer.Option(
-        "--int8", help="int8 layers inside an fp16 graph; needs calibration.", rich_help_panel=_PRECISION_PANEL
-    ),
-]
-CalibrationDataOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Image or folder to calibrate int8 on; may be repeated. Folders named like classes give labels. "
-        "Default: training digits, for the bundled model alone.",
-        rich_help_panel=_CALIBRATION_PANEL,
-    ),
-]
-CalibratorOption = Annotated[
-    Calibrator,
-    typer.Option(
-        metavar="METHOD",
-        help="How ranges are chosen: minmax, entropy or percentile.",
-        rich_help_panel=_CALIBRATION_PANEL,
-    ),
-]
-CalibrationTableOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Ranges of an earlier int8 export (x.calibration.json); needs no images.",
-        rich_help_panel=_CALIBRATION_PANEL,
-    ),
-]
-MaxDropOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="POINTS",
-        min=0.0,
-        max=100.0,
-        help="Measure each int8 layer and leave as few in fp16 as keep top-1 within this many percentage points.",
-        rich_help_panel=_CALIBRATION_PANEL,
-    ),
-]
-MinCosineOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="COSINE",
-        min=-1,
-        max=1,
-        help="Smallest cosine of two logit vectors. Default: the precision's own.",
-        rich_help_panel=_GATES_PANEL,
-    ),
-]
-MaxDifferenceOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SCALE",
-        min=0,
-        help="Largest difference of a logit, in standard deviations of the logits.",
-        rich_help_panel=_GATES_PANEL,
-    ),
-]
-MinTop1Option = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE", min=0, max=1, help="Share of images with the same top-1.", rich_help_panel=_GATES_PANEL
-    ),
-]
-EmaOption = Annotated[bool, typer.Option("--ema", help="Take the moving-average weights of a training checkpoint.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-HtmlOption = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Also write a page to look at: one file, nothing loaded.")
-]
-
-
-def _set_quiet(wanted: bool) -> None:
-    if wanted:
-        from smlp_deploy import terminal
-
-        terminal.be_quiet()
-
-
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.", callback=_set_quiet)]
 
 
 def _show_version(wanted: bool) -> None:
@@ -261,15 +169,15 @@ def export(
         Precision | None,
         typer.Option(
             help="Of the graph's arithmetic; inputs and outputs stay float32. Default: fp32.",
-            rich_help_panel=_PRECISION_PANEL,
+            rich_help_panel=PRECISION_PANEL,
         ),
     ] = None,
     fp16: Annotated[
         bool,
-        typer.Option("--fp16", "--half", help="The same as --precision fp16.", rich_help_panel=_PRECISION_PANEL),
+        typer.Option("--fp16", "--half", help="The same as --precision fp16.", rich_help_panel=PRECISION_PANEL),
     ] = False,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="The same as --precision bf16.", rich_help_panel=_PRECISION_PANEL)
+        bool, typer.Option("--bf16", help="The same as --precision bf16.", rich_help_panel=PRECISION_PANEL)
     ] = False,
     int8: Int8Option = False,
     calibration_data: CalibrationDataOption = None,
@@ -281,7 +189,7 @@ def export(
         typer.Option(
             "--per-channel",
             help="A scale per output channel, for TensorRT, not TensorRT-RTX.",
-            rich_help_panel=_CALIBRATION_PANEL,
+            rich_help_panel=CALIBRATION_PANEL,
         ),
     ] = False,
     opset: Annotated[int, typer.Option(min=18, max=23, help="ONNX operator set.")] = 20,
@@ -289,32 +197,30 @@ def export(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Class names: a text file with one per line, or a JSON list.", rich_help_panel=_PREPROCESSING_PANEL
+            help="Class names: a text file with one per line, or a JSON list.", rich_help_panel=PREPROCESSING_PANEL
         ),
     ] = None,
     mean: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Channel means of pixels in 0 to 1.", rich_help_panel=_PREPROCESSING_PANEL),
+        typer.Option(metavar="R,G,B", help="Channel means of pixels in 0 to 1.", rich_help_panel=PREPROCESSING_PANEL),
     ] = None,
     std: Annotated[
         str | None,
-        typer.Option(metavar="R,G,B", help="Channel standard deviations.", rich_help_panel=_PREPROCESSING_PANEL),
+        typer.Option(metavar="R,G,B", help="Channel standard deviations.", rich_help_panel=PREPROCESSING_PANEL),
     ] = None,
     crop_pct: Annotated[
         float | None,
-        typer.Option(help="Crop over resized shorter side; 0.875 is 224 of 256.", rich_help_panel=_PREPROCESSING_PANEL),
+        typer.Option(help="Crop over resized shorter side; 0.875 is 224 of 256.", rich_help_panel=PREPROCESSING_PANEL),
     ] = None,
     interpolation: Annotated[
         str | None,
-        typer.Option(
-            help="Resize filter: nearest, bilinear, bicubic or lanczos.", rich_help_panel=_PREPROCESSING_PANEL
-        ),
+        typer.Option(help="Resize filter: nearest, bilinear, bicubic or lanczos.", rich_help_panel=PREPROCESSING_PANEL),
     ] = None,
     parity_images: Annotated[
         list[str] | None,
         typer.Option(
             help="Image or folder to compare on; may be repeated. Default: bundled images.",
-            rich_help_panel=_GATES_PANEL,
+            rich_help_panel=GATES_PANEL,
         ),
     ] = None,
     min_cosine: MinCosineOption = None,
@@ -332,11 +238,11 @@ def export(
     from smlp_deploy.models.description import describe, read_labels
 
     given_labels = read_labels(labels) if labels else None
-    given_preprocessing = _preprocessing_options(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    given_preprocessing = choose_preprocessing(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
     if output is not None and output.suffix != ".onnx":
         raise UsageError("an ONNX file's name ends in .onnx", where=output)
-    wanted = _one_precision(precision, fp16=fp16, bf16=bf16, int8=int8)
-    quantization = _int8_options(
+    wanted = choose_precision(precision, fp16=fp16, bf16=bf16, int8=int8)
+    quantization = choose_int8(
         wanted,
         data=calibration_data,
         method=calibrator,
@@ -349,8 +255,8 @@ def export(
         checkpoint, labels=given_labels, preprocessing=given_preprocessing, batch=batch, precision=wanted or "fp32"
     )
     target = output or default_path(metadata)
-    images = _images(parity_images) if parity_images else None
-    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    images = find_given_images(parity_images) if parity_images else None
+    bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     path = _export_proven(checkpoint, metadata, target, opset=opset, images=images, bounds=bounds, int8=quantization)
     typer.echo(path)
     suggest("smlp", "predict", "--model", path, "IMAGES")
@@ -367,38 +273,36 @@ def build_engine(
     ] = None,
     fp16: Annotated[
         bool,
-        typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.", rich_help_panel=_PRECISION_PANEL),
+        typer.Option("--fp16", "--half", help="Half precision, as a 16-bit graph.", rich_help_panel=PRECISION_PANEL),
     ] = False,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.", rich_help_panel=_PRECISION_PANEL)
+        bool, typer.Option("--bf16", help="bfloat16, as a 16-bit graph.", rich_help_panel=PRECISION_PANEL)
     ] = False,
     int8: Int8Option = False,
     fp32: Annotated[
         bool,
-        typer.Option(
-            "--fp32", help="Single precision. Default: the ONNX file's own.", rich_help_panel=_PRECISION_PANEL
-        ),
+        typer.Option("--fp32", help="Single precision. Default: the ONNX file's own.", rich_help_panel=PRECISION_PANEL),
     ] = False,
     calibration_data: CalibrationDataOption = None,
     calibrator: CalibratorOption = Calibrator.minmax,
     calibration_table: CalibrationTableOption = None,
     max_drop: MaxDropOption = None,
     min_batch: Annotated[
-        int | None, typer.Option(min=1, help="Smallest batch. Default: 1.", rich_help_panel=_BATCH_PANEL)
+        int | None, typer.Option(min=1, help="Smallest batch. Default: 1.", rich_help_panel=BATCH_PANEL)
     ] = None,
     opt_batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.", rich_help_panel=_BATCH_PANEL)
+        int | None, typer.Option(min=1, help="Batch to be fastest at. Default: 8.", rich_help_panel=BATCH_PANEL)
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch. Default: 32.", rich_help_panel=_BATCH_PANEL)
+        int | None, typer.Option(min=1, help="Largest batch. Default: 32.", rich_help_panel=BATCH_PANEL)
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.", rich_help_panel=_BATCH_PANEL)] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Exactly this batch.", rich_help_panel=BATCH_PANEL)] = None,
     target: Annotated[
         EngineTarget,
         typer.Option(
             metavar="FLAVOUR",
             help="tensorrt, tensorrt-rtx, or auto: tensorrt if it and a GPU are there.",
-            rich_help_panel=_TENSORRT_PANEL,
+            rich_help_panel=TENSORRT_PANEL,
         ),
     ] = EngineTarget.auto,
     gpu_arch: Annotated[
@@ -406,23 +310,23 @@ def build_engine(
         typer.Option(
             metavar="SM,SM",
             help="Ahead of time, for which GPUs. Default: sm80,sm86,sm89,sm120.",
-            rich_help_panel=_TENSORRT_PANEL,
+            rich_help_panel=TENSORRT_PANEL,
         ),
     ] = None,
     workspace: Annotated[
         float | None,
-        typer.Option(metavar="GIB", min=0.0, help="Bound on scratch memory.", rich_help_panel=_TENSORRT_PANEL),
+        typer.Option(metavar="GIB", min=0.0, help="Bound on scratch memory.", rich_help_panel=TENSORRT_PANEL),
     ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="Timing cache to start from and to update.", rich_help_panel=_TENSORRT_PANEL)
+        Path | None, typer.Option(help="Timing cache to start from and to update.", rich_help_panel=TENSORRT_PANEL)
     ] = None,
     optimization_level: Annotated[
-        int | None, typer.Option(min=0, max=5, help="TensorRT's own by default.", rich_help_panel=_TENSORRT_PANEL)
+        int | None, typer.Option(min=0, max=5, help="TensorRT's own by default.", rich_help_panel=TENSORRT_PANEL)
     ] = None,
     version_compatible: Annotated[
         bool,
         typer.Option(
-            "--version-compatible", help="Loadable by later TensorRT versions.", rich_help_panel=_TENSORRT_PANEL
+            "--version-compatible", help="Loadable by later TensorRT versions.", rich_help_panel=TENSORRT_PANEL
         ),
     ] = False,
     hardware_compatible: Annotated[
@@ -430,7 +334,7 @@ def build_engine(
         typer.Option(
             "--hardware-compatible",
             help="For every GPU from Ampere on; tensorrt only.",
-            rich_help_panel=_TENSORRT_PANEL,
+            rich_help_panel=TENSORRT_PANEL,
         ),
     ] = False,
     min_cosine: MinCosineOption = None,
@@ -450,17 +354,17 @@ def build_engine(
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
-    precision = _one_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
-    profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
+    precision = choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
+    profile = choose_batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
     flavour = find_flavour(target)
     if hardware_compatible and flavour != "tensorrt":
         raise UsageError(f"{flavour} builds for the architectures of --gpu-arch", where="--hardware-compatible")
     options = BuildOptions(
         profile=profile,
-        architectures=_architectures(gpu_arch, flavour),
+        architectures=choose_architectures(gpu_arch, flavour),
         workspace_gib=workspace,
         optimization_level=optimization_level,
-        timing_cache=_timing_cache(timing_cache, flavour),
+        timing_cache=read_timing_cache(timing_cache, flavour),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
@@ -468,7 +372,7 @@ def build_engine(
     from smlp_deploy.engine import build_engine as build
     from smlp_deploy.engine import prepare_graph
 
-    quantization = _int8_options(
+    quantization = choose_int8(
         precision,
         data=calibration_data,
         method=calibrator,
@@ -476,7 +380,7 @@ def build_engine(
         max_drop=max_drop,
         per_channel=flavour == "tensorrt",
     )
-    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     onnx_file = _onnx_file(source)
     with building("reading the graph") as progress:
         graph = prepare_graph(onnx_file, precision, bounds=bounds, int8=quantization, progress=progress)
@@ -518,7 +422,7 @@ def profile(
     from smlp_deploy.profiling import profile_graph
     from smlp_deploy.reports import profile_page
 
-    _check_html(html)
+    check_html(html)
     if html is not None and compare is not None:
         raise UsageError("a page is about one file", where="--html", fix="leave out --compare")
 
@@ -579,13 +483,13 @@ def predict(
     from smlp_deploy.reports import IMAGES_SHOWN, predictions_page
     from smlp_deploy.terminal import say, suggest
 
-    kind = _record_format(format_, output)
+    kind = choose_format(format_, output)
     if resume and (output is None or kind is RecordFormat.table):
         raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
-    _check_html(html)
+    check_html(html)
     if html is not None and resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
-    images = find_images(inputs, _stdin())
+    images = find_images(inputs, standard_input())
     path = _model(model, provider)
     first: list[Prediction] = []
     with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
@@ -603,9 +507,9 @@ def predict(
         if html is not None:
             _write_html(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
-    suggest("smlp", "verify", path)
     if failed and not allow_errors:
         raise typer.Exit(1)
+    suggest("smlp", "verify", path)
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: smlp verify artifacts/my-int8.onnx --reference my.pth --layers")
@@ -613,12 +517,16 @@ def verify(
     candidate: Annotated[
         Path,
         typer.Argument(
-            metavar="ARTIFACT", help="The artifact to check; with --layers also a checkpoint, or what --save wrote."
+            metavar="ARTIFACT",
+            help="The artifact to check; with --layers also a checkpoint, or what --save wrote. Engines need a GPU.",
         ),
     ],
     reference: Annotated[
         Path | None,
-        typer.Option(help="The checkpoint it was made from. Default: found by the artifact's own sha256 of it."),
+        typer.Option(
+            help="What it was made from: the checkpoint; for an engine with --layers, the ONNX file. "
+            "Default: found by the artifact's own sha256 of it."
+        ),
     ] = None,
     images: Annotated[
         list[str] | None,
@@ -640,7 +548,7 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Compare an artifact with its trained network again, on real images and seeded noise."""
-    _check_html(html)
+    check_html(html)
     if layers:
         _verify_layers(candidate, reference, images, max_error=max_error, save=save, html=html, as_json=as_json)
         return
@@ -653,8 +561,8 @@ def verify(
     from smlp_deploy.export import verify_artifact
     from smlp_deploy.reports import parity_page
 
-    paths = _images(images) if images else None
-    bounds = _bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    paths = find_given_images(images) if images else None
+    bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     with working(f"comparing {candidate} with the trained network"):
         report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
     if html is not None:
@@ -719,7 +627,7 @@ def evaluate(
     from smlp_deploy.runners import open_runner
     from smlp_deploy.terminal import building, show_evaluation, suggest
 
-    _check_html(html)
+    check_html(html)
     if resume and output is None:
         raise UsageError("only a report in a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
@@ -802,15 +710,17 @@ def benchmark(
     from smlp_deploy.terminal import building, show_benchmark, suggest
     from smlp_deploy.timing import Subject
 
-    _check_html(html)
-    sizes = _batch_sizes(batch_sizes)
+    check_html(html)
+    sizes = parse_batch_sizes(batch_sizes)
     if reference is not None and not baseline:
         raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
     if output is not None:
         check_writable(output)
     files = None
     if end_to_end:
-        files = Files(paths=tuple(_images(end_to_end)), batch=max(sizes), workers=workers or available_cores())
+        files = Files(
+            paths=tuple(find_given_images(end_to_end)), batch=max(sizes), workers=workers or available_cores()
+        )
     where = provider.value if provider else None
     paths = artifacts or [_model(None, provider)]
     subjects = [Subject(path=path, provider=where if path.suffix.lower() == ".onnx" else None) for path in paths]
@@ -861,11 +771,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except SmlpError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        # With no verb at all the help was shown and the message is empty.
-        message = printable(error.format_message())
-        context = getattr(error, "ctx", None)
-        verb = context.command_path if context else "smlp"
-        _fail(f"{message} · {verb} --help" if message else "no verb given · smlp --help", error.exit_code)
+        _fail(_usage_message(error), error.exit_code)
     except Terminated as stop:
         _fail("stopped by SIGTERM; nothing is left half-made", int(stop.code or 1))
     except OSError as error:
@@ -877,6 +783,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if code == _INTERRUPTED:
         _fail("stopped by Ctrl-C; nothing is left half-made", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """What typer has to say, in the form of our own errors."""
+    context = getattr(error, "ctx", None)
+    fix = f"{context.command_path if context else 'smlp'} --help"
+    # With no verb at all the help was shown and the message is empty.
+    message = printable(error.format_message()) or "no verb given"
+    if similar := getattr(error, "possibilities", None):
+        option = error.option_name  # type: ignore[attr-defined]
+        message = f"No such option: {printable(option)}"
+        fix = f"did you mean {get_close_matches(option, similar, n=1, cutoff=0)[0]}? · {fix}"
+    return f"{message} · {fix}"
 
 
 def _verify_layers(
@@ -902,12 +821,18 @@ def _verify_layers(
     else:
         from smlp_deploy.dependencies import require_torch
 
-        require_torch("to run the trained network")
-        from smlp_deploy.export import verify_layers
+        require_torch("to compare block by block")
+        if candidate.suffix.lower() == ".engine":
+            from smlp_deploy.engine import verify_engine_layers as compare
+        else:
+            from smlp_deploy.export import verify_layers as compare
 
         with working(f"comparing {candidate} block by block"):
-            report = verify_layers(
-                candidate, reference=reference, images=_images(images) if images else None, max_error=max_error
+            report = compare(
+                candidate,
+                reference=reference,
+                images=find_given_images(images) if images else None,
+                max_error=max_error,
             )
     if save is not None:
         write_text(save, report.to_json())
@@ -986,73 +911,6 @@ def _export_proven(
     return result.path
 
 
-def _int8_options(
-    precision: str | None,
-    *,
-    data: list[str] | None,
-    method: Calibrator,
-    table: Path | None,
-    max_drop: float | None,
-    per_channel: bool,
-) -> Int8Options | None:
-    """How to quantize, or None for another precision, to which these options mean nothing."""
-    if precision != "int8":
-        if data or table or max_drop is not None:
-            raise UsageError("calibration is for int8", fix="add --int8")
-        return None
-    from smlp_deploy.exporters.int8 import read_table
-    from smlp_deploy.quantization import Int8Options
-
-    return Int8Options(
-        images=tuple(_images(data)) if data else (),
-        table=read_table(table) if table else None,
-        method=method.value,
-        max_drop=max_drop,
-        per_channel=per_channel,
-    )
-
-
-def _one_precision(given: Precision | None, **flags: bool) -> str | None:
-    """The precision that the options name, if they do not contradict each other; None if they name none."""
-    wanted = {name for name, flag in flags.items() if flag} | ({given.value} if given else set())
-    if len(wanted) > 1:
-        raise UsageError(f"{' and '.join(sorted(wanted))} contradict each other", fix="choose one precision")
-    return wanted.pop() if wanted else None
-
-
-def _bounds(**given: float | None) -> dict[str, float]:
-    """The gates' bounds that the options give."""
-    return {name: bound for name, bound in given.items() if bound is not None}
-
-
-def _preprocessing_options(
-    *, mean: str | None, std: str | None, crop_pct: float | None, interpolation: str | None
-) -> dict[str, Any]:
-    """The options that were given, as fields of Preprocessing."""
-    given: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
-    for name, text in (("mean", mean), ("std", std)):
-        if text is not None:
-            try:
-                red, green, blue = (float(part) for part in text.split(","))
-            except ValueError:
-                raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
-            given[name] = (red, green, blue)
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _check_html(path: Path | None) -> None:
-    """Check that a page can be written before anything slow is done."""
-    if path is None:
-        return
-    from smlp_deploy.files import check_writable
-    from smlp_deploy.reports import require_report
-
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError("a page's name ends in .html", where=path)
-    require_report()
-    check_writable(path)
-
-
 def _write_html(path: Path, page: str) -> None:
     from smlp_deploy.files import write_text
     from smlp_deploy.terminal import say
@@ -1067,63 +925,6 @@ def _remembering(predictions: Iterable[Prediction], first: list[Prediction], mos
         if len(first) < most:
             first.append(prediction)
         yield prediction
-
-
-def _batch_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="as 1,8,32")
-    return sizes
-
-
-def _images(arguments: list[str]) -> list[Path]:
-    from smlp_deploy.listing import find_images
-
-    return list(find_images(arguments, _stdin()))
-
-
-def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
-    """The batch profile that the options name."""
-    from smlp_deploy.metadata import BatchProfile
-
-    sizes = {name: size for name, size in given.items() if size is not None}
-    if batch is None:
-        return BatchProfile(**sizes)
-    if sizes:
-        raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
-    return BatchProfile.fixed(batch)
-
-
-def _architectures(given: str | None, flavour: str) -> tuple[str, ...]:
-    """The GPU architectures to build for ahead of time; none where TensorRT builds for the GPU at hand."""
-    from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, TensorRT
-
-    tensorrt = TensorRT.load(flavour)
-    if not tensorrt.ahead_of_time:
-        if given is not None:
-            raise UsageError(f"{flavour} builds for the GPU at hand", where="--gpu-arch", fix="--target tensorrt-rtx")
-        return ()
-    names = tuple(name.strip().lower() for name in given.split(",")) if given else DEFAULT_ARCHITECTURES
-    tensorrt.check_architectures(names)
-    return names
-
-
-def _timing_cache(path: Path | None, flavour: str) -> bytes | None:
-    """The contents of a timing cache, empty where the file is new."""
-    from smlp_deploy.exporters.tensorrt import TensorRT
-    from smlp_deploy.terminal import note
-
-    if path is None:
-        return None
-    if TensorRT.load(flavour).ahead_of_time:
-        note(f"{flavour} takes no timings, so the timing cache changes nothing")
-    try:
-        return path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise UsageError(f"cannot read the timing cache: {error.strerror}", where=path) from None
 
 
 def _onnx_file(source: str | None) -> Path:
@@ -1145,13 +946,6 @@ def _onnx_file(source: str | None) -> Path:
     metadata = describe(checkpoint)
     note(f"exporting {default_path(metadata)} first")
     return _export_proven(checkpoint, metadata, default_path(metadata))
-
-
-def _stdin() -> TextIO:
-    """Standard input, in which undecodable bytes of file names survive."""
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    return sys.stdin
 
 
 def _model(given: Path | None, provider: Provider | None) -> Path:
@@ -1185,19 +979,6 @@ def _fits(engine: Path) -> bool:
         note(f"not using an engine: {error}")
         return False
     return True
-
-
-def _record_format(given: RecordFormat | None, output: Path | None) -> RecordFormat:
-    if given is not None:
-        return given
-    if output is None:
-        return RecordFormat.table
-    try:
-        return RecordFormat(output.suffix.removeprefix("."))
-    except ValueError:
-        raise UsageError(
-            "no format has this suffix", where=output, fix="end it in .jsonl or .csv, or add --format"
-        ) from None
 
 
 def _run_identity(

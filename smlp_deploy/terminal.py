@@ -113,7 +113,7 @@ def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Cal
 
 def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
     console = _stderr()
-    wanted = enabled and console.is_terminal and not _Settings.quiet
+    wanted = enabled and console.is_terminal and not console.is_dumb_terminal and not _Settings.quiet
     return Progress(*columns, console=console, transient=True, disable=not wanted)
 
 
@@ -137,7 +137,7 @@ def show_variants(variants: Mapping[str, Variant]) -> None:
 def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
     """Writes one line per prediction as it comes: the file, its best class, and the runners-up."""
     console = Console(file=stream, highlight=False)
-    path_width = max(20, min(44, console.width // 2))
+    path_width = max(20, min(44, console.width // 2 - 2))
     console.print(Text(f"{'image':<{path_width}}  best classes", style="bold"))
 
     def write(prediction: Prediction) -> None:
@@ -357,7 +357,7 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     for estimate in roofline(profile):
         gpu = estimate.gpu
         peak = f"{gpu.peak[profile.precision]:g}"
-        estimates.add_row(gpu.name, f"{estimate.microseconds:.0f}", estimate.bound, f"{gpu.bandwidth:g}", peak)
+        estimates.add_row(gpu.name, f"{estimate.microseconds:.3g}", estimate.bound, f"{gpu.bandwidth:g}", peak)
     console.print(estimates)
 
 

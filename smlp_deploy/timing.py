@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -149,6 +150,7 @@ def _ending(code: int | None) -> str:
 def _serve(connection: Connection, subject: Subject, started: float) -> None:
     """Answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # it gives the same notes, too
     session = _Session(subject, started)
     with suppress(EOFError, OSError):
         while True:
@@ -243,7 +245,7 @@ class _Session:
         if size not in self._batches:
             side = self.runner.metadata.preprocessing.image_size
             noise = np.random.default_rng(_SEED).standard_normal((size, 3, side, side), dtype=np.float32)
-            self._batches = {size: noise}
+            self._batches[size] = noise
         return self._batches[size]
 
 

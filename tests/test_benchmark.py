@@ -58,12 +58,25 @@ def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list
     assert (second.end_to_end.images, second.end_to_end.failed) == (12, 0)
     assert report.left_out == ("torch.compile: no such file · absent.pth · give the path of a weights file",)
     assert json.loads(report.to_json())["models"][1]["batches"][1]["rounds"][0]
+    turns = [phase for phase, _, _ in told if phase.startswith("round ")]
+    assert turns == [f"round {n}: batch {size}" for n in (1, 2, 3) for size in (1, 1, 4, 4)]
     assert {phase.split(":")[0] for phase, _, _ in told} >= {"batch 1", "batch 4", "files to records"}
 
 
 def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"):
         run_benchmark([Subject(path=tmp_path / "absent.onnx")])
+
+
+def test_files_that_cannot_be_read_are_told_before_anything_is_timed(digits_export: Export) -> None:
+    phases: list[str] = []
+    with pytest.raises(UsageError, match=r"none of the 1 files can be read · absent"):
+        run_benchmark(
+            [Subject(path=digits_export.path)],
+            files=Files(paths=(Path("absent"),), batch=1, workers=1),
+            progress=lambda phase, *_: phases.append(phase),
+        )
+    assert phases[-1] == "files to records: warming up"
 
 
 @pytest.mark.parametrize("wrong", [{"subjects": []}, {"batch_sizes": ()}, {"batch_sizes": (0, 1)}, {"rounds": 0}])

@@ -98,6 +98,7 @@ def test_version(smlp: Smlp) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["export", "--fromat", "onnx"], "No such option: --fromat · did you mean --format? · smlp export --help"),
         (["exprot"], "No such command 'exprot'. Did you mean 'export'?"),
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
@@ -410,6 +411,58 @@ class TestPredict:
         outcome = smlp("predict", "--topk", "11", "a.jpg")
         assert outcome.code == 2
         assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+
+
+class TestPages:
+    """`--html` of every verb that has it; what is on the pages is examined in tests/reports."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "title"),
+        [
+            (["predict", "images", "--allow-errors"], "Predictions"),
+            (["eval", "labelled"], "Accuracy"),
+            (["verify", "artifacts/digits-fp32.onnx"], "Parity"),
+            (["verify", "artifacts/digits-fp32.onnx", "--layers"], "Layer by layer"),
+            (["benchmark", "--batch-sizes", "1", "--rounds", "1"], "Speed"),
+            (["profile", "artifacts/digits-fp32.onnx"], "Kernels"),
+        ],
+    )
+    def test_a_page_is_written_beside_the_results(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], arguments: list[str], title: str
+    ) -> None:
+        for folder in (Path("images"), Path("labelled/7")):
+            folder.mkdir(parents=True)
+            shutil.copy(digit_images[8], folder / "<b>7.jpg")
+        Path("images/damaged.jpg").write_bytes(b"no image")
+        outcome = smlp(*arguments, "--html", "page.html")
+        assert outcome.code == 0
+        assert outcome.out
+        assert "page written to page.html" in outcome.err
+        page = Path("page.html").read_text()
+        assert f"<h1>{title}</h1>" in page
+        assert "<b>7" not in page
+        if arguments[0] in ("predict", "eval"):
+            assert "&lt;b&gt;7.jpg" in page
+
+    def test_a_failed_proof_has_its_page(self, smlp: Smlp, artifact: Path) -> None:
+        outcome = smlp("verify", artifact, "--max-difference", "1e-12", "--html", "page.html")
+        assert outcome.code == 1
+        assert "FAILED" in Path("page.html").read_text()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["predict", "a.jpg", "--html", "page.txt"], "a page's name ends in .html · page.txt"),
+            (["predict", "a.jpg", "--html", "p.html", "--resume", "-o", "x.jsonl"], "the images of one run · --html"),
+            (["profile", "a.onnx", "--html", "p.html", "--compare", "b.onnx"], "a page is about one file · --html"),
+        ],
+    )
+    def test_what_cannot_be_a_page_is_refused_before_anything_is_done(
+        self, smlp: Smlp, arguments: list[str], message: str
+    ) -> None:
+        outcome = smlp(*arguments)
+        assert outcome.code == 2
+        assert message in one_error(outcome)
 
 
 def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:

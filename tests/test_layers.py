@@ -22,6 +22,7 @@ LAYERS = [
     {"doctor", "evaluate", "export", "inspection", "records"},
     {"benchmark", "engine", "profiling", "recordfile", "timing"},
     {"reports", "terminal"},
+    {"options"},
     {"cli"},
     {"__main__", "__init__"},
 ]

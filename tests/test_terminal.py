@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
+from captures import COLUMNS, VERBS, in_terminal, plain
 from smlp_deploy.benchmark import BatchTiming, Benchmark, ModelTiming
 from smlp_deploy.export import Export
 from smlp_deploy.terminal import show_benchmark
 
-GETTING = ("models", "download", "inspect")
-MAKING = ("export", "build-engine", "profile")
-USING = ("predict", "verify", "eval", "benchmark", "doctor")
 COLOR = re.compile(r"\x1b\[[\d;]*3[1-7][\d;]*m")
-
-
-def in_terminal(*arguments: str | Path, folder: Path, **environment: str) -> tuple[int, str]:
-    """The exit code and what the command line shows in a terminal of 80 columns, stdout and stderr in one."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR", "CI")
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "smlp_deploy", *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**inherited, "TERM": "xterm-256color", **environment},
-        cwd=folder,
-    )
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 1 << 16)
-        except OSError:  # Linux says so when the other side is closed
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    return process.wait(), shown.decode()
 
 
 def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,11 +35,11 @@ def model(digits_export: Export, tmp_path: Path) -> Path:
     return Path(shutil.copy(digits_export.path, tmp_path / "digits.onnx"))
 
 
-@pytest.mark.parametrize("verb", GETTING + MAKING + USING)
+@pytest.mark.parametrize("verb", VERBS[1:])
 def test_help_fits_80_columns_and_nothing_is_cut(verb: str, tmp_path: Path) -> None:
-    code, shown = in_terminal(verb, "--help", folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    code, shown = plain(verb, "--help", folder=tmp_path)
     assert code == 0
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= COLUMNS
     assert "…" not in shown
     assert "--quiet" in shown
 
@@ -100,12 +65,12 @@ def test_the_next_command_is_shown_in_a_terminal_and_not_in_a_pipe(
 
 def test_quiet_leaves_results_and_errors(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
     command = ("predict", "-q", "--model", model.name, digit_images[0])
-    code, shown = in_terminal(*command, folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    code, shown = plain(*command, folder=tmp_path)
     assert code == 0
     heading, line = shown.splitlines()
     assert heading.startswith("image ")
     assert digit_images[0].name in line
-    code, shown = in_terminal("verify", "--quiet", "absent.onnx", folder=tmp_path, NO_COLOR="1", TERM="dumb")
+    code, shown = plain("verify", "--quiet", "absent.onnx", folder=tmp_path)
     assert code == 1
     assert shown.startswith("error: no such file · absent.onnx")
 

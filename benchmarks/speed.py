@@ -1,0 +1,47 @@
+"""How fast the lowered graph is on this CPU, beside what the same network is without this package.
+
+    python benchmarks/speed.py [VARIANT] [--json FILE]
+
+The variant gets the seeded weights of `tests/recipe.py`. It is exported in fp32, and then
+`smlp benchmark FILE --baseline --reference WEIGHTS` is run on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from recipe import recipe_weights
+from smlp_deploy.cli import main as smlp
+from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.models.checkpoint import load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.models.variants import VARIANTS
+
+SEED = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The lowered graph beside PyTorch, torch.compile, straight export.")
+    parser.add_argument("variant", nargs="?", default="smlpnet_tiny", choices=VARIANTS)
+    parser.add_argument("--json", type=Path, help="Write the report here, too.")
+    arguments = parser.parse_args()
+    report = ["-o", str(arguments.json.absolute())] if arguments.json else []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        weights, artifact = (f"{arguments.variant}{end}" for end in (".pth", "-fp32.onnx"))
+        torch.save(recipe_weights(VARIANTS[arguments.variant].config, SEED), weights)
+        checkpoint = load_checkpoint(Path(weights))
+        export_onnx(checkpoint.network(), describe(checkpoint), Path(artifact))
+        smlp(["benchmark", artifact, "--baseline", "--reference", weights, *report])
+
+
+if __name__ == "__main__":
+    main()

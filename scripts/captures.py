@@ -1,0 +1,105 @@
+"""Write docs/terminal.md anew: what each verb prints in a terminal of 80 columns.
+
+    python scripts/captures.py
+
+The commands run in an empty folder, one after the other, with the bundled model and the README's images.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from digits import ROOT, write_held_out
+
+TARGET = ROOT / "docs" / "terminal.md"
+COLUMNS = 80
+GETTING_AND_MAKING = ("models", "download", "inspect", "export", "build-engine", "profile")
+VERBS = ("", *GETTING_AND_MAKING, "predict", "verify", "eval", "benchmark", "doctor")
+COMMANDS = (
+    "smlp models",
+    "smlp export --format onnx",
+    "smlp export --int8",
+    "smlp build-engine --fp16",
+    "smlp inspect artifacts/smlpnet_digits-fp32.onnx",
+    "smlp profile artifacts/smlpnet_digits-fp32.onnx --top 5",
+    "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx",
+    "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx --format jsonl --topk 1 -q",
+    "smlp verify artifacts/smlpnet_digits-fp32.onnx",
+    "smlp verify artifacts/smlpnet_digits-int8.onnx --layers",
+    "smlp eval held-out/ -m artifacts/smlpnet_digits-fp32.onnx -m artifacts/smlpnet_digits-int8.onnx",
+    "smlp benchmark artifacts/smlpnet_digits-fp32.onnx artifacts/smlpnet_digits-int8.onnx --rounds 5",
+    "smlp doctor",
+    "smlp exprot",
+    "smlp export --fromat onnx",
+    "smlp predict",
+    "smlp export smlpnet_tny",
+    "smlp predict images/absent.jpg",
+    "smlp verify broken.onnx",
+)
+HEAD = """# What it looks like
+
+Every verb in a terminal of 80 columns without colours, as `python scripts/captures.py` wrote it down. Times and paths
+are those of one machine. In a pipe the lines that begin with `next:` and the progress are left out.
+"""
+
+
+def in_terminal(*words: str | Path, folder: Path, **environment: str) -> tuple[int, str]:
+    """The exit code of `smlp`, and what it shows in a terminal, stdout and stderr in one."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "smlp_deploy", *map(str, words)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**inherited, "TERM": "xterm-256color", **environment},
+        cwd=folder,
+    )
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # how Linux says that the other side is closed
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    return process.wait(), shown.decode().replace("\r\n", "\n")
+
+
+def plain(*words: str | Path, folder: Path) -> tuple[int, str]:
+    """The same in a terminal that has neither colours nor moving progress."""
+    return in_terminal(*words, folder=folder, TERM="dumb", NO_COLOR="1")
+
+
+def capture(command: str, folder: Path) -> str:
+    """A command and what it shows, as an indented block."""
+    shown = plain(*command.split()[1:], folder=folder)[1]
+    shown = shown.replace(str(folder), "~/project").replace(str(Path.home()), "~").strip("\n")
+    return "".join(f"    {line.rstrip()}\n" for line in (f"$ {command}", *shown.splitlines()))
+
+
+def main() -> None:
+    parts = [HEAD]
+    with TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        shutil.copytree(ROOT / "images", folder / "images")
+        write_held_out(folder / "held-out")
+        (folder / "broken.onnx").write_bytes(b"not an ONNX file")
+        helps = [" ".join(f"smlp {verb} --help".split()) for verb in VERBS]
+        for title, commands in (("Results and errors", COMMANDS), ("Help", helps)):
+            parts.append(f"## {title}\n")
+            parts += [capture(command, folder) for command in commands]
+    TARGET.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
