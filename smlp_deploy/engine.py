@@ -12,18 +12,20 @@ from typing import Any
 
 from smlp_deploy.artifacts import engine_card_path, failed_path
 from smlp_deploy.dependencies import find_gpu, require_onnxruntime
+from smlp_deploy.divergence import DivergenceReport, find_divergence
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.export import default_images
 from smlp_deploy.exporters.graph import ModelProto, load_graph, read_metadata, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
-from smlp_deploy.files import replacing, sha256_of
+from smlp_deploy.files import check_regular, replacing, sha256_of
 from smlp_deploy.metadata import EngineCard, ModelMetadata
 from smlp_deploy.parity import Bounds, ParityReport, compare
-from smlp_deploy.quantization import Int8Options, quantize_graph
+from smlp_deploy.quantization import Int8Options, is_bundled, quantize_graph
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine
+from smlp_deploy.runners.onnxtracing import TracingOnnxRunner, add_trace_outputs
+from smlp_deploy.runners.tensorrt import TensorRTRunner, TracingTensorRTRunner, check_machine, read_card
 from smlp_deploy.sensitivity import SensitivityReport
 
 logger = logging.getLogger(__name__)
@@ -85,32 +87,40 @@ def prepare_graph(
         ArtifactError: the file cannot be used, or its 16-bit form computes something else.
         UsageError: the file is in another precision already.
     """
+    given = _read(source)
+    if precision is None or precision == given.metadata.precision:
+        return given
+    graph = _convert(given, precision, int8=int8 or Int8Options(), progress=progress)
+    parity = _compare(source, graph.model, graph.metadata, graph.images, bounds)
+    if not parity.passed:
+        raise ArtifactError(f"in {precision} it computes something else: {_failures(parity)}", where=source)
+    return replace(graph, parity=parity)
+
+
+def _read(source: Path) -> Graph:
+    """The graph of an ONNX file as it is."""
     model = load_graph(source)
     metadata = read_metadata(model, source)
     if metadata is None:
         raise ArtifactError("smlp-deploy did not write it", where=source, fix="export the checkpoint with smlp export")
-    if precision is None or precision == metadata.precision:
-        return Graph(source=source, model=model, metadata=metadata, images=default_images(metadata))
-    if metadata.precision != "fp32":
+    return Graph(source=source, model=model, metadata=metadata, images=default_images(metadata))
+
+
+def _convert(given: Graph, precision: str, *, int8: Int8Options, progress: Progress | None = None) -> Graph:
+    """A file's graph in another precision, not compared with it yet."""
+    if given.metadata.precision != "fp32":
         raise UsageError(
-            f"the graph is {metadata.precision} and decides the precision of its engine, {precision} was asked for",
-            where=source,
+            f"the graph is {given.metadata.precision} and decides the precision of its engine, "
+            f"{precision} was asked for",
+            where=given.source,
             fix="give the fp32 file",
         )
-    sensitivity = None
-    calibrated: Sequence[Path] = ()
     if precision == "int8":
-        quantized = quantize_graph(model, metadata, int8 or Int8Options(), progress=progress)
-        model, metadata, sensitivity = quantized.model, quantized.metadata, quantized.sensitivity
-        calibrated = quantized.images
-    else:
-        metadata = replace(metadata, precision=precision)
-        model = to_half(model, precision)
-    images = default_images(metadata, calibrated)
-    parity = _compare(source, model, metadata, images, bounds)
-    if not parity.passed:
-        raise ArtifactError(f"in {precision} it computes something else: {_failures(parity)}", where=source)
-    return Graph(source=source, model=model, metadata=metadata, images=images, parity=parity, sensitivity=sensitivity)
+        made = quantize_graph(given.model, given.metadata, int8, progress=progress)
+        images = default_images(made.metadata, made.images)
+        return replace(given, model=made.model, metadata=made.metadata, images=images, sensitivity=made.sensitivity)
+    metadata = replace(given.metadata, precision=precision)
+    return replace(given, model=to_half(given.model, precision), metadata=metadata, images=default_images(metadata))
 
 
 def _compare(
@@ -212,6 +222,96 @@ def _failures(parity: ParityReport) -> str:
 def _as_json(parity: ParityReport) -> Mapping[str, Any]:
     document: Mapping[str, Any] = json.loads(parity.to_json())
     return document
+
+
+def verify_engine_layers(
+    candidate: Path,
+    *,
+    reference: Path | None = None,
+    images: Sequence[Path] | None = None,
+    max_error: float | None = None,
+) -> DivergenceReport:
+    """Find where the graph of an engine, run by TensorRT, parts from the ONNX file the engine was built from.
+
+    The values inside an engine cannot be read. What is run is a second engine: the graph that the first was made from,
+    with every point as one more output, built again on this GPU with the options in the JSON beside the first.
+    TensorRT may fuse other operations in it at those points, so that its values, and what is wrong with them, can
+    differ from the first one's. ONNX Runtime runs the file on the CPU.
+
+    For want of a GPU this was never run for this project; it is tested with a stand-in for what runs the second engine.
+
+    Args:
+        candidate: the engine.
+        reference: the ONNX file it was built from; by default the one of that name beside it.
+        images: real images to compare on; by default those of the parity.
+        max_error: the gate; by default that of the engine's precision.
+
+    Raises:
+        ArtifactError: the engine cannot run here, or the ONNX file is missing or another.
+        ConfigError: the engine's JSON is damaged.
+        MissingDependencyError: the engine's flavour of TensorRT is not installed, or another major version is.
+        BuildError: TensorRT does not build the second engine.
+    """
+    card = read_card(candidate)
+    check_machine(candidate, card)
+    require_onnxruntime()
+    graph = _graph_of(card, _source_of(candidate, card, reference), candidate)
+    add_trace_outputs(graph.model.graph, graph.metadata.config, graph.source)
+    tensorrt = TensorRT.load(card.flavour)
+    options = _options_of(candidate, card, ahead_of_time=tensorrt.ahead_of_time)
+    plan = tensorrt.build(graph.model.SerializeToString(), options).plan
+    second = replace(card, version=tensorrt.version)
+    with (
+        TracingOnnxRunner(graph.source) as truth,
+        TracingTensorRTRunner.load_plan(plan, candidate, second) as inside,
+    ):
+        return find_divergence(truth, inside, images or graph.images, max_error=max_error)
+
+
+def _source_of(engine: Path, card: EngineCard, given: Path | None) -> Path:
+    """The ONNX file that an engine was built from: the one given, or the one of that name beside the engine."""
+    fix = f"give the ONNX file that {engine.name} was built from with --reference, or build the engine again"
+    source = given or engine.parent / Path(card.onnx_file).name
+    check_regular(source, error=ArtifactError, fix=fix)
+    try:
+        sha256 = sha256_of(source)
+    except OSError as error:
+        raise ArtifactError(f"cannot read it: {error.strerror}", where=source, fix="mend its permissions") from None
+    if sha256 != card.onnx_sha256:
+        raise ArtifactError(f"is not the {card.onnx_file} that {engine.name} was built from", where=source, fix=fix)
+    return source
+
+
+def _graph_of(card: EngineCard, source: Path, engine: Path) -> Graph:
+    """The graph that an engine was built from, made from its ONNX file again."""
+    given, precision, made = _read(source), card.metadata.precision, card.metadata.quantization
+    if precision == given.metadata.precision:
+        return given
+    if precision != "int8":
+        return _convert(given, precision, int8=Int8Options())
+    if is_bundled(given.metadata):  # quantized on its own images, unless others were given
+        options = Int8Options(method=str(made.get("method")), per_channel=made.get("weights") == "per channel")
+        graph = _convert(given, precision, int8=options)
+        if graph.metadata.quantization == made:
+            return graph
+    raise ArtifactError(
+        "was quantized while it was built, and its JSON does not say with which ranges",
+        where=engine,
+        fix="write an int8 ONNX file with smlp export --int8, and build the engine from that",
+    )
+
+
+def _options_of(engine: Path, card: EngineCard, *, ahead_of_time: bool) -> BuildOptions:
+    """How an engine was built, without its timing cache."""
+    architectures = card.architectures if ahead_of_time else ()
+    try:
+        return BuildOptions(profile=card.profile, architectures=architectures, **card.options)
+    except TypeError:
+        raise ArtifactError(
+            f"its JSON has options that this version does not know: {', '.join(card.options)}",
+            where=engine,
+            fix="build it again",
+        ) from None
 
 
 def check_precision(summary: KernelSummary, precision: str) -> None:

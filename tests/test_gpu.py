@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy import Classifier
+from smlp_deploy.benchmark import run_benchmark
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
-from smlp_deploy.engine import build_engine, prepare_graph
+from smlp_deploy.engine import build_engine, prepare_graph, verify_engine_layers
 from smlp_deploy.export import Export, verify_artifact
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions
 from smlp_deploy.metadata import BatchProfile
+from smlp_deploy.timing import Subject
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU and driver here")]
 
@@ -39,9 +41,27 @@ def test_an_engine_computes_what_the_trained_network_computes(
     assert report.passed, report.failures
 
 
+def test_an_engine_agrees_block_by_block(digits_export: Export, tmp_path: Path, flavour: str) -> None:
+    options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if flavour == "tensorrt-rtx" else ())
+    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, flavour=flavour)
+    report = verify_engine_layers(tmp_path / "x.engine", reference=digits_export.path)
+    assert report.first_over is None, report.first_over
+    assert len(report.points) == 3 + 2 * 6
+
+
 def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], tmp_path: Path, flavour: str) -> None:
     options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if flavour == "tensorrt-rtx" else ())
     build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, flavour=flavour)
     with Classifier.open(tmp_path / "x.engine") as classifier:
         labels = [prediction.scores[0].label for prediction in classifier.classify(digit_images)]
     assert sum(label == path.name.split("-")[1] for label, path in zip(labels, digit_images, strict=True)) >= 11
+
+
+def test_an_engine_is_timed_with_and_without_transfers(digits_export: Export, tmp_path: Path, flavour: str) -> None:
+    options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if flavour == "tensorrt-rtx" else ())
+    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, flavour=flavour)
+    subjects = [Subject(path=digits_export.path), Subject(path=tmp_path / "x.engine")]
+    _, engine = run_benchmark(subjects, batch_sizes=(8,), rounds=2).models
+    (timing,) = engine.batches
+    assert timing.gpu_median is not None
+    assert 0 < timing.gpu_median < timing.median

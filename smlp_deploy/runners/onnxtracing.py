@@ -10,6 +10,7 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
+from smlp_deploy.metadata import SMLPNetConfig
 from smlp_deploy.models.onnxfile import OnnxFile
 from smlp_deploy.runners.base import Closing, FloatArray, LayerOutput, TracePoint, trace_points
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -60,8 +61,22 @@ class TracingOnnxRunner(_OpenedRunner):
         return dict(zip(names, self.added(batch), strict=True))
 
     def _watch(self, graph: GraphProto, path: Path) -> None:
-        for point in trace_points(self.metadata.config):
-            _add_output(graph, _traced_value(graph, point, path), point.name)
+        add_trace_outputs(graph, self.metadata.config, path)
+
+
+def add_trace_outputs(graph: GraphProto, config: SMLPNetConfig, path: Path) -> None:
+    """Let the values at the points of `trace_points` come out of a graph too, in float32, by the points' names.
+
+    Args:
+        graph: of a file that `smlp export` wrote, in any precision, or made from it; changed in place.
+        config: the network's shape.
+        path: the file.
+
+    Raises:
+        ArtifactError: its nodes do not have the names that `smlp export` gives.
+    """
+    for point in trace_points(config):
+        _add_output(graph, _traced_value(graph, point, path), point.name)
 
 
 class QuantizedLayers(Closing):

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import engine_card_path
@@ -31,7 +32,7 @@ from smlp_deploy.dependencies import (
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_text, sha256_of, write_bytes
 from smlp_deploy.metadata import EngineCard
-from smlp_deploy.runners.base import Closing, FloatArray, in_batches
+from smlp_deploy.runners.base import Closing, FloatArray, in_batches, trace_points
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class TensorRTRunner(Closing):
         """Load an engine whose facts are known already; otherwise like `open`."""
         check_machine(path, card)
         with ExitStack() as stack:
-            runner = cls(path, card, _session(path, card, stack))
+            session = _session(_plan(path, card), path, card, stack=stack, cache_path=lambda: runtime_cache_path(card))
+            runner = cls(path, card, session)
             runner._stack = stack.pop_all()
         return runner
 
@@ -100,6 +102,55 @@ class TensorRTRunner(Closing):
     def close(self) -> None:
         self._session = None
         self._stack.close()
+
+
+class TracingTensorRTRunner(TensorRTRunner):
+    """Shows what is inside an engine's graph: runs a second engine, of that graph with the trace points as outputs.
+
+    What an engine has inside cannot be read. TensorRT may fuse other operations in the second engine, because the
+    values at the points must exist in it, so that they are not those of the first one to the last digit.
+
+    Args:
+        path: the first engine's file.
+        card: the facts about the second.
+        session: what runs the second.
+    """
+
+    def __init__(self, path: Path, card: EngineCard, session: Session) -> None:
+        super().__init__(path, card, session)
+        self.name += " (built again to look inside)"
+
+    @classmethod
+    def load_plan(cls, plan: bytes, path: Path, card: EngineCard) -> Self:
+        """Load a second engine that was just built; the kernels it compiles are not kept.
+
+        Args:
+            plan: its bytes.
+            path: the first engine's file.
+            card: the facts about the second.
+
+        Raises:
+            ArtifactError: it does not load here.
+        """
+        with ExitStack() as stack:
+            runner = cls(path, card, _session(plan, path, card, stack=stack, cache_path=None))
+            runner._stack = stack.pop_all()
+        return runner
+
+    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+        names = [point.name for point in trace_points(self.metadata.config)]
+        parts: list[dict[str, FloatArray]] = []
+
+        def run(images: FloatArray) -> FloatArray:
+            assert self._session is not None, "the runner is closed"
+            outputs = self._session.infer({_INPUT: images})
+            parts.append({name: outputs[name].copy() for name in names})
+            logits: FloatArray = outputs[_OUTPUT]
+            return logits
+
+        in_batches(batch, self._profile, run)
+        # Only the end of the last part can be padding.
+        return {name: np.concatenate([part[name] for part in parts])[: len(batch)] for name in names}
 
 
 def read_card(path: Path) -> EngineCard:
@@ -159,17 +210,19 @@ def _built_for(gpu: GpuDevice, card: EngineCard) -> bool:
     return not card.architectures or gpu.architecture in card.architectures
 
 
-def _session(path: Path, card: EngineCard, stack: ExitStack) -> Session:
-    """polygraphy's runner of the engine, active until `stack` is closed."""
+def _session(
+    plan: bytes, path: Path, card: EngineCard, *, stack: ExitStack, cache_path: Callable[[], Path] | None
+) -> Session:
+    """polygraphy's runner of the engine whose bytes are `plan`, active until `stack` is closed."""
     if card.flavour == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
     from polygraphy.exception import PolygraphyException
 
     try:
-        engine = EngineFromBytes(_plan(path, card))()
+        engine = EngineFromBytes(plan)()
         module = importlib.import_module(TENSORRT_MODULES[card.flavour])
-        context = create_context(module, engine, lambda: runtime_cache_path(card), stack)
+        context = create_context(module, engine, cache_path, stack)
         session: Session = stack.enter_context(TrtRunner(context))
     except PolygraphyException:
         raise ArtifactError(
@@ -221,19 +274,21 @@ def runtime_cache_path(card: EngineCard) -> Path:
     return user_cache_path("smlp-deploy") / "runtime" / f"{card.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
 
 
-def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path], stack: ExitStack) -> Any:
+def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Any:
     """An execution context; of TensorRT-RTX one that captures CUDA graphs and keeps its compiled kernels.
 
     Args:
         trt: the binding.
         engine: loaded by it.
-        cache_path: where compiled kernels are kept; asked only where there are any.
+        cache_path: where compiled kernels are kept; asked only where there are any. None to keep none.
         stack: writes the kernels when it is closed, if new ones were compiled.
     """
     if not hasattr(trt, "IRuntimeCache"):
         return engine.create_execution_context()
     config = engine.create_runtime_config()
     config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    if cache_path is None:
+        return engine.create_execution_context(config)
     cache = config.create_runtime_cache()
     path = cache_path()
     stored = path.read_bytes() if path.is_file() else b""

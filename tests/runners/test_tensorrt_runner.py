@@ -22,6 +22,7 @@ from smlp_deploy.runners import open_runner, tensorrt
 from smlp_deploy.runners.base import FloatArray
 from smlp_deploy.runners.tensorrt import (
     TensorRTRunner,
+    TracingTensorRTRunner,
     check_machine,
     create_context,
     read_card,
@@ -79,6 +80,31 @@ def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
         assert runner.metadata == metadata()
         assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine"
     np.testing.assert_array_equal(first, quadrant_means(batch))
+    assert session.sizes == [4, 4, 2] * 2
+
+
+class TracedBuffers(Buffers):
+    """What comes out of three points too: the mean of each image, times the point's number."""
+
+    def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]:
+        values = super().infer(feed_dict)["logits"]
+        points = ("stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1")
+        for i in range(len(points)):
+            values[:, i] = feed_dict["images"].mean(axis=(1, 2, 3)) * (i + 1)
+        return {"logits": values, **{name: values[:, i, None, None, None] for i, name in enumerate(points)}}
+
+
+def test_traced_batches_fit_the_profile_and_values_are_copies(engine: Path) -> None:
+    session = TracedBuffers()
+    batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
+    with TracingTensorRTRunner(engine, read_card(engine), session) as runner:
+        first = runner.trace(batch)
+        runner.trace(batch * 2)
+        assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
+    means = batch.mean(axis=(1, 2, 3)).reshape(9, 1, 1, 1)
+    assert list(first) == ["stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1"]
+    for i, values in enumerate(first.values()):
+        np.testing.assert_allclose(values, means * (i + 1), rtol=1e-6)
     assert session.sizes == [4, 4, 2] * 2
 
 
@@ -177,6 +203,11 @@ class TestTheMachine:
         with pytest.raises(ArtifactError, match=r"does not load it on this GPU.*built for sm89"):
             open_runner(engine)
 
+    @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
+    def test_a_second_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
+        with pytest.raises(ArtifactError, match=r"does not load it on this GPU · .*x\.engine · it was built for sm89"):
+            TracingTensorRTRunner.load_plan(b"another engine", engine, read_card(engine))
+
 
 class TestExecutionContexts:
     """Contexts are made on stand-ins that have exactly the names of real versions."""
@@ -198,6 +229,14 @@ class TestExecutionContexts:
         with ExitStack() as stack:
             create_context(module, module.engine(), lambda: path, stack)
         assert ("deserialize", b"kernels") in module.calls
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_kernels_of_an_engine_that_is_used_once_are_not_kept(self, version: str) -> None:
+        module = StandIn(version)
+        with ExitStack() as stack:
+            create_context(module, module.engine(), None, stack)
+        names = [call[0] for call in module.calls]
+        assert names == ["create_execution_context"]
 
     def test_kernels_of_another_environment_are_replaced(self, tmp_path: Path) -> None:
         module = StandIn("tensorrt_rtx-1.7", fail="deserialize")
