@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -39,6 +38,10 @@ _TURN_SECONDS = 0.25
 _WARM_UP_TURNS = range(3, 13)
 _STABLE = 0.05
 """Largest difference between the medians of three turns in a row."""
+_MOST_ROUNDS = 3
+"""Times as many as were asked for."""
+_PRECISE = 0.1
+"""Width of a ratio's interval, over the ratio."""
 _PASSES = 3
 _RESAMPLES = 2000
 _SEED = 2109
@@ -221,7 +224,8 @@ def run_benchmark(
         subjects: the models; ratios are to the first.
         baselines: more of them; one that cannot be started is left out.
         batch_sizes: images per run.
-        rounds: how often each model has its turn at each batch size.
+        rounds: how often each model has its turn at each batch size; where a ratio's interval is still wider than a
+            tenth of it, up to three times as often.
         files: to measure the way from files to records, too.
         progress: told of the phase, and of steps done and in all.
 
@@ -277,32 +281,48 @@ def _start(subject: Subject, batch: int, stack: ExitStack) -> _Model:
 def _time_batches(
     models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
 ) -> list[tuple[BatchTiming, ...]]:
-    """Every model's times at each batch size.
-
-    A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too.
-    """
-    pairs = list(product(sizes, models))
-    stable: list[bool] = []
-    for number, (batch, model) in enumerate(pairs):
-        tell(f"batch {batch}: warming up", number, len(pairs))
-        stable.append(_warm_up(model.process, batch))
-    turns: list[list[Turn]] = [[] for _ in pairs]
-    for number in range(rounds):
-        for position, (batch, model) in enumerate(pairs):
-            tell(f"round {number + 1}: batch {batch}", number * len(pairs) + position, rounds * len(pairs))
-            turns[position].append(model.process.turn(batch, _TURN_SECONDS))
-    timings = []
-    for first, batch in zip(range(0, len(pairs), len(models)), sizes, strict=True):
-        of_size = turns[first : first + len(models)]
-        medians = [[median(turn.runs) for turn in of_model] for of_model in of_size]
-        ratios = [None, *(ratio_to_first(medians[0], others) for others in medians[1:])]
-        timings.append(
-            tuple(
-                _batch_timing(batch, of_model, stable=was_stable, ratio=ratio)
-                for of_model, was_stable, ratio in zip(of_size, stable[first:], ratios, strict=False)
-            )
+    """Every model's times at each batch size."""
+    stable: dict[int, list[bool]] = {}
+    for number, batch in enumerate(sizes):
+        tell(f"batch {batch}: warming up", number, len(sizes))
+        stable[batch] = [_warm_up(model.process, batch) for model in models]
+    turns = _take_turns(models, sizes, rounds=rounds, tell=tell)
+    return [
+        tuple(
+            _batch_timing(batch, of_model, stable=was_stable, ratio=ratio)
+            for of_model, was_stable, ratio in zip(turns[batch], stable[batch], _ratios(turns[batch]), strict=True)
         )
-    return timings
+        for batch in sizes
+    ]
+
+
+def _take_turns(
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+) -> dict[int, list[list[Turn]]]:
+    """The turns of each model at each batch size.
+
+    A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too. Where
+    a ratio is not known well enough after all rounds there are more.
+    """
+    turns: dict[int, list[list[Turn]]] = {batch: [[] for _ in models] for batch in sizes}
+    for number in range(_MOST_ROUNDS * rounds):
+        for batch, of_size in turns.items():
+            if number >= rounds and _are_precise(_ratios(of_size)):
+                continue
+            tell(f"round {number + 1}: batch {batch}", number, max(rounds, number + 1))
+            for model, of_model in zip(models, of_size, strict=True):
+                of_model.append(model.process.turn(batch, _TURN_SECONDS))
+    return turns
+
+
+def _ratios(turns: Sequence[Sequence[Turn]]) -> list[Ratio | None]:
+    """Those of each model's turns to the first's."""
+    first, *others = ([median(turn.runs) for turn in of_model] for of_model in turns)
+    return [None, *(ratio_to_first(first, other) for other in others)]
+
+
+def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
+    return all(ratio.high - ratio.low <= _PRECISE * ratio.value for ratio in ratios if ratio)
 
 
 def _warm_up(process: TimedProcess, batch: int) -> bool:

@@ -678,7 +678,12 @@ def benchmark(
         ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(metavar="N,N", help="Images per run, each size timed.")] = "1,8,32",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each model has its turn at each batch size.")] = 10,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Turns of each model at each batch size; up to three times as many for unsure ratios."
+        ),
+    ] = 10,
     baseline: Annotated[
         bool,
         typer.Option("--baseline", help="Also PyTorch, torch.compile and the straight export of the same checkpoint."),
