@@ -16,29 +16,40 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from digits import ROOT, write_held_out
+from smlp_deploy.benchmark import run_benchmark
 from smlp_deploy.dataset import find_samples
 from smlp_deploy.evaluate import evaluate
 from smlp_deploy.export import export_checkpoint
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.reports import evaluation_page
+from smlp_deploy.reports import benchmark_page, evaluation_page
 from smlp_deploy.runners import open_runner
+from smlp_deploy.timing import Subject
 
 SCREENS = ROOT / "docs" / "screens"
 WIDTH, HEIGHT = 1000, 1300
 
 
-def eval_page() -> str:
-    """fp32 against int8; paths on the page are relative to the current folder."""
+def export_digits() -> list[Path]:
+    """The bundled model in fp32 and int8."""
     checkpoint = load_checkpoint(BUNDLED_CHECKPOINT)
     metadata = describe(checkpoint)
-    paths = [Path(f"digits-{precision}.onnx") for precision in ("fp32", "int8")]
-    for path, precision in zip(paths, ("fp32", "int8"), strict=True):
+    paths = {precision: Path(f"digits-{precision}.onnx") for precision in ("fp32", "int8")}
+    for precision, path in paths.items():
         export_checkpoint(checkpoint, replace(metadata, precision=precision), path)
+    return list(paths.values())
+
+
+def eval_page(paths: list[Path]) -> str:
+    """Paths on the page are relative to the current folder."""
     write_held_out(Path("held-out"))
     with open_runner(paths[0]) as first, open_runner(paths[1]) as second:
-        return evaluation_page(evaluate([first, second], find_samples(Path("held-out"), metadata.labels)))
+        return evaluation_page(evaluate([first, second], find_samples(Path("held-out"), first.metadata.labels)))
+
+
+def speed_page(paths: list[Path]) -> str:
+    return benchmark_page(run_benchmark([Subject(path=path) for path in (*paths, BUNDLED_CHECKPOINT)]))
 
 
 def shoot(html: str, target: Path) -> None:
@@ -58,7 +69,9 @@ def main() -> None:
     SCREENS.mkdir(exist_ok=True)
     with TemporaryDirectory() as folder:
         os.chdir(folder)
-        shoot(eval_page(), SCREENS / "eval.png")
+        paths = export_digits()
+        shoot(eval_page(paths), SCREENS / "eval.png")
+        shoot(speed_page(paths), SCREENS / "benchmark.png")
 
 
 if __name__ == "__main__":

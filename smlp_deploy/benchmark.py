@@ -23,9 +23,8 @@ import numpy as np
 from smlp_deploy import __version__
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.classify import available_cores
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version, require_torch
 from smlp_deploy.errors import SmlpError, UsageError
-from smlp_deploy.export import find_reference, straight_export
 from smlp_deploy.runners import open_runner
 from smlp_deploy.timing import Loaded, Pass, Subject, TimedProcess, Turn
 
@@ -197,8 +196,12 @@ def baselines_of(
 
     Raises:
         UsageError: the checkpoint is not known.
+        MissingDependencyError: PyTorch is not installed.
         SmlpError: a file cannot be used.
     """
+    require_torch("for the baselines")
+    from smlp_deploy.export import find_reference, straight_export  # needs PyTorch, which timing artifacts does not
+
     if model.suffix.lower() in CHECKPOINT_SUFFIXES:
         checkpoint = reference or model
     else:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _LABELS_SHOWN = 5
 _LAYERS_SHOWN = 10
 _CONFUSIONS_SHOWN = 5
+_STATUS_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 class _Settings:
@@ -296,16 +297,24 @@ def _ratio(ratio: Ratio | None) -> tuple[str, str]:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """What works and what does not, a line each and how to mend it, on stdout."""
+    """What works and what does not, and how to mend it, on stdout: a line each, or a table where a person looks."""
     console = _stdout()
-    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        line = Text(f"{finding.status:<7} ", style=styles[finding.status])
-        line.append(f"{printable(finding.name):<{width}}  {printable(finding.detail)}", style="default")
-        console.print(line, soft_wrap=True)
-        if finding.fix:
-            console.print(Text(f"        {'':<{width}}  try: {printable(finding.fix)}", style="dim"), soft_wrap=True)
+    lines = [(f.status, printable(f.name), printable(f.detail)) for f in findings]
+    fixes = [f.fix and f"try: {printable(f.fix)}" for f in findings]
+    if console.is_terminal:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        for (status, name, detail), fix in zip(lines, fixes, strict=True):
+            table.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), Text(detail))
+            if fix:
+                table.add_row("", "", Text(fix, style="dim"))
+        console.print(table)
+        return
+    width = max(len(name) for _, name, _ in lines)
+    for (status, name, detail), fix in zip(lines, fixes, strict=True):
+        console.print(f"{status:<7} {name:<{width}}  {detail}", markup=False, soft_wrap=True)
+        if fix:
+            console.print(f"{'':<7} {'':<{width}}  {fix}", markup=False, soft_wrap=True)
 
 
 def show_sensitivity(report: SensitivityReport) -> None:

@@ -82,7 +82,15 @@ def test_listing_models_loads_no_framework() -> None:
     assert not loaded_by("models") & FRAMEWORKS
 
 
-def test_predicting_from_an_onnx_file_loads_no_torch() -> None:
-    loaded = loaded_by("predict", "--model", "absent.onnx", "a.jpg")
-    assert "onnxruntime" in loaded
+@pytest.mark.parametrize(
+    "arguments",
+    [("predict", "--model", "absent.onnx", "a.jpg"), ("eval", str(PACKAGE), "--model", "absent.onnx"), ("doctor",)],
+)
+def test_artifacts_are_used_without_torch(arguments: tuple[str, ...]) -> None:
+    loaded = loaded_by(*arguments)
+    assert "onnxruntime" in loaded or arguments == ("doctor",)
     assert "torch" not in loaded
+
+
+def test_artifacts_are_timed_without_any_framework_in_the_process_that_asks() -> None:
+    assert not loaded_by("benchmark", "absent.onnx") & FRAMEWORKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from captures import COLUMNS, VERBS, in_terminal, plain
+from smlp_deploy import terminal
 from smlp_deploy.benchmark import BatchTiming, Benchmark, ModelTiming
+from smlp_deploy.doctor import Finding
 from smlp_deploy.export import Export
 from smlp_deploy.terminal import show_benchmark
 
@@ -28,6 +32,22 @@ def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.Captu
     assert "1 at batch 1: 0.5 ms by CUDA events, without transfers" in out
     assert "not stable when timing began: 1 at batch 1" in out
     assert "left out: torch.compile: no compiler" in out
+
+
+def test_findings_are_a_table_in_a_terminal_and_a_line_each_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    detail = "an engine for sm89, which this machine does not have; it has another one"
+    findings = [Finding(name="artifacts/[red]x.engine", status="warning", detail=detail, fix="build it again")]
+    shown = {}
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=is_terminal, width=COLUMNS, color_system=None, highlight=False)
+        monkeypatch.setattr(terminal, "_stdout", lambda console=console: console)
+        terminal.show_findings(findings)
+        shown[is_terminal] = stream.getvalue().splitlines()
+    assert max(map(len, shown[True])) <= COLUMNS
+    assert "artifacts/[red]x.engine" in shown[True][0]
+    assert "try: build it again" in shown[True][-1]
+    assert shown[False] == [f"warning artifacts/[red]x.engine  {detail}", f"{'':33}try: build it again"]
 
 
 @pytest.fixture
