@@ -272,7 +272,7 @@ def _batches_table(report: Benchmark) -> Table:
         for number, timing in enumerate(of_size, start=1):
             times = (f"{1000 * t:.4g}" for t in (timing.median, timing.p90, timing.p95, timing.p99))
             size = str(timing.batch) if number == 1 else ""
-            table.add_row(size, str(number), *times, f"{timing.images_per_second:.4g}", *_ratio(timing.ratio))
+            table.add_row(size, str(number), *times, _rate(timing.images_per_second), *_ratio(timing.ratio))
     return table
 
 
@@ -288,8 +288,13 @@ def _end_to_end_table(report: Benchmark) -> Table:
     for number, model in enumerate(report.models, start=1):
         if (end := model.end_to_end) is not None:
             seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
-            table.add_row(str(number), f"{end.images_per_second:.4g}", *seconds, *_ratio(end.ratio))
+            table.add_row(str(number), _rate(end.images_per_second), *seconds, *_ratio(end.ratio))
     return table
+
+
+def _rate(value: float) -> str:
+    """Four digits, and no powers of ten."""
+    return f"{float(f'{value:.4g}'):.10g}"
 
 
 def _ratio(ratio: Ratio | None) -> tuple[str, str]:

@@ -132,6 +132,11 @@ def number(value: float | None, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if math.isfinite(value) else "not finite"
 
 
+def rate(value: float) -> str:
+    """Four digits, and no powers of ten."""
+    return f"{float(f'{value:.4g}'):,.10g}"
+
+
 def plural(count: int, noun: str) -> str:
     return noun if count == 1 else f"{noun}s"
 
