@@ -241,7 +241,7 @@ def show_benchmark(report: Benchmark) -> None:
     for number, model in enumerate(report.models, start=1):
         for timing in model.batches:
             if timing.gpu_median is not None:
-                found = f"{1000 * timing.gpu_median:.4g} ms by CUDA events, without transfers"
+                found = f"{_four_digits(1000 * timing.gpu_median)} ms by CUDA events, without transfers"
                 console.print(f"{number} at batch {timing.batch}: {found}")
     if any(model.end_to_end for model in report.models):
         console.print(_end_to_end_table(report))
@@ -270,9 +270,9 @@ def _batches_table(report: Benchmark) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for of_size in zip(*(model.batches for model in report.models), strict=True):
         for number, timing in enumerate(of_size, start=1):
-            times = (f"{1000 * t:.4g}" for t in (timing.median, timing.p90, timing.p95, timing.p99))
+            times = (_four_digits(1000 * t) for t in (timing.median, timing.p90, timing.p95, timing.p99))
             size = str(timing.batch) if number == 1 else ""
-            table.add_row(size, str(number), *times, _rate(timing.images_per_second), *_ratio(timing.ratio))
+            table.add_row(size, str(number), *times, _four_digits(timing.images_per_second), *_ratio(timing.ratio))
     return table
 
 
@@ -288,11 +288,11 @@ def _end_to_end_table(report: Benchmark) -> Table:
     for number, model in enumerate(report.models, start=1):
         if (end := model.end_to_end) is not None:
             seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
-            table.add_row(str(number), _rate(end.images_per_second), *seconds, *_ratio(end.ratio))
+            table.add_row(str(number), _four_digits(end.images_per_second), *seconds, *_ratio(end.ratio))
     return table
 
 
-def _rate(value: float) -> str:
+def _four_digits(value: float) -> str:
     """Four digits, and no powers of ten."""
     return f"{float(f'{value:.4g}'):.10g}"
 

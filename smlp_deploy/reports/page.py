@@ -132,7 +132,7 @@ def number(value: float | None, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if math.isfinite(value) else "not finite"
 
 
-def rate(value: float) -> str:
+def four_digits(value: float) -> str:
     """Four digits, and no powers of ten."""
     return f"{float(f'{value:.4g}'):,.10g}"
 

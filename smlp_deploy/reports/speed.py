@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from smlp_deploy.reports import charts
-from smlp_deploy.reports.page import Fact, Section, Table, facts_table, numbered, rate, render, require_report, shown
+from smlp_deploy.reports.page import (
+    Fact,
+    Section,
+    Table,
+    facts_table,
+    four_digits,
+    numbered,
+    render,
+    require_report,
+    shown,
+)
 
 if TYPE_CHECKING:
     from smlp_deploy.benchmark import BatchTiming, Benchmark, Ratio
@@ -22,7 +32,7 @@ def benchmark_page(report: Benchmark) -> str:
     require_report()
     first, *others = report.models
     fastest = max(first.batches, key=lambda timing: timing.images_per_second)
-    facts = [Fact(f"{rate(fastest.images_per_second)} images/s", f"at batch {fastest.batch} · {first.name}")]
+    facts = [Fact(f"{four_digits(fastest.images_per_second)} images/s", f"at batch {fastest.batch} · {first.name}")]
     for model in others:
         timing = model.batches[0]
         if timing.ratio:
@@ -66,7 +76,7 @@ def _speed_section(report: Benchmark) -> Section:
     title = "Times as fast as model 1, with 95 % intervals"
     drawn = charts.interval_chart(ratios, name="ratios", title=title, unit="ratio", reference=1)
     rows = [
-        (str(timing.batch), name, rate(timing.images_per_second), *_ratio(timing.ratio))
+        (str(timing.batch), name, four_digits(timing.images_per_second), *_ratio(timing.ratio))
         for name, timing in _by_batch(report)
     ]
     heads = ("batch", "model", "images/s", "ratio", "95 %")
@@ -89,9 +99,9 @@ def _latency_section(report: Benchmark) -> Section:
         (
             str(timing.batch),
             name,
-            *(f"{1000 * t:.4g}" for t in (timing.median, timing.p90, timing.p95, timing.p99)),
+            *(four_digits(1000 * t) for t in (timing.median, timing.p90, timing.p95, timing.p99)),
             f"{timing.spread:.1%}",
-            "" if timing.gpu_median is None else f"{1000 * timing.gpu_median:.4g}",
+            "" if timing.gpu_median is None else four_digits(1000 * timing.gpu_median),
             "yes" if timing.stable else "NO",
         )
         for name, timing in _by_batch(report)
@@ -108,7 +118,7 @@ def _end_to_end_section(report: Benchmark) -> Section:
     rows = [
         (
             name,
-            rate(end.images_per_second),
+            four_digits(end.images_per_second),
             *(f"{seconds:.2f}" for seconds in (end.seconds, end.inference, end.idle, end.decode)),
             *_ratio(end.ratio),
         )

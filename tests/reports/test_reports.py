@@ -29,7 +29,7 @@ from smlp_deploy.evaluate import Answer, ClassResult, Confusion, Evaluation, Ima
 from smlp_deploy.exporters.kernels import Kernel, KernelTensor, summarize
 from smlp_deploy.parity import HalfReport, ParityReport, compare
 from smlp_deploy.profiling import GraphProfile
-from smlp_deploy.reports.page import rate, thumbnail
+from smlp_deploy.reports.page import four_digits, thumbnail
 from smlp_deploy.runners.base import FloatArray
 
 HOSTILE = "<script>alert(1)</script>"
@@ -323,8 +323,8 @@ def test_divergence_names_the_first_point_over_the_gate() -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(0.123456, "0.1235"), (28.25, "28.25"), (11943.2, "11,940"), (5e7, "50,000,000")]
 )
-def test_rates_have_no_powers_of_ten(value: float, text: str) -> None:
-    assert rate(value) == text
+def test_numbers_have_no_powers_of_ten(value: float, text: str) -> None:
+    assert four_digits(value) == text
 
 
 def test_speed_is_told_with_its_interval() -> None:
