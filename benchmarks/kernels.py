@@ -26,7 +26,6 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from recipe import recipe_weights
-from smlp_deploy.export import bundled_images
 from smlp_deploy.exporters.graph import ModelProto, load_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
@@ -36,7 +35,7 @@ from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.variants import VARIANTS, Variant
-from smlp_deploy.quantization import Int8Options, quantize_graph
+from smlp_deploy.quantization import Int8Options, bundled_images, quantize_graph
 
 BATCH = 8
 SEED = 1

@@ -28,6 +28,7 @@ VERBS = ("", *GETTING_AND_MAKING, "predict", "verify", "eval", "benchmark", "doc
 COMMANDS = (
     "smlp models",
     "smlp export --format onnx",
+    "smlp export --fp16 --quiet",
     "smlp export --int8",
     "smlp build-engine --fp16",
     "smlp inspect artifacts/smlpnet_digits-fp32.onnx",
@@ -36,7 +37,8 @@ COMMANDS = (
     "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx --format jsonl --topk 1 -q",
     "smlp verify artifacts/smlpnet_digits-fp32.onnx",
     "smlp verify artifacts/smlpnet_digits-int8.onnx --layers",
-    "smlp eval held-out/ -m artifacts/smlpnet_digits-fp32.onnx -m artifacts/smlpnet_digits-int8.onnx",
+    "smlp eval held-out/ -m artifacts/smlpnet_digits-fp32.onnx -m artifacts/smlpnet_digits-fp16.onnx "
+    "-m artifacts/smlpnet_digits-int8.onnx",
     "smlp benchmark artifacts/smlpnet_digits-fp32.onnx artifacts/smlpnet_digits-int8.onnx --rounds 5",
     "smlp doctor",
     "smlp exprot",
@@ -45,6 +47,20 @@ COMMANDS = (
     "smlp export smlpnet_tny",
     "smlp predict images/absent.jpg",
     "smlp verify broken.onnx",
+    "smlp verify artifacts/smlpnet_digits-int8.onnx --min-cosine 0.9999",
+    "smlp inspect images/",
+    "smlp download resnet50",
+    "smlp build-engine broken.onnx",
+    "smlp profile broken.onnx",
+    "smlp eval nowhere/",
+    "smlp benchmark broken.onnx",
+    "smlp benchmark --batch-sizes many",
+    "smlp doctor --fix",
+)
+PIPED = (
+    "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx",
+    "smlp verify artifacts/smlpnet_digits-fp32.onnx",
+    "smlp doctor",
 )
 HEAD = """# What it looks like
 
@@ -83,8 +99,19 @@ def plain(*words: str | Path, folder: Path) -> tuple[int, str]:
 def capture(command: str, folder: Path) -> str:
     """A command and what it shows, as an indented block."""
     shown = plain(*command.split()[1:], folder=folder)[1]
-    shown = shown.replace(str(folder), "~/project").replace(str(Path.home()), "~").strip("\n")
-    return "".join(f"    {line.rstrip()}\n" for line in (f"$ {command}", *shown.splitlines()))
+    shown = shown.strip("\n")
+    return block(f"$ {command}", shown)
+
+
+def capture_piped(command: str, folder: Path) -> str:
+    """A command whose two streams go into one pipe."""
+    words = [sys.executable, "-m", "smlp_deploy", *command.split()[1:]]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, text=True)  # noqa: S603
+    return block(f"$ {command} 2>&1 | cat", done.stdout)
+
+
+def block(command: str, shown: str) -> str:
+    return "".join(f"    {line.rstrip()}\n" for line in (command, *shown.splitlines()))
 
 
 def main() -> None:
@@ -98,7 +125,11 @@ def main() -> None:
         for title, commands in (("Results and errors", COMMANDS), ("Help", helps)):
             parts.append(f"## {title}\n")
             parts += [capture(command, folder) for command in commands]
-    TARGET.write_text("\n".join(parts), encoding="utf-8")
+        parts.insert(-len(helps) - 1, "## In a pipe\n")
+        for command in PIPED:
+            parts.insert(-len(helps) - 1, capture_piped(command, folder))
+        text = "\n".join(parts).replace(str(folder), "~/project").replace(str(Path.home()), "~")
+    TARGET.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 from smlp_deploy import __version__
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.classify import available_cores
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version, require_torch
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version, require_proof
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.runners import open_runner
 from smlp_deploy.timing import Loaded, Pass, Subject, TimedProcess, Turn
@@ -41,7 +41,9 @@ _MOST_ROUNDS = 3
 """Times as many as were asked for."""
 _PRECISE = 0.1
 """Width of a ratio's interval, over the ratio."""
-_PASSES = 3
+_FEWEST_ROUNDS = 5
+"""Of which the bootstrap's interval of a median means anything."""
+_PASSES = 5
 _RESAMPLES = 2000
 _SEED = 2109
 _PACKAGES = ("numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", *sum(TENSORRT_DISTRIBUTIONS.values(), ()))
@@ -52,12 +54,12 @@ class Ratio:
     """How many times as fast as the first model; with a 95% interval `low` to `high`.
 
     `value` is the median over the rounds of the first's time over this one's in the same round; the interval is the
-    percentile bootstrap's, rounds resampled.
+    percentile bootstrap's, rounds resampled. Fewer than five rounds tell no interval: `low` and `high` are None.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,7 @@ def baselines_of(
         MissingDependencyError: PyTorch is not installed.
         SmlpError: a file cannot be used.
     """
-    require_torch("for the baselines")
+    require_proof("for the baselines")
     from smlp_deploy.export import find_reference, straight_export  # needs PyTorch, which timing artifacts does not
 
     if model.suffix.lower() in CHECKPOINT_SUFFIXES:
@@ -325,7 +327,11 @@ def _ratios(turns: Sequence[Sequence[Turn]]) -> list[Ratio | None]:
 
 
 def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
-    return all(ratio.high - ratio.low <= _PRECISE * ratio.value for ratio in ratios if ratio)
+    """Whether more rounds are not needed, or would not tell."""
+    return all(
+        ratio is None or ratio.low is None or ratio.high is None or ratio.high - ratio.low <= _PRECISE * ratio.value
+        for ratio in ratios
+    )
 
 
 def _warm_up(process: TimedProcess, batch: int) -> bool:
@@ -366,6 +372,8 @@ def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
     Percentile bootstrap: Efron, Ann. Stat. 7, 1979. Rounds are resampled whole, so drift from round to round cancels.
     """
     ratios = np.array(first) / np.array(other)
+    if len(ratios) < _FEWEST_ROUNDS:
+        return Ratio(value=float(np.median(ratios)), low=None, high=None)
     picks = np.random.default_rng(_SEED).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
     return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
@@ -411,9 +419,10 @@ def describe_environment() -> dict[str, str]:
 
 
 def _facts() -> Iterator[tuple[str, str | None]]:
-    yield "CPU", _cpu_name()
+    yield "CPU", _of_cpu("model name") or platform.processor() or platform.machine()
     yield "cores", f"{available_cores()} of {os.cpu_count()}"
-    yield "CPU clock", _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    yield "CPU clock, MHz", _of_cpu("cpu MHz")
+    yield "CPU governor", _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if hasattr(os, "getloadavg"):
         yield "load before", f"{os.getloadavg()[0]:.2f} (mean of one minute)"
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
@@ -427,9 +436,10 @@ def _facts() -> Iterator[tuple[str, str | None]]:
         yield package, installed_version(package)
 
 
-def _cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
+def _of_cpu(name: str) -> str | None:
+    """What Linux says of the first core."""
+    match = re.search(rf"^{name}\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return match[1] if match else None
 
 
 def _read(path: str) -> str | None:
@@ -445,5 +455,6 @@ def _gpu_clocks() -> str | None:
     if tool is None:
         return None
     query = [tool, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603
-    return done.stdout.strip() or None
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()  # noqa: S603
+    return None

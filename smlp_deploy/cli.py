@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -347,7 +348,7 @@ def build_engine(
 ) -> None:
     """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
     from smlp_deploy.artifacts import engine_path
-    from smlp_deploy.dependencies import require
+    from smlp_deploy.dependencies import require, require_onnxruntime
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
     from smlp_deploy.terminal import building, say, show_kernels, show_parity, show_sensitivity, suggest
@@ -369,6 +370,7 @@ def build_engine(
         hardware_compatible=hardware_compatible,
     )
     require("ml_dtypes", "onnx", purpose="to convert graphs", extra="export")
+    require_onnxruntime()
     from smlp_deploy.engine import build_engine as build
     from smlp_deploy.engine import prepare_graph
 
@@ -430,15 +432,14 @@ def profile(
         profiles = [
             profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None
         ]
-    if html is not None:
-        _write_html(html, profile_page(profiles[0]))
     if as_json:
         typer.echo(json.dumps([asdict(found) for found in profiles], indent=2, default=str))
-        return
-    if compare is not None:
+    elif compare is not None:
         show_comparison(profiles[0], profiles[1])
     else:
         show_profile(profiles[0], top=top)
+    if html is not None:
+        _write_html(html, profile_page(profiles[0]))
     suggest("smlp", "build-engine", file)
 
 
@@ -486,7 +487,7 @@ def predict(
     kind = choose_format(format_, output)
     if resume and (output is None or kind is RecordFormat.table):
         raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
-    check_html(html)
+    check_html(html, beside=output)
     if html is not None and resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
     images = find_images(inputs, standard_input())
@@ -548,29 +549,31 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Compare an artifact with its trained network again, on real images and seeded noise."""
-    check_html(html)
+    check_html(html, beside=save)
+    bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    if layers and bounds:
+        raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(bounds))}")
     if layers:
         _verify_layers(candidate, reference, images, max_error=max_error, save=save, html=html, as_json=as_json)
         return
     if max_error is not None or save is not None:
         raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
-    from smlp_deploy.dependencies import require_torch
+    from smlp_deploy.dependencies import require_proof
     from smlp_deploy.terminal import show_parity, suggest, working
 
-    require_torch("to run the trained network")
+    require_proof("to run the trained network")
     from smlp_deploy.export import verify_artifact
     from smlp_deploy.reports import parity_page
 
     paths = find_given_images(images) if images else None
-    bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     with working(f"comparing {candidate} with the trained network"):
         report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
-    if html is not None:
-        _write_html(html, parity_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_parity(report, stderr=False)
+    if html is not None:
+        _write_html(html, parity_page(report))
     if not report.passed:
         raise SmlpError(
             f"parity failed: {', '.join(gate.name for gate in report.failures)}",
@@ -627,7 +630,7 @@ def evaluate(
     from smlp_deploy.runners import open_runner
     from smlp_deploy.terminal import building, show_evaluation, suggest
 
-    check_html(html)
+    check_html(html, beside=output)
     if resume and output is None:
         raise UsageError("only a report in a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
@@ -654,12 +657,12 @@ def evaluate(
         )
         if kept is not None:
             kept.conclude(report.to_json())
-    if html is not None:
-        _write_html(html, evaluation_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_evaluation(report)
+    if html is not None:
+        _write_html(html, evaluation_page(report))
     below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
     if below:
         raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
@@ -715,10 +718,12 @@ def benchmark(
     from smlp_deploy.terminal import building, show_benchmark, suggest
     from smlp_deploy.timing import Subject
 
-    check_html(html)
+    check_html(html, beside=output)
     sizes = parse_batch_sizes(batch_sizes)
     if reference is not None and not baseline:
         raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
+    if workers is not None and not end_to_end:
+        raise UsageError("is for --end-to-end", where="--workers", fix="add --end-to-end IMAGES")
     if output is not None:
         check_writable(output)
     files = None
@@ -738,12 +743,13 @@ def benchmark(
         )
     if output is not None:
         write_text(output, report.to_json())
-    if html is not None:
-        _write_html(html, benchmark_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_benchmark(report)
+    if html is not None:
+        _write_html(html, benchmark_page(report))
+    if not as_json:
         suggest("smlp", "profile", next((path for path in paths if path.suffix.lower() == ".onnx"), "ONNX"))
 
 
@@ -819,17 +825,25 @@ def _verify_layers(
     from smlp_deploy.reports import divergence_page
     from smlp_deploy.terminal import show_divergence, suggest, working
 
+    if max_error is not None and not math.isfinite(max_error):
+        raise UsageError("is no number to compare with", where="--max-error")
     if candidate.suffix == ".json":
+        if reference is not None or images:
+            raise UsageError(
+                "is a report, for which nothing is run", where=candidate, fix="leave out --reference and --images"
+            )
         text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
         report = DivergenceReport.from_json(text, where=candidate)
         report = report if max_error is None else report.judged_by(max_error)
     else:
-        from smlp_deploy.dependencies import require_torch
+        from smlp_deploy.dependencies import require, require_onnxruntime, require_proof
 
-        require_torch("to compare block by block")
         if candidate.suffix.lower() == ".engine":
+            require("onnx", "ml_dtypes", purpose="to read its graph", extra="export")
+            require_onnxruntime()
             from smlp_deploy.engine import verify_engine_layers as compare
         else:
+            require_proof("to compare block by block")
             from smlp_deploy.export import verify_layers as compare
 
         with working(f"comparing {candidate} block by block"):
@@ -841,12 +855,12 @@ def _verify_layers(
             )
     if save is not None:
         write_text(save, report.to_json())
-    if html is not None:
-        _write_html(html, divergence_page(report))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
         show_divergence(report)
+    if html is not None:
+        _write_html(html, divergence_page(report))
     if (over := report.first_over) is not None:
         raise SmlpError(
             f"parts from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
@@ -993,11 +1007,11 @@ def _run_identity(
     from dataclasses import asdict
 
     from smlp_deploy.files import sha256_of
-    from smlp_deploy.recordfile import RunIdentity, sha256_of_json
+    from smlp_deploy.recordfile import RunIdentity, run_versions, sha256_of_json
 
     metadata = classifier.runner.metadata
     return RunIdentity(
-        version=__version__,
+        versions=run_versions(),
         model=sha256_of(path),
         labels=sha256_of_json(metadata.labels),
         preprocessing=asdict(metadata.preprocessing),

@@ -40,6 +40,16 @@ def require_torch(purpose: str) -> None:
     require("torch", purpose=purpose, extra="export")
 
 
+def require_proof(purpose: str) -> None:
+    """Check for what runs a checkpoint beside an artifact: PyTorch, onnx and ONNX Runtime.
+
+    Raises:
+        MissingDependencyError: one of them is missing.
+    """
+    require("torch", "onnx", "ml_dtypes", "onnxscript", purpose=purpose, extra="export")
+    require_onnxruntime()
+
+
 def require_onnxruntime() -> None:
     """Check that exactly one onnxruntime package is installed.
 

@@ -105,13 +105,10 @@ class DivergenceReport:
         return replace(self, max_error=max_error)
 
     def to_json(self) -> str:
-        """A JSON object, which `from_json` reads again; what is not finite is null."""
+        """A JSON object, which `from_json` reads again; NaN is null, and infinity the text "inf"."""
         document = asdict(self)
         for key in ("points", "layers"):
-            document[key] = [
-                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-                for entry in document[key]
-            ]
+            document[key] = [{k: _plain(v) for k, v in entry.items()} for entry in document[key]]
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -125,8 +122,14 @@ class DivergenceReport:
             document: dict[str, Any] = strictjson.loads(text)
             points = tuple(_point(point) for point in document["points"])
             layers = tuple(_layer(layer) for layer in document.get("layers", ()))
-            unreadable = tuple(document["unreadable"])
-            return cls(**{**document, "points": points, "layers": layers, "unreadable": unreadable})
+            return cls(
+                **{key: str(document[key]) for key in ("reference", "candidate", "precision")},
+                images=int(document["images"]),
+                unreadable=tuple(map(str, document["unreadable"])),
+                max_error=float(document["max_error"]),
+                points=points,
+                layers=layers,
+            )
         except (ValueError, TypeError, KeyError):
             raise ArtifactError(
                 "is no report of smlp verify --layers", where=where, fix="make one with --layers --save"
@@ -186,8 +189,17 @@ def find_divergence(
     )
 
 
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
 def _point(document: dict[str, Any]) -> PointReport:
     numbers = {key: float("nan" if document[key] is None else document[key]) for key in _NUMBERS}
+    if min(numbers.values()) < 0:
+        raise ValueError("an error is never negative")
     growth = None if document["growth"] is None else float(document["growth"])
     return PointReport(name=str(document["name"]), worst_image=str(document["worst_image"]), growth=growth, **numbers)
 

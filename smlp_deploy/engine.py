@@ -14,7 +14,6 @@ from smlp_deploy.artifacts import engine_card_path, failed_path
 from smlp_deploy.dependencies import find_gpu, require_onnxruntime
 from smlp_deploy.divergence import DivergenceReport, find_divergence
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
-from smlp_deploy.export import default_images
 from smlp_deploy.exporters.graph import ModelProto, load_graph, read_metadata, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
@@ -22,7 +21,7 @@ from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
 from smlp_deploy.files import check_regular, replacing, sha256_of
 from smlp_deploy.metadata import EngineCard, ModelMetadata
 from smlp_deploy.parity import Bounds, ParityReport, compare
-from smlp_deploy.quantization import Int8Options, is_bundled, quantize_graph
+from smlp_deploy.quantization import Int8Options, default_images, is_bundled, quantize_graph
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.onnxtracing import TracingOnnxRunner, add_trace_outputs
 from smlp_deploy.runners.tensorrt import TensorRTRunner, TracingTensorRTRunner, check_machine, read_card

@@ -16,7 +16,7 @@ from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.graph import load_graph, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx, export_straight
-from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, replacing, sha256_of, write_text
+from smlp_deploy.files import BUNDLED_CHECKPOINT, replacing, sha256_of, write_text
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
@@ -27,7 +27,7 @@ from smlp_deploy.quantization import (
     Int8Options,
     Progress,
     Quantized,
-    parity_images,
+    default_images,
     quantize_graph,
 )
 from smlp_deploy.runners import open_runner, open_tracer
@@ -51,16 +51,6 @@ class Export:
     report: ParityReport
     report_path: Path
     sensitivity: SensitivityReport | None = None
-
-
-def bundled_images() -> list[Path]:
-    """The real images that ship with the package: ten digits and eight photographs."""
-    return sorted((DATA_FOLDER / "parity").glob("*.jpg"))
-
-
-def default_images(metadata: ModelMetadata, calibrated: Sequence[Path] = ()) -> list[Path]:
-    """Images to prove a graph on where none are given; `calibrated` are those that an int8 graph was calibrated on."""
-    return (parity_images(calibrated, metadata) if metadata.precision == "int8" else []) or bundled_images()
 
 
 def export_checkpoint(

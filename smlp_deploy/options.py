@@ -277,8 +277,8 @@ def choose_format(given: RecordFormat | None, output: Path | None) -> RecordForm
         ) from None
 
 
-def check_html(path: Path | None) -> None:
-    """Check that a page can be written before anything slow is done."""
+def check_html(path: Path | None, *, beside: Path | None = None) -> None:
+    """Check that a page can be written before anything slow is done, and not over the file `beside` it."""
     if path is None:
         return
     from smlp_deploy.files import check_writable
@@ -286,14 +286,24 @@ def check_html(path: Path | None) -> None:
 
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError("a page's name ends in .html", where=path)
+    if path == beside:
+        raise UsageError("is to be two files at once", where=path, fix="give the page another name")
     require_report()
     check_writable(path)
 
 
 def find_given_images(arguments: list[str]) -> list[Path]:
+    """Every image that arguments name.
+
+    Raises:
+        UsageError: there is none.
+    """
     from smlp_deploy.listing import find_images
 
-    return list(find_images(arguments, standard_input()))
+    found = list(find_images(arguments, standard_input()))
+    if not found:
+        raise UsageError("there is no image", where=", ".join(arguments), fix="name image files or folders of them")
+    return found
 
 
 def standard_input() -> TextIO:

@@ -130,6 +130,16 @@ def parity_images(images: Sequence[Path], metadata: ModelMetadata) -> list[Path]
     return sorted((DATA_FOLDER / "parity").glob("digit-*.jpg")) if is_bundled(metadata) else list(images)
 
 
+def bundled_images() -> list[Path]:
+    """The real images that ship with the package: ten digits and eight photographs."""
+    return sorted((DATA_FOLDER / "parity").glob("*.jpg"))
+
+
+def default_images(metadata: ModelMetadata, calibrated: Sequence[Path] = ()) -> list[Path]:
+    """Images to prove a graph on where none are given; `calibrated` are those that an int8 graph was calibrated on."""
+    return (parity_images(calibrated, metadata) if metadata.precision == "int8" else []) or bundled_images()
+
+
 def is_bundled(metadata: ModelMetadata) -> bool:
     """Whether a graph was made from the bundled model."""
     return metadata.checkpoint_sha256 == sha256_of(BUNDLED_CHECKPOINT)

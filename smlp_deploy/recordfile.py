@@ -21,9 +21,9 @@ from typing import Any, Generic, Protocol, Self, TextIO, TypeVar
 
 from filelock import FileLock, Timeout
 
-from smlp_deploy import __version__
 from smlp_deploy.classify import Prediction
 from smlp_deploy.dataset import Sample
+from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.evaluate import ImageRecord
 from smlp_deploy.files import check_writable, sha256_of, write_text
@@ -67,7 +67,7 @@ class RunIdentity:
     """Of a file of predictions.
 
     Attributes:
-        version: of smlp-deploy.
+        versions: of smlp-deploy, and of what decodes and computes.
         model: sha256 of the model's file.
         labels: sha256 of its class names.
         preprocessing: how an image becomes its input.
@@ -77,7 +77,7 @@ class RunIdentity:
         batch_size: images that it sees together.
     """
 
-    version: str
+    versions: Mapping[str, str | None]
     model: str
     labels: str
     preprocessing: Mapping[str, Any]
@@ -98,7 +98,7 @@ class EvaluationIdentity:
     """Of an evaluation.
 
     Attributes:
-        version: of smlp-deploy.
+        versions: of smlp-deploy, and of what decodes and computes.
         model: how many there are, and the sha256 of each one's file by its number.
         labels: sha256 of their class names.
         preprocessing: how an image becomes their input.
@@ -106,7 +106,7 @@ class EvaluationIdentity:
         batch_size: images that a model sees together.
     """
 
-    version: str
+    versions: Mapping[str, str | None]
     model: Mapping[str, Any]
     labels: str
     preprocessing: Mapping[str, Any]
@@ -120,7 +120,7 @@ class EvaluationIdentity:
         """That of models which share the labels and preprocessing in `metadata`; it reads their files."""
         facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
         return cls(
-            version=__version__,
+            versions=run_versions(),
             model={"count": len(models)} | {str(i): sha256_of(path) for i, path in enumerate(models, start=1)},
             labels=sha256_of_json(metadata.labels),
             preprocessing=asdict(metadata.preprocessing),
@@ -133,6 +133,12 @@ class EvaluationIdentity:
 
     def reader(self, lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
         return read_images(lines)
+
+
+def run_versions() -> dict[str, str | None]:
+    """Versions on which the last digits of an answer may depend."""
+    names = ("smlp-deploy", "pillow", "numpy", "onnxruntime", "onnxruntime-gpu", "torch")
+    return {name: installed_version(name) for name in names}
 
 
 def sha256_of_json(value: Any) -> str:

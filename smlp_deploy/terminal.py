@@ -82,7 +82,7 @@ def _stderr() -> Console:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner while something slow runs."""
-    with _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+    with _progress(SpinnerColumn(), _description(), TimeElapsedColumn()) as progress:
         progress.add_task(what)
         yield
 
@@ -90,7 +90,7 @@ def working(what: str) -> Iterator[None]:
 @contextmanager
 def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for the phase that something long is in."""
-    with _progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
+    with _progress(SpinnerColumn(), _description(), BarColumn(), TimeElapsedColumn()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
 
@@ -110,6 +110,10 @@ def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Cal
     with _progress(*columns, enabled=not records_on_terminal) as progress:
         task = progress.add_task(what, total=None, completed=done)
         yield lambda: progress.advance(task)
+
+
+def _description() -> TextColumn:
+    return TextColumn("{task.description}", markup=False)  # there may be file names in it
 
 
 def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
@@ -189,7 +193,7 @@ def show_divergence(report: DivergenceReport) -> None:
         growth = "" if point.growth is None else f"x{point.growth:.2g}"
         verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
         image = f"{printable(point.worst_image)[:16]} {point.worst_error:.1e}"
-        table.add_row(point.name, f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, image, verdict)
+        table.add_row(Text(point.name), f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, Text(image), verdict)
     console.print(table)
     if report.layers:
         table = Table(box=None, pad_edge=False)
@@ -298,7 +302,9 @@ def _four_digits(value: float) -> str:
 
 
 def _ratio(ratio: Ratio | None) -> tuple[str, str]:
-    return ("1", "") if ratio is None else (f"{ratio.value:.2f}", f"{ratio.low:.2f}-{ratio.high:.2f}")
+    if ratio is None:
+        return "1", ""
+    return f"{ratio.value:.2f}", "" if ratio.low is None else f"{ratio.low:.2f}-{ratio.high:.2f}"
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

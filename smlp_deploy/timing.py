@@ -123,8 +123,11 @@ class TimedProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is None:
+            with suppress(SmlpError):
+                self._ask("close")  # an engine's runner keeps the kernels that were compiled
         self._connection.close()
-        self._process.kill()  # it has nothing to put in order
+        self._process.kill()
         self._process.join()
 
     def _ask(self, method: str, *arguments: object) -> Any:
@@ -239,6 +242,10 @@ class _Session:
 
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return None
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.__exit__(None, None, None)
 
     def _batch(self, size: int) -> FloatArray:
         """Seeded noise of mean 0 and deviation 1, as normalised images have; the time does not depend on it."""

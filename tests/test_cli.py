@@ -104,6 +104,11 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--format", "h5"], "Invalid value for '--format'"),
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
         (["benchmark", "--batch-sizes", "1,x"], "'1,x' is not a list of batch sizes · --batch-sizes · as 1,8,32"),
+        (["benchmark", "--workers", "2"], "is for --end-to-end · --workers · add --end-to-end IMAGES"),
+        (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
+        (["verify", "x.json", "--layers", "--reference", "a"], "is a report, for which nothing is run · x.json"),
+        (["verify", "x.json", "--layers", "--max-error", "inf"], "is no number to compare with · --max-error"),
+        (["verify", "x.onnx", "--images", "@/dev/null"], "there is no image · @/dev/null"),
         (["benchmark", "--reference", "x.pth"], "is for --baseline · --reference · add --baseline"),
         (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
         (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
@@ -455,6 +460,7 @@ class TestPages:
             (["predict", "a.jpg", "--html", "page.txt"], "a page's name ends in .html · page.txt"),
             (["predict", "a.jpg", "--html", "p.html", "--resume", "-o", "x.jsonl"], "the images of one run · --html"),
             (["profile", "a.onnx", "--html", "p.html", "--compare", "b.onnx"], "a page is about one file · --html"),
+            (["eval", "set", "-o", "p.html", "--html", "p.html"], "is to be two files at once · p.html"),
         ],
     )
     def test_what_cannot_be_a_page_is_refused_before_anything_is_done(
@@ -582,7 +588,7 @@ class TestInterruptions:
         dataset, target = tmp_path / "set.csv", tmp_path / "report.json"
         partial = tmp_path / "report.json.partial"
         rows = [f"{path},{path.name.split('-')[1]}" for path in digit_images] + ["absent.jpg,3"]
-        dataset.write_text("\n".join(["path,label", *rows * 60]))
+        dataset.write_text("\n".join(["path,label", *rows * 120]))
         models: list[str | Path] = ["-m", artifact, "-m", artifact]
         arguments = ["eval", dataset, *models, "--batch-size", "7", "-o", target]
         with self.start(*arguments) as process:
@@ -602,7 +608,7 @@ class TestInterruptions:
             assert whole % 7 == 0
             (line,) = err.splitlines()
             assert line.endswith(f" after {whole} images · {partial} · the same command with --resume continues")
-        assert 0 < whole < 13 * 60
+        assert 0 < whole < 13 * 120
         assert not target.exists()
         with self.start(*arguments) as process:
             assert "add --resume, or delete it to start over" in process.communicate()[1]

@@ -15,11 +15,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from fakes import FakeRunner, metadata, quadrant_means
 from smlp_deploy.divergence import DivergenceReport, LayerNoise, find_divergence
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.export import Export, bundled_images, export_checkpoint, verify_layers
+from smlp_deploy.export import Export, export_checkpoint, verify_layers
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.preprocessing import load_image
+from smlp_deploy.quantization import bundled_images
 from smlp_deploy.runners.base import FloatArray, LayerOutput
 from smlp_deploy.terminal import show_divergence
 
@@ -106,6 +107,7 @@ def test_the_layers_are_kept_too() -> None:
     spoilt = replace(noisy, layers=(*layers, LayerNoise(name="c", sqnr_db=math.nan, own_sqnr_db=math.inf)))
     read = DivergenceReport.from_json(spoilt.to_json(), where="x.json")
     assert math.isnan(read.layers[2].sqnr_db)
+    assert read.layers[2].own_sqnr_db == math.inf
     assert read.to_json() == spoilt.to_json()
     before = {key: value for key, value in json.loads(report.to_json()).items() if key != "layers"}
     assert DivergenceReport.from_json(json.dumps(before), where="x.json").layers == ()
@@ -195,6 +197,12 @@ class TestRealNetworks:
         onnx.save(model, tmp_path / "x.onnx")
         with pytest.raises(ArtifactError, match=r"cannot be looked into: no stage 1 embedding in it · .*x\.onnx"):
             verify_layers(tmp_path / "x.onnx")
+
+    def test_a_file_of_a_fixed_batch_size_is_looked_into(self, digits: Checkpoint, tmp_path: Path) -> None:
+        path = export_checkpoint(digits, describe(digits, batch=3), tmp_path / "x.onnx").path
+        report = verify_layers(path)
+        assert report.images == 18
+        assert report.first_over is None
 
     def test_another_kind_of_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"cannot be looked into · .*x\.engine"):

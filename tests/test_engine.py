@@ -19,7 +19,7 @@ from smlp_deploy.cli import main
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.engine import Graph, build_engine, check_precision, prepare_graph, verify_engine_layers
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
-from smlp_deploy.export import Export, bundled_images, export_checkpoint, verify_layers
+from smlp_deploy.export import Export, export_checkpoint, verify_layers
 from smlp_deploy.exporters.graph import load_graph, read_metadata, save_graph
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
@@ -27,6 +27,7 @@ from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.metadata import BatchProfile, EngineCard
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
+from smlp_deploy.quantization import bundled_images
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner

@@ -317,7 +317,7 @@ class TestContinued:
             (replace(two, batch_size=4), "batch size was 3, now it is 4"),
             (EvaluationIdentity.of([model, model], nearest, samples, batch_size=3), "preprocessing interpolation was"),
             (EvaluationIdentity.of([model, model], metadata(classes=5), samples, batch_size=3), "labels was"),
-            (replace(two, version="0"), "version was"),
+            (replace(two, versions={**two.versions, "numpy": "0"}), "versions numpy was"),
         ):
             with (
                 pytest.raises(UsageError, match=f"cannot continue it: {message}.* · "),

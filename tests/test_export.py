@@ -14,13 +14,14 @@ from onnx import numpy_helper
 from recipe import CASES, config_of, recipe_weights
 from smlp_deploy import export
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.export import Export, bundled_images, export_checkpoint, verify_artifact
+from smlp_deploy.export import Export, export_checkpoint, verify_artifact
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.quantization import bundled_images
 
 
 def test_an_export_is_proven_and_says_so_beside_it(digits_export: Export) -> None:

@@ -12,8 +12,9 @@ from onnx import numpy_helper
 
 from fakes import FakeRunner, metadata, quadrant_means
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.export import Export, bundled_images, verify_artifact
+from smlp_deploy.export import Export, verify_artifact
 from smlp_deploy.parity import Gates, ParityReport, check_half_range, compare
+from smlp_deploy.quantization import bundled_images
 from smlp_deploy.runners.base import FloatArray
 
 IMAGES = bundled_images()[:3]

@@ -25,7 +25,7 @@ from smlp_deploy.recordfile import RecordFile, RunIdentity
 
 ODD_NAMES = [os.fsdecode(b"\xff.jpg"), 'a "b",\n\t\x1b.jpg', "c\r\nd.jpg", "\n", "図.jpg", "'", '"', "e,f"]
 IDENTITY = RunIdentity(
-    version="1",
+    versions={"onnxruntime": "1", "torch": None},
     model="m",
     labels="l",
     preprocessing={"crop_pct": 0.9},
@@ -123,7 +123,7 @@ class TestRefusals:
             ({"format": "csv"}, "format was jsonl, now it is csv"),
             ({"batch_size": 8}, "batch size was 4, now it is 8"),
             ({"provider": "cuda"}, "provider was cpu, now it is cuda"),
-            ({"version": "2"}, "version was 1, now it is 2"),
+            ({"versions": {"onnxruntime": "2", "torch": None}}, "versions onnxruntime was 1, now it is 2"),
         ],
     )
     def test_another_run(self, interrupted: Path, changes: dict[str, Any], message: str) -> None:

@@ -33,6 +33,7 @@ IMAGES_SHOWN = 200
 
 _WRONG_SHOWN, _DIFFERENT_SHOWN, _RIGHT_SHOWN = 100, 60, 40
 _CLASSES_SHOWN = 30
+_BARS = 5
 
 
 def predictions_page(predictions: Sequence[Prediction], *, model: str, total: int, failed: int) -> str:
@@ -50,7 +51,7 @@ def predictions_page(predictions: Sequence[Prediction], *, model: str, total: in
             path=prediction.path,
             picture=thumbnail(prediction.path),
             error=prediction.error,
-            bars=tuple(Bar(label=score.label, probability=score.probability) for score in prediction.scores),
+            bars=tuple(Bar(label=score.label, probability=score.probability) for score in prediction.scores[:_BARS]),
         )
         for prediction in predictions
     )

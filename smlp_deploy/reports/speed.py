@@ -37,7 +37,8 @@ def benchmark_page(report: Benchmark) -> str:
         timing = model.batches[0]
         if timing.ratio:
             value, interval = _ratio(timing.ratio)
-            facts.append(Fact(f"{value}×", f"(95 %: {interval}) as fast at batch {timing.batch} · {model.name}"))
+            known = f"(95 %: {interval}) " if interval else ""
+            facts.append(Fact(f"{value}×", f"{known}as fast at batch {timing.batch} · {model.name}"))
     return render(
         "Speed",
         "Models in turns on one machine. Ratios say how many times as fast as model 1 a model is: the median over the"
@@ -69,7 +70,7 @@ def _speed_section(report: Benchmark) -> Section:
         units=("batch", "images/s"),
     )
     ratios = [
-        (f"batch {timing.batch}: {name}", timing.ratio.value, timing.ratio.low, timing.ratio.high)
+        (f"batch {timing.batch}: {name}", timing.ratio.value, *_ends(timing.ratio))
         for name, timing in _by_batch(report)
         if timing.ratio
     ]
@@ -257,5 +258,12 @@ def _kernels_section(kernels: Sequence[Kernel]) -> Section:
     return Section(name="kernels", title="Kernels", tables=[first, every])
 
 
+def _ends(ratio: Ratio) -> tuple[float, float]:
+    """The interval, of no width where it is not known."""
+    return ratio.low or ratio.value, ratio.high or ratio.value
+
+
 def _ratio(ratio: Ratio | None) -> tuple[str, str]:
-    return ("1", "") if ratio is None else (f"{ratio.value:.3g}", f"{ratio.low:.3g} to {ratio.high:.3g}")
+    if ratio is None:
+        return "1", ""
+    return f"{ratio.value:.3g}", "" if ratio.low is None else f"{ratio.low:.3g} to {ratio.high:.3g}"

@@ -29,16 +29,15 @@ class _OpenedRunner(OnnxRuntimeRunner):
         super().__init__(path)
 
     def added(self, batch: FloatArray) -> list[FloatArray]:
-        """What comes out of the added outputs.
-
-        Raises:
-            ArtifactError: the graph takes another number of images.
-        """
-        if self.metadata.batch not in (None, len(batch)):
-            raise ArtifactError(
-                f"takes exactly {self.metadata.batch} images", where=self._path, fix="export it without --batch"
-            )
-        return self._outputs(batch)[1:]
+        """What comes out of the added outputs; a fixed batch size is filled up with zeros."""
+        size = self.metadata.batch or len(batch)
+        parts = []
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            missing = np.zeros((size - len(part), *part.shape[1:]), part.dtype)
+            outputs = self._outputs(np.concatenate([part, missing]))[1:]
+            parts.append([values[: len(part)] for values in outputs])
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
     def _content(self, file: OnnxFile) -> bytes:
         model = file.model()
