@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from recipe import CASES, config_of, recipe_weights
-from smlp_deploy import __version__, export
+from smlp_deploy import __version__, quantization
 from smlp_deploy.cli import main
 from smlp_deploy.export import Export
 from smlp_deploy.metadata import METADATA_KEY
@@ -224,7 +224,7 @@ class TestExport:
         assert "micro.pth states no preprocessing" in outcome.err
 
     def test_a_failed_parity_says_which_gate_and_image(self, smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(export, "bundled_images", list)
+        monkeypatch.setattr(quantization, "bundled_images", list)
         outcome = smlp("export")
         assert outcome.code == 1
         assert "parity failed: images · artifacts/smlpnet_digits-fp32.onnx.failed" in one_error(outcome)
