@@ -432,14 +432,13 @@ def profile(
         profiles = [
             profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None
         ]
-    if as_json:
-        typer.echo(json.dumps([asdict(found) for found in profiles], indent=2, default=str))
-    elif compare is not None:
-        show_comparison(profiles[0], profiles[1])
-    else:
-        show_profile(profiles[0], top=top)
-    if html is not None:
-        _write_html(html, profile_page(profiles[0]))
+    with _page(html, lambda: profile_page(profiles[0])):
+        if as_json:
+            typer.echo(json.dumps([asdict(found) for found in profiles], indent=2, default=str))
+        elif compare is not None:
+            show_comparison(profiles[0], profiles[1])
+        else:
+            show_profile(profiles[0], top=top)
     suggest("smlp", "build-engine", file)
 
 
@@ -568,12 +567,11 @@ def verify(
     paths = find_given_images(images) if images else None
     with working(f"comparing {candidate} with the trained network"):
         report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        show_parity(report, stderr=False)
-    if html is not None:
-        _write_html(html, parity_page(report))
+    with _page(html, lambda: parity_page(report)):
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            show_parity(report, stderr=False)
     if not report.passed:
         raise SmlpError(
             f"parity failed: {', '.join(gate.name for gate in report.failures)}",
@@ -657,12 +655,11 @@ def evaluate(
         )
         if kept is not None:
             kept.conclude(report.to_json())
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        show_evaluation(report)
-    if html is not None:
-        _write_html(html, evaluation_page(report))
+    with _page(html, lambda: evaluation_page(report)):
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            show_evaluation(report)
     below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
     if below:
         raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
@@ -743,12 +740,11 @@ def benchmark(
         )
     if output is not None:
         write_text(output, report.to_json())
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        show_benchmark(report)
-    if html is not None:
-        _write_html(html, benchmark_page(report))
+    with _page(html, lambda: benchmark_page(report)):
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            show_benchmark(report)
     if not as_json:
         suggest("smlp", "profile", next((path for path in paths if path.suffix.lower() == ".onnx"), "ONNX"))
 
@@ -855,12 +851,11 @@ def _verify_layers(
             )
     if save is not None:
         write_text(save, report.to_json())
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        show_divergence(report)
-    if html is not None:
-        _write_html(html, divergence_page(report))
+    with _page(html, lambda: divergence_page(report)):
+        if as_json:
+            typer.echo(report.to_json(), nl=False)
+        else:
+            show_divergence(report)
     if (over := report.first_over) is not None:
         raise SmlpError(
             f"parts from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
@@ -928,6 +923,20 @@ def _export_proven(
             fix=f"the report is {result.report_path}",
         )
     return result.path
+
+
+@contextlib.contextmanager
+def _page(path: Path | None, make: Callable[[], str]) -> Iterator[None]:
+    """Write a page before the block shows the results, which may meet a closed pipe; its failure waits for them."""
+    failure: SmlpError | None = None
+    if path is not None:
+        try:
+            _write_html(path, make())
+        except SmlpError as error:
+            failure = error
+    yield
+    if failure is not None:
+        raise failure
 
 
 def _write_html(path: Path, page: str) -> None:

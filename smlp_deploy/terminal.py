@@ -190,9 +190,9 @@ def show_divergence(report: DivergenceReport) -> None:
         numeric = heading in ("error", "SQNR dB", "growth")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for point in report.points:
-        growth = "" if point.growth is None else f"x{point.growth:.2g}"
+        growth = "" if point.growth is None else ">x99" if point.growth > 99 else f"x{point.growth:.2g}"
         verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
-        image = f"{printable(point.worst_image)[:16]} {point.worst_error:.1e}"
+        image = f"{printable(point.worst_image)[:8]} {point.worst_error:.1e}"
         table.add_row(Text(point.name), f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, Text(image), verdict)
     console.print(table)
     if report.layers:

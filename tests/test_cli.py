@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from recipe import CASES, config_of, recipe_weights
-from smlp_deploy import __version__, quantization
+from smlp_deploy import __version__, quantization, reports
 from smlp_deploy.cli import main
+from smlp_deploy.errors import SmlpError
 from smlp_deploy.export import Export
 from smlp_deploy.metadata import METADATA_KEY
 
@@ -448,6 +449,25 @@ class TestPages:
         assert "<b>7" not in page
         if arguments[0] in ("predict", "eval"):
             assert "&lt;b&gt;7.jpg" in page
+
+    def test_results_are_shown_even_if_the_page_fails(
+        self, smlp: Smlp, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> str:
+            raise SmlpError("no room for it", where="page.html")
+
+        monkeypatch.setattr(reports, "parity_page", fail)
+        outcome = smlp("verify", artifact, "--html", "page.html")
+        assert outcome.code == 1
+        assert "cosine       passed" in outcome.out
+        assert one_error(outcome) == "error: no room for it · page.html"
+
+    def test_a_closed_pipe_costs_no_page(self, artifact: Path, digit_images: list[Path], tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "smlp_deploy", "verify", str(artifact), "--html", "page.html"]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+        assert "<h1>Parity</h1>" in (tmp_path / "page.html").read_text()
 
     def test_a_failed_proof_has_its_page(self, smlp: Smlp, artifact: Path) -> None:
         outcome = smlp("verify", artifact, "--max-difference", "1e-12", "--html", "page.html")

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from rich.console import Console
 from captures import COLUMNS, VERBS, in_terminal, plain
 from smlp_deploy import terminal
 from smlp_deploy.benchmark import BatchTiming, Benchmark, ModelTiming
+from smlp_deploy.divergence import DivergenceReport, PointReport
 from smlp_deploy.doctor import Finding
 from smlp_deploy.export import Export
-from smlp_deploy.terminal import show_benchmark
+from smlp_deploy.terminal import show_benchmark, show_divergence
 
 COLOR = re.compile(r"\x1b\[[\d;]*3[1-7][\d;]*m")
 
@@ -48,6 +50,20 @@ def test_findings_are_a_table_in_a_terminal_and_a_line_each_in_a_pipe(monkeypatc
     assert "artifacts/[red]x.engine" in shown[True][0]
     assert "try: build it again" in shown[True][-1]
     assert shown[False] == [f"warning artifacts/[red]x.engine  {detail}", f"{'':33}try: build it again"]
+
+
+@pytest.mark.parametrize("growth", [None, 0.0123, 1.0, 12345.0])
+def test_error_growth_fits_the_narrowest_terminal(growth: float | None, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"error": 1.2e-3, "worst_error": 3.4e-3, "max_abs": 0.1}
+    point = PointReport(
+        name="stage 3 block 12 token mixing", worst_image="ILSVRC2012_val_00000001.JPEG", growth=None, **numbers
+    )
+    point = replace(point, growth=growth)
+    names = {"reference": "a", "candidate": "b", "precision": "fp32"}
+    show_divergence(DivergenceReport(**names, images=1, unreadable=(), max_error=1e-5, points=(point,), layers=()))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= COLUMNS
+    assert lines[2].rstrip().endswith("over")
 
 
 @pytest.fixture
