@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from smlp_deploy import __version__
-from smlp_deploy.errors import SmlpError, StoppedError, UsageError, printable
-from smlp_deploy.interrupts import SIGNALS, Terminated, handle_sigterm
+from smlp_deploy.errors import SmlpError, UsageError, printable
+from smlp_deploy.interrupts import Terminated, handle_sigterm
 from smlp_deploy.options import (
     BATCH_PANEL,
     CALIBRATION_PANEL,
@@ -1082,11 +1082,5 @@ def _write_records(
                 if stop:
                     break
         sink.flush()
-    if stop.signal is not None:
-        raise StoppedError(
-            f"stopped by {SIGNALS[stop.signal]} after {done} images",
-            signal=stop.signal,
-            where=sink.partial,
-            fix="the same command with --resume continues" if sink.partial else None,
-        )
+    stop.report(done, partial=sink.partial)
     return done, failed

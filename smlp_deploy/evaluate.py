@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from smlp_deploy.classify import DEFAULT_BATCH_SIZE, available_cores, decoded_batches, infer_each
 from smlp_deploy.dataset import Sample
-from smlp_deploy.errors import StoppedError, UsageError
-from smlp_deploy.interrupts import SIGNALS, StopRequest
+from smlp_deploy.errors import UsageError
+from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.runners.base import FloatArray, Runner
 
@@ -245,13 +245,8 @@ def evaluate(
             progress(len(records), len(samples))
         if stop:
             break
-    if stop is not None and stop.signal is not None:
-        raise StoppedError(
-            f"stopped by {SIGNALS[stop.signal]} after {len(records)} images",
-            signal=stop.signal,
-            where=kept.partial if kept is not None else None,
-            fix="the same command with --resume continues" if kept is not None else None,
-        )
+    if stop is not None:
+        stop.report(len(records), partial=kept.partial if kept is not None else None)
     if all(record.error is not None for record in records):
         if kept is not None:
             kept.discard()

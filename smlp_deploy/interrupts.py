@@ -6,8 +6,11 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
+
+from smlp_deploy.errors import StoppedError
 
 T = TypeVar("T")
 
@@ -39,6 +42,24 @@ class StopRequest:
         """Stop now, if that was asked for."""
         if self.signal is not None:
             _stop(self.signal)
+
+    def report(self, images: int, *, partial: Path | None) -> None:
+        """Say how far a run came, if it was stopped.
+
+        Args:
+            images: that are done.
+            partial: the file with what is done, if it can be continued.
+
+        Raises:
+            StoppedError: a signal came.
+        """
+        if self.signal is not None:
+            raise StoppedError(
+                f"stopped by {SIGNALS[self.signal]} after {images} images",
+                signal=self.signal,
+                where=partial,
+                fix="the same command with --resume continues" if partial else None,
+            )
 
     def before(self, items: Iterable[T]) -> Iterator[T]:
         """Those of `items` that come before a signal, even if it comes while the next one is awaited."""
