@@ -30,7 +30,7 @@ test: .venv/test
 	touch $@
 
 fuzz: .venv/test
-	$(BIN)/python scripts/fuzz.py --minutes 20
+	$(BIN)/python -m scripts.fuzz --minutes 20
 
 clean:
 	rm -rf .venv artifacts build dist *.egg-info

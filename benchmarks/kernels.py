@@ -1,8 +1,8 @@
 """What TensorRT-RTX makes of sMLPNet: kernels, bytes they move, and engine sizes, graph by graph. Needs no GPU.
 
-    python benchmarks/kernels.py [VARIANT ...] [--json FILE]
+    python -m benchmarks.kernels [VARIANT ...] [--json FILE]
 
-Each variant gets the seeded weights of `tests/recipe.py`. Its graphs are the straight export of the trained network, as
+Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the straight export of the trained network, as
 `torch.onnx.export` makes it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8 inside fp16,
 calibrated on the package's own eighteen images. Kernels and bytes are those of a build for batch 8 and one
 architecture; the size is of the engine that `smlp build-engine` writes, for any batch from 1 to 32. Nothing is run.
@@ -23,19 +23,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from recipe import recipe_weights
-from smlp_deploy.exporters.graph import ModelProto, load_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
 from smlp_deploy.exporters.onnx import export_onnx, export_straight
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions, TensorRT
+from smlp_deploy.graphs.file import ModelProto, load_graph
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.variants import VARIANTS, Variant
-from smlp_deploy.quantization import Int8Options, bundled_images, quantize_graph
+from smlp_deploy.pipeline.precision import Int8Options, bundled_images, quantize_graph
+from tests.support.recipe import recipe_weights
 
 BATCH = 8
 SEED = 1

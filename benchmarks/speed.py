@@ -1,8 +1,8 @@
 """How fast the lowered graph is on this CPU, beside what the same network is without this package.
 
-    python benchmarks/speed.py [VARIANT] [--json FILE]
+    python -m benchmarks.speed [VARIANT] [--json FILE]
 
-The variant gets the seeded weights of `tests/recipe.py`. It is exported in fp32, and then
+The variant gets the seeded weights of `tests/support/recipe.py`. It is exported in fp32, and then
 `smlp benchmark FILE --baseline --reference WEIGHTS` is run on it.
 """
 
@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from recipe import recipe_weights
 from smlp_deploy.cli import main as smlp
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.variants import VARIANTS
+from tests.support.recipe import recipe_weights
 
 SEED = 1
 

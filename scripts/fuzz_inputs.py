@@ -31,11 +31,11 @@ import torch
 from onnx import helper
 from PIL import Image, ImageCms
 
-from smlp_deploy.exporters.graph import load_graph, save_graph
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import CalibrationTable
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import DATA_FOLDER, sha256_of
+from smlp_deploy.graphs.file import load_graph, save_graph
 from smlp_deploy.metadata import METADATA_KEY, BatchProfile, EngineCard, ModelCard, Preprocessing, SMLPNetConfig
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe

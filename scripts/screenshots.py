@@ -1,6 +1,6 @@
 """Write docs/screens/*.png anew: reports of the bundled model on the held-out digits, as a browser shows them.
 
-python scripts/screenshots.py
+python -m scripts.screenshots
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from digits import ROOT, write_held_out
-from smlp_deploy.benchmark import run_benchmark
-from smlp_deploy.dataset import find_samples
-from smlp_deploy.evaluate import evaluate
-from smlp_deploy.export import export_checkpoint
+from scripts.digits import ROOT, write_held_out
+from smlp_deploy.evaluation.accuracy import evaluate
+from smlp_deploy.evaluation.benchmark import run_benchmark
+from smlp_deploy.evaluation.worker import Subject
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.images.dataset import find_samples
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline.export import export_checkpoint
 from smlp_deploy.reports import benchmark_page, evaluation_page
 from smlp_deploy.runners import open_runner
-from smlp_deploy.timing import Subject
 
 SCREENS = ROOT / "docs" / "screens"
 WIDTH, HEIGHT = 1000, 1300

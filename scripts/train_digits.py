@@ -1,6 +1,6 @@
 """Train the small sMLPNet that ships with the package on 4,000 real MNIST digits; a few minutes on two cores.
 
-    python scripts/train_digits.py [--epochs 60] [-o smlp_deploy/data/smlpnet_digits.safetensors]
+    python -m scripts.train_digits [--epochs 60] [-o smlp_deploy/data/smlpnet_digits.safetensors]
 
 The held-out 1,000 digits are looked at once, after the last epoch; no choice is made by them.
 """
@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from digits import ROOT, Digits, load_digits
+from scripts.digits import ROOT, Digits, load_digits
+from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.metadata import METADATA_KEY, ModelCard, Preprocessing, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
-from smlp_deploy.preprocessing import prepare
 
 CONFIG = SMLPNetConfig(dim=40, depths=(2, 3, 1), image_size=32, num_classes=10)
 PREPROCESSING = Preprocessing(image_size=32, crop_pct=1.0, mean=(0.1307,) * 3, std=(0.3081,) * 3)

@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smlp_deploy.classify import Classifier, Prediction, Score
     from smlp_deploy.errors import SmlpError
+    from smlp_deploy.inference.classify import Classifier, Prediction, Score
 
 __version__ = "0.1.0"
 __all__ = ["Classifier", "Prediction", "Score", "SmlpError", "__version__"]
 
 _HOMES = {
-    "Classifier": "smlp_deploy.classify",
-    "Prediction": "smlp_deploy.classify",
-    "Score": "smlp_deploy.classify",
+    "Classifier": "smlp_deploy.inference.classify",
+    "Prediction": "smlp_deploy.inference.classify",
+    "Score": "smlp_deploy.inference.classify",
     "SmlpError": "smlp_deploy.errors",
 }
 

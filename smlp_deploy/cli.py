@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from smlp_deploy import __version__
-from smlp_deploy.errors import SmlpError, UsageError, printable
-from smlp_deploy.interrupts import Terminated, handle_sigterm
-from smlp_deploy.options import (
+from smlp_deploy.commands.options import (
     BATCH_PANEL,
     CALIBRATION_PANEL,
     GATES_PANEL,
@@ -59,14 +57,16 @@ from smlp_deploy.options import (
     read_timing_cache,
     standard_input,
 )
+from smlp_deploy.errors import SmlpError, UsageError, printable
+from smlp_deploy.interrupts import Terminated, handle_sigterm
 
 if TYPE_CHECKING:
-    from smlp_deploy.classify import Classifier, Prediction
+    from smlp_deploy.inference.classify import Classifier, Prediction
+    from smlp_deploy.inference.resume import RecordFile, RecordStream, RunIdentity
     from smlp_deploy.interrupts import StopRequest
     from smlp_deploy.metadata import ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
-    from smlp_deploy.quantization import Int8Options
-    from smlp_deploy.recordfile import RecordFile, RecordStream, RunIdentity
+    from smlp_deploy.pipeline.precision import Int8Options
 
 app = typer.Typer(
     name="smlp",
@@ -98,8 +98,8 @@ def smlp(
 @app.command(rich_help_panel="Get")
 def models(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the paper's variants: parameters, MACs, accuracy, and where their weights are."""
+    from smlp_deploy.commands.terminal import show_variants, suggest
     from smlp_deploy.models.variants import VARIANTS, mac_count, parameter_count
-    from smlp_deploy.terminal import show_variants, suggest
 
     if as_json:
         facts = [
@@ -124,9 +124,9 @@ def download(
     quiet: QuietOption = False,
 ) -> None:
     """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
+    from smlp_deploy.commands.terminal import downloading, suggest
     from smlp_deploy.models.pretrained import fetch_weights
     from smlp_deploy.models.variants import find_variant
-    from smlp_deploy.terminal import downloading, suggest
 
     with downloading() as progress:
         path = fetch_weights(find_variant(variant), progress=progress)
@@ -142,8 +142,8 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Show what a file is, from the file itself: configuration, labels, preprocessing, provenance."""
-    from smlp_deploy.inspection import inspect_file
-    from smlp_deploy.terminal import show_facts, suggest
+    from smlp_deploy.commands.terminal import show_facts, suggest
+    from smlp_deploy.inspect_file import inspect_file
 
     facts = inspect_file(file, ema=ema)
     if as_json:
@@ -230,8 +230,8 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
+    from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.dependencies import require_onnxruntime, require_torch
-    from smlp_deploy.terminal import suggest
 
     require_torch("to export")
     require_onnxruntime()
@@ -348,10 +348,10 @@ def build_engine(
 ) -> None:
     """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
     from smlp_deploy.artifacts import engine_path
+    from smlp_deploy.commands.terminal import building, say, show_kernels, show_parity, show_sensitivity, suggest
     from smlp_deploy.dependencies import require, require_onnxruntime
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.terminal import building, say, show_kernels, show_parity, show_sensitivity, suggest
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
@@ -371,8 +371,8 @@ def build_engine(
     )
     require("ml_dtypes", "onnx", purpose="to convert graphs", extra="export")
     require_onnxruntime()
-    from smlp_deploy.engine import build_engine as build
-    from smlp_deploy.engine import prepare_graph
+    from smlp_deploy.pipeline.build import build_engine as build
+    from smlp_deploy.pipeline.build import prepare_graph
 
     quantization = choose_int8(
         precision,
@@ -417,11 +417,11 @@ def profile(
     """List the kernels TensorRT makes of an ONNX file, their bytes, and a roofline estimate; needs no GPU."""
     from dataclasses import asdict
 
+    from smlp_deploy.commands.terminal import show_comparison, show_profile, suggest, working
     from smlp_deploy.dependencies import require
-    from smlp_deploy.terminal import show_comparison, show_profile, suggest, working
 
     require("onnx", purpose="to read an ONNX file", extra="cpu")
-    from smlp_deploy.profiling import profile_graph
+    from smlp_deploy.evaluation.profile import profile_graph
     from smlp_deploy.reports import profile_page
 
     check_html(html)
@@ -477,11 +477,11 @@ def predict(
 
     With -o the records are in FILE.partial until all are there; whatever stops the run, --resume continues it.
     """
-    from smlp_deploy.classify import Classifier
+    from smlp_deploy.commands.terminal import say, suggest
+    from smlp_deploy.images.find import find_images
+    from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.interrupts import put_off
-    from smlp_deploy.listing import find_images
     from smlp_deploy.reports import IMAGES_SHOWN, predictions_page
-    from smlp_deploy.terminal import say, suggest
 
     kind = choose_format(format_, output)
     if resume and (output is None or kind is RecordFormat.table):
@@ -557,11 +557,11 @@ def verify(
         return
     if max_error is not None or save is not None:
         raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
+    from smlp_deploy.commands.terminal import show_parity, suggest, working
     from smlp_deploy.dependencies import require_proof
-    from smlp_deploy.terminal import show_parity, suggest, working
 
     require_proof("to run the trained network")
-    from smlp_deploy.export import verify_artifact
+    from smlp_deploy.pipeline.export import verify_artifact
     from smlp_deploy.reports import parity_page
 
     paths = find_given_images(images) if images else None
@@ -620,13 +620,13 @@ def evaluate(
     With -o each image's answers are in FILE.partial until the report is there; whatever stops the run, --resume
     continues it.
     """
-    from smlp_deploy.dataset import find_samples, imagenet_synsets, read_mapping
-    from smlp_deploy.evaluate import evaluate as measure
+    from smlp_deploy.commands.terminal import building, show_evaluation, suggest
+    from smlp_deploy.evaluation.accuracy import evaluate as measure
+    from smlp_deploy.images.dataset import find_samples, imagenet_synsets, read_mapping
+    from smlp_deploy.inference.resume import EvaluationIdentity, RecordFile
     from smlp_deploy.interrupts import StopRequest, put_off
-    from smlp_deploy.recordfile import EvaluationIdentity, RecordFile
     from smlp_deploy.reports import evaluation_page
     from smlp_deploy.runners import open_runner
-    from smlp_deploy.terminal import building, show_evaluation, suggest
 
     check_html(html, beside=output)
     if resume and output is None:
@@ -708,12 +708,12 @@ def benchmark(
     """Time models side by side, in turns: A B A B, each in a process of its own."""
     from tempfile import TemporaryDirectory
 
-    from smlp_deploy.benchmark import Files, baselines_of, run_benchmark
-    from smlp_deploy.classify import available_cores
+    from smlp_deploy.commands.terminal import building, show_benchmark, suggest
+    from smlp_deploy.evaluation.benchmark import Files, baselines_of, run_benchmark
+    from smlp_deploy.evaluation.worker import Subject
     from smlp_deploy.files import check_writable, write_text
+    from smlp_deploy.inference.classify import available_cores
     from smlp_deploy.reports import benchmark_page
-    from smlp_deploy.terminal import building, show_benchmark, suggest
-    from smlp_deploy.timing import Subject
 
     check_html(html, beside=output)
     sizes = parse_batch_sizes(batch_sizes)
@@ -752,8 +752,8 @@ def benchmark(
 @app.command(rich_help_panel="Prove")
 def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Tell what works on this machine, and what to do about the rest."""
+    from smlp_deploy.commands.terminal import show_findings, suggest, working
     from smlp_deploy.doctor import examine, to_json
-    from smlp_deploy.terminal import show_findings, suggest, working
 
     with working("looking"):
         findings = examine()
@@ -816,10 +816,10 @@ def _verify_layers(
     as_json: bool,
 ) -> None:
     """Show the error at each point, and fail if one is over the gate."""
-    from smlp_deploy.divergence import DivergenceReport
+    from smlp_deploy.commands.terminal import show_divergence, suggest, working
+    from smlp_deploy.evaluation.layers import DivergenceReport
     from smlp_deploy.files import read_text, write_text
     from smlp_deploy.reports import divergence_page
-    from smlp_deploy.terminal import show_divergence, suggest, working
 
     if max_error is not None and not math.isfinite(max_error):
         raise UsageError("is no number to compare with", where="--max-error")
@@ -837,10 +837,10 @@ def _verify_layers(
         if candidate.suffix.lower() == ".engine":
             require("onnx", "ml_dtypes", purpose="to read its graph", extra="export")
             require_onnxruntime()
-            from smlp_deploy.engine import verify_engine_layers as compare
+            from smlp_deploy.pipeline.build import verify_engine_layers as compare
         else:
             require_proof("to compare block by block")
-            from smlp_deploy.export import verify_layers as compare
+            from smlp_deploy.pipeline.export import verify_layers as compare
 
         with working(f"comparing {candidate} block by block"):
             report = compare(
@@ -868,13 +868,13 @@ class _LazyNotes(logging.Handler):
     """Shows the library's warnings on stderr; imports what draws them only when there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from smlp_deploy.terminal import note
+        from smlp_deploy.commands.terminal import note
 
         note(record.getMessage())
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    from smlp_deploy.terminal import show_error
+    from smlp_deploy.commands.terminal import show_error
 
     show_error(message)
     sys.exit(code)
@@ -882,10 +882,10 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _load(source: str | None, *, ema: bool) -> Checkpoint:
     """The checkpoint an argument means; the bundled one, with a note, where none is given."""
+    from smlp_deploy.commands.terminal import downloading, note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
     from smlp_deploy.models.checkpoint import load_checkpoint
     from smlp_deploy.models.pretrained import find_checkpoint
-    from smlp_deploy.terminal import downloading, note
 
     if source is None:
         note("no checkpoint given; using the bundled digits model")
@@ -906,8 +906,8 @@ def _export_proven(
     int8: Int8Options | None = None,
 ) -> Path:
     """Export, show the parity report, and fail if it does."""
-    from smlp_deploy.export import export_checkpoint
-    from smlp_deploy.terminal import building, show_parity, show_sensitivity
+    from smlp_deploy.commands.terminal import building, show_parity, show_sensitivity
+    from smlp_deploy.pipeline.export import export_checkpoint
 
     with building(f"exporting {metadata.name} and comparing the file with the trained network") as progress:
         result = export_checkpoint(
@@ -940,8 +940,8 @@ def _page(path: Path | None, make: Callable[[], str]) -> Iterator[None]:
 
 
 def _write_html(path: Path, page: str) -> None:
+    from smlp_deploy.commands.terminal import say
     from smlp_deploy.files import write_text
-    from smlp_deploy.terminal import say
 
     write_text(path, page)
     say(f"page written to {path}")
@@ -958,7 +958,7 @@ def _remembering(predictions: Iterable[Prediction], first: list[Prediction], mos
 def _onnx_file(source: str | None) -> Path:
     """The ONNX file a build starts from; says so where it was found or had to be made."""
     from smlp_deploy.artifacts import default_path, newest_artifact
-    from smlp_deploy.terminal import note
+    from smlp_deploy.commands.terminal import note
 
     if source is None and (newest := newest_artifact("*-fp32*.onnx")) is not None:
         note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
@@ -979,8 +979,8 @@ def _onnx_file(source: str | None) -> Path:
 def _model(given: Path | None, provider: Provider | None) -> Path:
     """The model to predict with; says which, where none is given. A provider asks for an ONNX file."""
     from smlp_deploy.artifacts import newest_artifact
+    from smlp_deploy.commands.terminal import note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
-    from smlp_deploy.terminal import note
 
     if given is not None:
         return given
@@ -998,8 +998,8 @@ def _model(given: Path | None, provider: Provider | None) -> Path:
 
 def _fits(engine: Path) -> bool:
     """Whether an engine can run here; says why not."""
+    from smlp_deploy.commands.terminal import note
     from smlp_deploy.runners.tensorrt import check_machine, read_card
-    from smlp_deploy.terminal import note
 
     try:
         check_machine(engine, read_card(engine))
@@ -1016,7 +1016,7 @@ def _run_identity(
     from dataclasses import asdict
 
     from smlp_deploy.files import sha256_of
-    from smlp_deploy.recordfile import RunIdentity, run_versions, sha256_of_json
+    from smlp_deploy.inference.resume import RunIdentity, run_versions, sha256_of_json
 
     metadata = classifier.runner.metadata
     return RunIdentity(
@@ -1039,10 +1039,10 @@ def _record_sink(
 
     What they depend on is asked only where it is kept, because it takes the hash of the whole model.
     """
+    from smlp_deploy.commands.terminal import predictions_writer
     from smlp_deploy.files import replacing
-    from smlp_deploy.recordfile import RecordFile, RecordStream
-    from smlp_deploy.records import FORMATS
-    from smlp_deploy.terminal import predictions_writer
+    from smlp_deploy.inference.records import FORMATS
+    from smlp_deploy.inference.resume import RecordFile, RecordStream
 
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):
@@ -1068,7 +1068,7 @@ def _write_records(
     on_terminal: bool,
 ) -> tuple[int, int]:
     """Write predictions in whole batches, until there are no more or a signal came; how many there are, and failed."""
-    from smlp_deploy.terminal import counting
+    from smlp_deploy.commands.terminal import counting
 
     done, failed = sink.done, sink.failed
     with counting("images", done=done, records_on_terminal=on_terminal and sys.stdout.isatty()) as advance:

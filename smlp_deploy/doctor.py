@@ -276,7 +276,7 @@ def _artifacts(reads_onnx: Finding) -> Iterator[Finding]:
 def _onnx(path: Path, reads_onnx: Finding) -> Finding:
     if reads_onnx.status == "error" or reads_onnx.detail.startswith("not installed"):
         return _finding(str(path), "warning", "cannot be checked without onnx", reads_onnx.fix)
-    from smlp_deploy.models.onnxfile import check_classifier, check_graph, read_onnx
+    from smlp_deploy.graphs.check import check_classifier, check_graph, read_onnx
 
     file = read_onnx(path)
     check_graph(file)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from recipe import CASES, config_of, recipe_weights
-from smlp_deploy.export import Export, export_checkpoint
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline.export import Export, export_checkpoint
+from tests.support.recipe import CASES, config_of, recipe_weights
 
 IMAGES = Path(__file__).parent.parent / "images"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fakes import metadata
 from smlp_deploy.artifacts import default_path, failed_path, newest_artifact, parity_path
+from tests.support.fakes import metadata
 
 
 def test_names() -> None:

@@ -20,12 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from recipe import CASES, config_of, recipe_weights
-from smlp_deploy import __version__, quantization, reports
+from smlp_deploy import __version__, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.export import Export
 from smlp_deploy.metadata import METADATA_KEY
+from smlp_deploy.pipeline import precision as quantization
+from smlp_deploy.pipeline.export import Export
+from tests.support.recipe import CASES, config_of, recipe_weights
 
 
 class Outcome(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from digits import load_digits
+from scripts.digits import load_digits
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
-from smlp_deploy.preprocessing import prepare
 from smlp_deploy.runners import open_runner
 
 

@@ -21,14 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 from packaging.requirements import Requirement
 
 import smlp_deploy
-from fakes import metadata
 from smlp_deploy import doctor
 from smlp_deploy.artifacts import engine_card_path
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.doctor import Finding, examine, to_json
-from smlp_deploy.exporters.graph import save_graph
 from smlp_deploy.files import sha256_of
+from smlp_deploy.graphs.file import save_graph
 from smlp_deploy.metadata import BatchProfile, EngineCard
+from tests.support.fakes import metadata
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)

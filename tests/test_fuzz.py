@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import pytest
 
-import fuzz
-from fuzz_inputs import KINDS, build_corpus, make_input, read_corpus
+from scripts import fuzz
+from scripts.fuzz_inputs import KINDS, build_corpus, make_input, read_corpus
 from smlp_deploy.errors import SmlpError
 
 FOUND = sorted(path for path in (Path(__file__).parent / "data" / "fuzz").glob("*/*") if path.is_file())

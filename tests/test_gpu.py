@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy import Classifier
-from smlp_deploy.benchmark import run_benchmark
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
-from smlp_deploy.engine import build_engine, prepare_graph, verify_engine_layers
-from smlp_deploy.export import Export, verify_artifact
+from smlp_deploy.evaluation.benchmark import run_benchmark
+from smlp_deploy.evaluation.worker import Subject
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions
 from smlp_deploy.metadata import BatchProfile
-from smlp_deploy.timing import Subject
+from smlp_deploy.pipeline.build import build_engine, prepare_graph, verify_engine_layers
+from smlp_deploy.pipeline.export import Export, verify_artifact
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU and driver here")]
 

@@ -22,14 +22,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, features
 
-from smlp_deploy.classify import Classifier, Prediction
-from smlp_deploy.decoding import FORMATS, MAX_FILE_SIZE, MAX_PIXELS
 from smlp_deploy.errors import ImageError
-from smlp_deploy.export import Export
+from smlp_deploy.images.decode import FORMATS, MAX_FILE_SIZE, MAX_PIXELS
+from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.inference.classify import Classifier, Prediction
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import load_image
+from smlp_deploy.pipeline.export import Export
 
-# Outside of tests Pillow's UserWarnings are ignored, as `smlp_deploy.decoding` says; pytest makes them errors.
+# Outside of tests Pillow's UserWarnings are ignored, as `smlp_deploy.images.decode` says; pytest makes them errors.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 Pixels = NDArray[np.uint8]
@@ -501,7 +501,7 @@ def test_a_missing_codec_is_named(codec: str, content: bytes, expected: str, tmp
         f"sys.modules[{codec!r}] = None\n"  # as where it is not installed
         "from smlp_deploy.errors import ImageError\n"
         "from smlp_deploy.metadata import Preprocessing\n"
-        "from smlp_deploy.preprocessing import load_image\n"
+        "from smlp_deploy.images.preprocessing import load_image\n"
         f"try: load_image(Path({str(tmp_path / 'a.jpg')!r}), Preprocessing(image_size=28))\n"
         "except ImageError as error: print(error)\n"
     )
@@ -582,7 +582,7 @@ def test_what_pillow_warns_of_is_not_shown(tmp_path: Path, colour: Pixels) -> No
     script = (
         "import sys; from pathlib import Path\n"
         "from smlp_deploy.metadata import Preprocessing\n"
-        "from smlp_deploy.preprocessing import load_image\n"
+        "from smlp_deploy.images.preprocessing import load_image\n"
         "for name in sys.argv[1:]: load_image(Path(name), Preprocessing(image_size=28))\n"
     )
     command = [sys.executable, "-c", script, *map(str, tmp_path.iterdir())]
@@ -655,7 +655,7 @@ from PIL import Image
 from concurrent.futures import ThreadPoolExecutor
 from smlp_deploy.errors import ImageError
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import load_image
+from smlp_deploy.images.preprocessing import load_image
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipe import CASES, config_of, recipe_weights
 from smlp_deploy.errors import CheckpointError, SmlpError
 from smlp_deploy.models import torchfile
 from smlp_deploy.models.checkpoint import load_checkpoint
+from tests.support.recipe import CASES, config_of, recipe_weights
 
 CONFIG = config_of(CASES["micro"])
 KEY = "mlp_head.0.weight"

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import metadata
 from smlp_deploy.errors import ConfigError
 from smlp_deploy.metadata import (
     INTERPOLATIONS,
@@ -23,6 +22,7 @@ from smlp_deploy.metadata import (
     Preprocessing,
     SMLPNetConfig,
 )
+from tests.support.fakes import metadata
 
 
 def test_metadata_survive_json() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.exporters.graph import INPUT_NAME, OUTPUT_NAME, save_graph
+from smlp_deploy.graphs.file import INPUT_NAME, OUTPUT_NAME, save_graph
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.lowering import lower
 from smlp_deploy.models.smlpnet import SMLPNet

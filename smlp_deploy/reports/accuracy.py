@@ -25,8 +25,8 @@ from smlp_deploy.reports.page import (
 )
 
 if TYPE_CHECKING:
-    from smlp_deploy.classify import Prediction
-    from smlp_deploy.evaluate import Evaluation, ImageRecord, Share
+    from smlp_deploy.evaluation.accuracy import Evaluation, ImageRecord, Share
+    from smlp_deploy.inference.classify import Prediction
 
 IMAGES_SHOWN = 200
 """The most images on a page."""

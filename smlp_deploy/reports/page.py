@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from smlp_deploy import __version__
-from smlp_deploy.decoding import open_image
 from smlp_deploy.dependencies import require
 from smlp_deploy.errors import printable
+from smlp_deploy.images.decode import open_image
+from smlp_deploy.images.preprocessing import resize_and_crop
 from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.preprocessing import resize_and_crop
 
 if TYPE_CHECKING:
-    from smlp_deploy.benchmark import ModelTiming
-    from smlp_deploy.evaluate import ModelResult
+    from smlp_deploy.evaluation.accuracy import ModelResult
+    from smlp_deploy.evaluation.benchmark import ModelTiming
 
 THUMBNAIL = 96
 """Pixels of its longest side."""

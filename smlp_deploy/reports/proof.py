@@ -22,8 +22,8 @@ from smlp_deploy.reports.page import (
 )
 
 if TYPE_CHECKING:
-    from smlp_deploy.divergence import DivergenceReport, LayerNoise
-    from smlp_deploy.parity import HalfReport, ParityReport
+    from smlp_deploy.evaluation.layers import DivergenceReport, LayerNoise
+    from smlp_deploy.evaluation.parity import HalfReport, ParityReport
 
 
 def parity_page(report: ParityReport) -> str:

@@ -20,9 +20,9 @@ from smlp_deploy.reports.page import (
 )
 
 if TYPE_CHECKING:
-    from smlp_deploy.benchmark import BatchTiming, Benchmark, Ratio
+    from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, Ratio
+    from smlp_deploy.evaluation.profile import GraphProfile
     from smlp_deploy.exporters.kernels import Kernel
-    from smlp_deploy.profiling import GraphProfile
 
 _KERNELS_SHOWN = 20
 
@@ -212,7 +212,7 @@ def _block(kernel: Kernel) -> str:
 
 
 def _roofline_section(profile: GraphProfile) -> Section:
-    from smlp_deploy.profiling import roofline  # loads onnx, which the other pages do not need
+    from smlp_deploy.evaluation.profile import roofline  # loads onnx, which the other pages do not need
 
     rows = [
         (

@@ -89,7 +89,7 @@ def open_tracer(path: Path) -> TracingRunner:
     """
     if path.suffix.lower() == ".onnx":
         require_onnxruntime()
-        from smlp_deploy.runners.onnxtracing import TracingOnnxRunner
+        from smlp_deploy.runners.tracing import TracingOnnxRunner
 
         return TracingOnnxRunner(path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES:

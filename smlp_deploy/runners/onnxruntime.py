@@ -15,8 +15,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
+from smlp_deploy.graphs.check import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
 from smlp_deploy.metadata import BatchProfile, ModelMetadata
-from smlp_deploy.models.onnxfile import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
 from smlp_deploy.runners.base import Closing, FloatArray, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -32,7 +32,7 @@ class OnnxRuntimeRunner(Closing):
         provider: "cpu", "cuda" or "tensorrt"; another than the one asked for is never taken.
 
     Raises:
-        ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`models/onnxfile.py`).
+        ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`graphs/check.py`).
         MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
         ConfigError: its metadata is damaged.
     """

@@ -8,10 +8,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.export import Export
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import lower
+from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.base import FloatArray
 from smlp_deploy.runners.onnxruntime import emulate_bf16
 

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from PIL import Image
 
-from digits import Digits, load_digits
+from scripts.digits import Digits, load_digits
 from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
-from smlp_deploy.export import Export
+from smlp_deploy.evaluation.sensitivity import choose, measure_sensitivity
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import METHODS, CalibrationTable, FloatArray, calibrate, quantize, quantized_layers
 from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.preprocessing import prepare
-from smlp_deploy.sensitivity import choose, measure_sensitivity
+from smlp_deploy.pipeline.export import Export
 
 SCALINGS = pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
 

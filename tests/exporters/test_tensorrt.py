@@ -11,13 +11,13 @@ from onnx import TensorProto, helper
 
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
-from smlp_deploy.export import Export
 from smlp_deploy.exporters import tensorrt
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_alone, find_flavour
 from smlp_deploy.metadata import BatchProfile
-from standin import VERSIONS, StandIn
+from smlp_deploy.pipeline.export import Export
+from tests.support.onnx_session import VERSIONS, StandIn
 
 SM89 = BuildOptions(architectures=("sm89",))
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipe import CASES, config_of, recipe_weights
 from smlp_deploy.errors import CheckpointError, ConfigError
 from smlp_deploy.metadata import METADATA_KEY, SMLPNetConfig
 from smlp_deploy.models.checkpoint import Checkpoint, infer_config, load_checkpoint
 from smlp_deploy.models.smlpnet import SMLPNet
+from tests.support.recipe import CASES, config_of, recipe_weights
 
 CONFIG = config_of(CASES["micro"])
 

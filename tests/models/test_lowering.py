@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe import recipe_input, recipe_network
 from smlp_deploy.models.lowering import (
     axial_matrix,
     batch_norm_affine,
@@ -15,6 +14,7 @@ from smlp_deploy.models.lowering import (
     lower,
     pointwise_convolution,
 )
+from tests.support.recipe import recipe_input, recipe_network
 
 SIX_TOKENS_PER_SIDE = (2, 10, 6, 6)
 

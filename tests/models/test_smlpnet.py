@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipe import CASES, config_of, recipe_input, recipe_network, recipe_weights
 from smlp_deploy.models.smlpnet import SMLPNet
+from tests.support.recipe import CASES, config_of, recipe_input, recipe_network, recipe_weights
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,19 +18,29 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from fakes import FakeRunner, metadata, quadrant_means
-from smlp_deploy import decoding, dependencies, reports
-from smlp_deploy.benchmark import BatchTiming, Benchmark, EndToEnd, ModelTiming, Ratio
-from smlp_deploy.classify import Prediction, Score
-from smlp_deploy.dataset import Sample
-from smlp_deploy.divergence import DivergenceReport, LayerNoise, PointReport
+from smlp_deploy import dependencies, reports
 from smlp_deploy.errors import MissingDependencyError
-from smlp_deploy.evaluate import Answer, ClassResult, Confusion, Evaluation, ImageRecord, ModelResult, Share, evaluate
+from smlp_deploy.evaluation.accuracy import (
+    Answer,
+    ClassResult,
+    Confusion,
+    Evaluation,
+    ImageRecord,
+    ModelResult,
+    Share,
+    evaluate,
+)
+from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, EndToEnd, ModelTiming, Ratio
+from smlp_deploy.evaluation.layers import DivergenceReport, LayerNoise, PointReport
+from smlp_deploy.evaluation.parity import HalfReport, ParityReport, compare
+from smlp_deploy.evaluation.profile import GraphProfile
 from smlp_deploy.exporters.kernels import Kernel, KernelTensor, summarize
-from smlp_deploy.parity import HalfReport, ParityReport, compare
-from smlp_deploy.profiling import GraphProfile
+from smlp_deploy.images import decode as decoding
+from smlp_deploy.images.dataset import Sample
+from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.reports.page import four_digits, thumbnail
 from smlp_deploy.runners.base import FloatArray
+from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 HOSTILE = "<script>alert(1)</script>"
 LABELS = (HOSTILE, '$x^$ & #010101 id="a"', "漢字 \N{PILE OF POO}", "'\"><img src=x onerror=alert(1)>")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from test_reports import HOSTILE, pages
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

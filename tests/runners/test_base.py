@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fakes import quadrant_means
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import FloatArray, in_batches
+from tests.support.fakes import quadrant_means
 
 
 @pytest.mark.parametrize(

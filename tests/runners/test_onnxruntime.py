@@ -8,11 +8,11 @@ import onnxruntime
 import pytest
 
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
-from smlp_deploy.export import Export, export_checkpoint
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.export import Export
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import open_runner
 
 

@@ -1,0 +1,412 @@
+"""Accuracy on labelled images: several models on the same decoded batches, so that they differ by the model alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from statistics import NormalDist
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlp_deploy.errors import UsageError
+from smlp_deploy.images.dataset import Sample
+from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, available_cores, decoded_batches, infer_each
+from smlp_deploy.interrupts import StopRequest
+from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.runners.base import FloatArray, Runner
+
+logger = logging.getLogger(__name__)
+
+BINS = 15
+"""Of the calibration error."""
+
+_Z = NormalDist().inv_cdf(0.975)
+_NO_ANSWER = -1
+_Bools = NDArray[np.bool_]
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """`count` of `n`, at least 1, with the 95% Wilson interval `low` to `high`; all three from 0 to 1."""
+
+    count: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, count: int, n: int) -> Share:
+        """Wilson's score interval (J. Am. Stat. Assoc. 22, 1927): centre ± half, with z = 1.96."""
+        value, spread = count / n, _Z * _Z / n
+        centre = (value + spread / 2) / (1 + spread)
+        half = math.sqrt(spread * (value * (1 - value) + spread / 4)) / (1 + spread)
+        return cls(count=count, n=n, value=value, low=max(0.0, centre - half), high=min(1.0, centre + half))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassResult:
+    """How many of a class's `n` images were answered right."""
+
+    index: int
+    label: str
+    n: int
+    right: int
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """How many images of class `label` were taken for `predicted`; both are indices."""
+
+    label: int
+    predicted: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelResult:
+    """What one model made of the images that could be read.
+
+    Attributes:
+        name: of its runner.
+        precision: of its arithmetic.
+        top1: the best class is the label.
+        top5: the label is among the five best classes, or among all where there are fewer.
+        loss: mean cross-entropy, in nats; None where it answered nothing.
+        calibration_error: expected, in 15 bins of confidence; None where it answered nothing.
+        unanswered: images on which it failed or gave NaN; they count as wrong, but not in the two means.
+        classes: those that have images, by index.
+        confusions: the most frequent first.
+    """
+
+    name: str
+    precision: str
+    top1: Share
+    top5: Share
+    loss: float | None
+    calibration_error: float | None
+    unanswered: int
+    classes: tuple[ClassResult, ...]
+    confusions: tuple[Confusion, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairResult:
+    """Two models on the same images.
+
+    Attributes:
+        first: position of one among the models.
+        second: position of the other.
+        agreement: both have the same best class, right or wrong.
+        only_first: images that the first alone has right.
+        only_second: images that the second alone has right.
+        p_value: of McNemar's exact test that neither is right more often.
+    """
+
+    first: int
+    second: int
+    agreement: Share
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one model made of an image.
+
+    Attributes:
+        index: the best class.
+        probability: its softmax probability.
+        error: the reason why there is no answer.
+        loss: cross-entropy, in nats.
+        top5: the label is among the five best classes.
+    """
+
+    index: int | None = None
+    probability: float | None = None
+    error: str | None = None
+    loss: float | None = None
+    top5: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image, its label's index, and each model's answer; or the reason why it could not be read."""
+
+    path: str
+    label: int
+    answers: tuple[Answer, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        named_by: how the dataset named its classes: by "label", "synset" or "index".
+        labels: of the models.
+        evaluated: images that could be read; the others are neither right nor wrong.
+        models: in the order given.
+        pairs: of all models, in that order.
+        records: every image, in the order given.
+    """
+
+    named_by: str
+    labels: tuple[str, ...]
+    evaluated: int
+    models: tuple[ModelResult, ...]
+    pairs: tuple[PairResult, ...]
+    records: tuple[ImageRecord, ...]
+
+    @property
+    def unreadable(self) -> tuple[ImageRecord, ...]:
+        return tuple(record for record in self.records if record.error is not None)
+
+    def to_json(self) -> str:
+        """A JSON object with all of it, and how many images were unreadable."""
+        return json.dumps({**asdict(self), "unreadable": len(self.unreadable)}, indent=2, allow_nan=False) + "\n"
+
+
+class Kept(Protocol):
+    """What an interrupted evaluation left, and where a running one leaves its records.
+
+    Attributes:
+        partial: where they are.
+    """
+
+    partial: Path
+
+    def read(self) -> Iterator[ImageRecord]:
+        """The records of whole batches that are there."""
+        ...
+
+    def write(self, record: ImageRecord) -> None:
+        """Take a record, which `flush` keeps."""
+        ...
+
+    def flush(self) -> None:
+        """Keep what was written, after each whole batch."""
+        ...
+
+    def discard(self) -> None:
+        """Forget all records."""
+        ...
+
+
+def evaluate(
+    runners: Sequence[Runner],
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    kept: Kept | None = None,
+    stop: StopRequest | None = None,
+) -> Evaluation:
+    """Run every image, decoded once, through every model.
+
+    Three batches are in memory at once, and the logits of one.
+
+    Args:
+        runners: models with the same labels and preprocessing.
+        samples: labelled images.
+        batch_size: images per run of a network.
+        workers: decoding threads; by default one per core.
+        progress: called after each batch with the images done and their number.
+        kept: records of the first samples, which are not run again, and where those of the others go.
+        stop: looked at after each batch.
+
+    Raises:
+        UsageError: the models differ in more than the network, a number is out of range, or no image can be read.
+        StoppedError: a signal came.
+    """
+    _check(runners, samples, batch_size, workers)
+    records = list(kept.read()) if kept is not None else []
+    remaining = samples[len(records) :]
+    for batch in _measured(runners, remaining, batch_size=batch_size, workers=workers or available_cores()):
+        records += batch
+        if kept is not None:
+            _keep(batch, kept)
+        if progress is not None:
+            progress(len(records), len(samples))
+        if stop:
+            break
+    if stop is not None:
+        stop.report(len(records), partial=kept.partial if kept is not None else None)
+    if all(record.error is not None for record in records):
+        if kept is not None:
+            kept.discard()
+        raise UsageError(f"none of the {len(samples)} images can be read: {records[0].error}", where=samples[0].path)
+    return _summary(runners, samples, records)
+
+
+def _keep(batch: Iterable[ImageRecord], kept: Kept) -> None:
+    for record in batch:
+        kept.write(record)
+    kept.flush()
+
+
+def _measured(
+    runners: Sequence[Runner], samples: Sequence[Sample], *, batch_size: int, workers: int
+) -> Iterator[list[ImageRecord]]:
+    """The records of each batch."""
+    remaining = iter(samples)
+    paths = (sample.path for sample in samples)
+    preprocessing = runners[0].metadata.preprocessing
+    for contents in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+        batch = [
+            (sample, content) for sample, (_, content) in zip(islice(remaining, len(contents)), contents, strict=True)
+        ]
+        images = [content for _, content in batch if not isinstance(content, str)]
+        labels = [sample.label for sample, content in batch if not isinstance(content, str)]
+        answers = zip(*(list(_answers(runner, images, labels)) for runner in runners), strict=True)
+        yield [
+            ImageRecord(os.fspath(sample.path), sample.label, error=content)
+            if isinstance(content, str)
+            else ImageRecord(os.fspath(sample.path), sample.label, next(answers))
+            for sample, content in batch
+        ]
+
+
+def _answers(runner: Runner, images: list[FloatArray], labels: Sequence[int]) -> Iterator[Answer]:
+    """What one model answers to each image: a few numbers, not its logits."""
+    for logits, label in zip(infer_each(runner, images), labels, strict=True):
+        if isinstance(logits, str):
+            yield Answer(error=logits)
+        else:
+            yield _answer(logits.astype(np.float64), label)
+
+
+def _answer(logits: NDArray[np.float64], label: int) -> Answer:
+    log_probabilities = logits - logits.max()
+    log_probabilities -= np.log(np.exp(log_probabilities).sum())
+    best = np.argsort(-logits, kind="stable")[:5]
+    return Answer(
+        index=int(best[0]),
+        probability=float(np.exp(log_probabilities[best[0]])),
+        loss=-float(log_probabilities[label]),
+        top5=bool(label in best),
+    )
+
+
+def _check(runners: Sequence[Runner], samples: Sequence[Sample], batch_size: int, workers: int | None) -> None:
+    if not runners or not samples:
+        raise UsageError("there is nothing to evaluate", fix="give at least one model and one image")
+    if batch_size < 1 or (workers is not None and workers < 1):
+        raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
+    first = runners[0]
+    for other in runners[1:]:
+        ours, theirs = first.metadata, other.metadata
+        differs = [
+            field.name
+            for field in fields(Preprocessing)
+            if getattr(ours.preprocessing, field.name) != getattr(theirs.preprocessing, field.name)
+        ] + ["labels"] * (ours.labels != theirs.labels)
+        if differs:
+            raise UsageError(
+                f"{first.name} and {other.name} differ in {' and '.join(differs)}",
+                where="--model",
+                fix="evaluate them one by one",
+            )
+
+
+def _summary(runners: Sequence[Runner], samples: Sequence[Sample], records: Sequence[ImageRecord]) -> Evaluation:
+    read = [record for record in records if record.error is None]
+    truth = np.array([record.label for record in read])
+    answers = [[record.answers[i] for record in read] for i in range(len(runners))]
+    best = [_best(of_one) for of_one in answers]
+    return Evaluation(
+        named_by=", ".join(sorted({sample.named_by for sample in samples})),
+        labels=runners[0].metadata.labels,
+        evaluated=len(read),
+        models=tuple(_result(runner, of_one, truth) for runner, of_one in zip(runners, answers, strict=True)),
+        pairs=tuple(_compared(a, b, best[a], best[b], truth) for a, b in itertools.combinations(range(len(best)), 2)),
+        records=tuple(records),
+    )
+
+
+def _best(answers: Sequence[Answer]) -> _Ints:
+    """The best class of each image, -1 where there is none."""
+    return np.array([_NO_ANSWER if answer.index is None else answer.index for answer in answers])
+
+
+def _result(runner: Runner, answers: Sequence[Answer], truth: _Ints) -> ModelResult:
+    best, metadata = _best(answers), runner.metadata
+    right, answered = best == truth, best != _NO_ANSWER
+    confidence = np.array([answer.probability for answer in answers if answer.probability is not None])
+    losses = [answer.loss for answer in answers if answer.loss is not None]
+    images_of, right_of = Counter(truth.tolist()), Counter(truth[right].tolist())
+    wrong = answered & ~right
+    confused = Counter(zip(truth[wrong].tolist(), best[wrong].tolist(), strict=True))
+    return ModelResult(
+        name=runner.name,
+        precision=metadata.precision,
+        top1=Share.of(int(right.sum()), len(truth)),
+        top5=Share.of(sum(answer.top5 for answer in answers), len(truth)),
+        loss=float(np.mean(losses)) if losses else None,
+        calibration_error=calibration_error(confidence, right[answered]) if losses else None,
+        unanswered=len(truth) - len(losses),
+        classes=tuple(
+            ClassResult(index=i, label=metadata.labels[i], n=n, right=right_of[i], top1=right_of[i] / n)
+            for i, n in sorted(images_of.items())
+        ),
+        confusions=tuple(
+            Confusion(label=label, predicted=predicted, count=count)
+            for (label, predicted), count in sorted(confused.items(), key=lambda item: (-item[1], item[0]))
+        ),
+    )
+
+
+def calibration_error(confidence: NDArray[np.float64], right: _Bools) -> float:
+    """The expected calibration error: the mean of |accuracy - mean confidence| of each image's bin.
+
+    Guo et al., arXiv 1706.04599, eq. 3, with bins (0, 1/15] to (14/15, 1].
+
+    Args:
+        confidence: n probabilities of the best class, n at least 1.
+        right: n; whether it is the label.
+    """
+    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    return float(np.abs(np.bincount(bins, weights=right - confidence)).sum() / len(right))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of McNemar's exact test (Psychometrika 12, 1947; exact: Fagerland et al., BMC 13:91, 2013).
+
+    If neither is right more often, each of the n discordant images falls to either with probability 1/2, so
+    p = min(1, 2 · Σ C(n, i) / 2^n) for i from 0 to the smaller count. The sum is exact, in integers.
+    """
+    n = only_first + only_second
+    total = term = 1
+    for i in range(min(only_first, only_second)):
+        term = term * (n - i) // (i + 1)
+        total += term
+    p_value: float = min(1.0, 2 * total / 2**n)
+    return p_value
+
+
+def _compared(first: int, second: int, a: _Ints, b: _Ints, truth: _Ints) -> PairResult:
+    """Two models by their best classes; no answer agrees with nothing."""
+    only_first, only_second = int(((a == truth) & (b != truth)).sum()), int(((a != truth) & (b == truth)).sum())
+    return PairResult(
+        first=first,
+        second=second,
+        agreement=Share.of(int(((a == b) & (a != _NO_ANSWER)).sum()), len(truth)),
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second),
+    )

@@ -1,0 +1,463 @@
+"""How fast models run, side by side: A B A B ..., so that whatever the machine does meanwhile hits all of them alike.
+
+Each model lives in a process of its own (`worker.py`), because threads that one framework leaves spinning must not
+slow another down, and because peak memory belongs to a process. They take turns; only one works at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from smlp_deploy import __version__
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version, require_proof
+from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.evaluation.worker import Loaded, Pass, Subject, TimedProcess, Turn
+from smlp_deploy.inference.classify import available_cores
+from smlp_deploy.runners import open_runner
+
+DEFAULT_BATCH_SIZES = (1, 8, 32)
+DEFAULT_ROUNDS = 10
+
+Progress = Callable[[str, int, int], None]
+
+_TURN_SECONDS = 0.25
+_WARM_UP_TURNS = range(3, 13)
+_STABLE = 0.05
+"""Largest difference between the medians of three turns in a row."""
+_MOST_ROUNDS = 3
+"""Times as many as were asked for."""
+_PRECISE = 0.1
+"""Width of a ratio's interval, over the ratio."""
+_FEWEST_ROUNDS = 5
+"""Of which the bootstrap's interval of a median means anything."""
+_PASSES = 5
+_RESAMPLES = 2000
+_SEED = 2109
+_PACKAGES = ("numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", *sum(TENSORRT_DISTRIBUTIONS.values(), ()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times as fast as the first model; with a 95% interval `low` to `high`.
+
+    `value` is the median over the rounds of the first's time over this one's in the same round; the interval is the
+    percentile bootstrap's, rounds resampled. Fewer than five rounds tell no interval: `low` and `high` are None.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTiming:
+    """One model at one batch size; times are seconds per run of the whole batch.
+
+    Attributes:
+        batch: images per run.
+        stable: the warm-up ended because times had become stable, not because it took too long.
+        rounds: the timed runs of each round.
+        median, p90, p95, p99: of all timed runs; percentiles by the nearest rank.
+        spread: interquartile range over the median.
+        images_per_second: by the median.
+        ratio: to the first model; None for itself.
+        gpu_median: of the engine's runs by CUDA events, without transfers; None where nothing tells.
+    """
+
+    batch: int
+    stable: bool
+    rounds: tuple[tuple[float, ...], ...]
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    spread: float
+    images_per_second: float
+    ratio: Ratio | None
+    gpu_median: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEnd:
+    """From image files to records; seconds are medians over the rounds.
+
+    Attributes:
+        images: files.
+        failed: files without a prediction.
+        batch: images per run of the network.
+        workers: decoding threads.
+        seconds: from the first file to the last record.
+        inference: of those, with the network running.
+        idle: the rest: the network waited for decoding, or records were written.
+        decode: what decoding alone takes with as many threads, no network running.
+        images_per_second: by `seconds`.
+        ratio: to the first model; None for itself.
+    """
+
+    images: int
+    failed: int
+    batch: int
+    workers: int
+    seconds: float
+    inference: float
+    idle: float
+    decode: float
+    images_per_second: float
+    ratio: Ratio | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTiming:
+    """What was measured of one model.
+
+    Attributes:
+        name: of its runner.
+        precision: of its arithmetic.
+        load: seconds from a fresh process to a loaded model, its framework's import included.
+        first: seconds of the first prediction after that, at the smallest batch size.
+        peak_memory: bytes that its process held at most, the framework's included; None where the system does not say.
+        batches: by batch size.
+        end_to_end: files to records, if that was asked for.
+    """
+
+    name: str
+    precision: str
+    load: float
+    first: float
+    peak_memory: int | None
+    batches: tuple[BatchTiming, ...]
+    end_to_end: EndToEnd | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One run: all models, and where they ran.
+
+    Attributes:
+        environment: the machine and the versions, as text by name.
+        models: in the order given; ratios are to the first.
+        left_out: what could not be run, with the reason.
+    """
+
+    environment: dict[str, str]
+    models: tuple[ModelTiming, ...]
+    left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """A JSON object with all of it, every timed run included."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What an end-to-end measurement reads.
+
+    Attributes:
+        paths: image files.
+        batch: images per run of the network.
+        workers: decoding threads.
+    """
+
+    paths: tuple[Path, ...]
+    batch: int
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A loaded model in its process, and the seconds of its first prediction."""
+
+    process: TimedProcess
+    loaded: Loaded
+    first: float
+
+
+def baselines_of(
+    model: Path, folder: Path, *, reference: Path | None = None, provider: str | None = None
+) -> tuple[Subject, ...]:
+    """What a model would be without this package: PyTorch, `torch.compile`, and the straight export in ONNX Runtime.
+
+    Args:
+        model: an artifact or checkpoint.
+        folder: for the straight export.
+        reference: the checkpoint it was made from; by default found as `smlp verify` finds it.
+        provider: what ONNX Runtime runs the straight export on.
+
+    Raises:
+        UsageError: the checkpoint is not known.
+        MissingDependencyError: PyTorch is not installed.
+        SmlpError: a file cannot be used.
+    """
+    require_proof("for the baselines")
+    from smlp_deploy.pipeline.export import (  # needs PyTorch, which timing artifacts does not
+        find_reference,
+        straight_export,
+    )
+
+    if model.suffix.lower() in CHECKPOINT_SUFFIXES:
+        checkpoint = reference or model
+    else:
+        with open_runner(model) as runner:
+            checkpoint = reference or find_reference(runner.metadata, model)
+    straight = straight_export(checkpoint, folder)
+    eager = () if checkpoint == model else (Subject(path=checkpoint),)
+    return (*eager, Subject(path=checkpoint, compiled=True), Subject(path=straight, provider=provider))
+
+
+def run_benchmark(
+    subjects: Sequence[Subject],
+    *,
+    baselines: Sequence[Subject] = (),
+    batch_sizes: Sequence[int] = DEFAULT_BATCH_SIZES,
+    rounds: int = DEFAULT_ROUNDS,
+    files: Files | None = None,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time models in turns.
+
+    Args:
+        subjects: the models; ratios are to the first.
+        baselines: more of them; one that cannot be started is left out.
+        batch_sizes: images per run.
+        rounds: how often each model has its turn at each batch size; where a ratio's interval is still wider than a
+            tenth of it, up to three times as often.
+        files: to measure the way from files to records, too.
+        progress: told of the phase, and of steps done and in all.
+
+    Raises:
+        UsageError: there is nothing to time, a number is out of range, or none of the files can be read.
+        SmlpError: a model cannot be loaded or run, or its process ended.
+    """
+    if not subjects or not batch_sizes or min(*batch_sizes, rounds) < 1:
+        raise UsageError("there is nothing to time", fix="give a model, a batch size and a round at least")
+    tell = progress or (lambda *_: None)
+    environment = describe_environment()
+    with ExitStack() as stack:
+        models: list[_Model] = []
+        left_out: list[str] = []
+        for number, subject in enumerate([*subjects, *baselines]):
+            tell(f"loading {subject.path.name}", number, len(subjects) + len(baselines))
+            try:
+                models.append(_start(subject, min(batch_sizes), stack))
+            except SmlpError as error:
+                if number < len(subjects):
+                    raise
+                left_out.append(f"{'torch.compile: ' if subject.compiled else ''}{error}")
+        if files is not None:
+            _warm_up_files(models, files, tell=tell)
+        timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, tell=tell)
+        ends = _end_to_end(models, files, tell=tell) if files else [None] * len(models)
+        return Benchmark(
+            environment=environment,
+            left_out=tuple(left_out),
+            models=tuple(
+                ModelTiming(
+                    name=model.loaded.name,
+                    precision=model.loaded.metadata.precision,
+                    load=model.loaded.seconds,
+                    first=model.first,
+                    peak_memory=model.process.peak_memory(),
+                    batches=batches,
+                    end_to_end=end,
+                )
+                for model, batches, end in zip(models, zip(*timings, strict=True), ends, strict=True)
+            ),
+        )
+
+
+def _start(subject: Subject, batch: int, stack: ExitStack) -> _Model:
+    with ExitStack() as trying:
+        process = trying.enter_context(TimedProcess(subject))
+        model = _Model(process=process, loaded=process.load(), first=process.first(batch))
+        stack.push(trying.pop_all())
+    return model
+
+
+def _time_batches(
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+) -> list[tuple[BatchTiming, ...]]:
+    """Every model's times at each batch size."""
+    stable: dict[int, list[bool]] = {}
+    for number, batch in enumerate(sizes):
+        tell(f"batch {batch}: warming up", number, len(sizes))
+        stable[batch] = [_warm_up(model.process, batch) for model in models]
+    turns = _take_turns(models, sizes, rounds=rounds, tell=tell)
+    return [
+        tuple(
+            _batch_timing(batch, of_model, stable=was_stable, ratio=ratio)
+            for of_model, was_stable, ratio in zip(turns[batch], stable[batch], _ratios(turns[batch]), strict=True)
+        )
+        for batch in sizes
+    ]
+
+
+def _take_turns(
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+) -> dict[int, list[list[Turn]]]:
+    """The turns of each model at each batch size.
+
+    A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too. Where
+    a ratio is not known well enough after all rounds there are more.
+    """
+    turns: dict[int, list[list[Turn]]] = {batch: [[] for _ in models] for batch in sizes}
+    for number in range(_MOST_ROUNDS * rounds):
+        for batch, of_size in turns.items():
+            if number >= rounds and _are_precise(_ratios(of_size)):
+                continue
+            tell(f"round {number + 1}: batch {batch}", number, max(rounds, number + 1))
+            for model, of_model in zip(models, of_size, strict=True):
+                of_model.append(model.process.turn(batch, _TURN_SECONDS))
+    return turns
+
+
+def _ratios(turns: Sequence[Sequence[Turn]]) -> list[Ratio | None]:
+    """Those of each model's turns to the first's."""
+    first, *others = ([median(turn.runs) for turn in of_model] for of_model in turns)
+    return [None, *(ratio_to_first(first, other) for other in others)]
+
+
+def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
+    """Whether more rounds are not needed, or would not tell."""
+    return all(
+        ratio is None or ratio.low is None or ratio.high is None or ratio.high - ratio.low <= _PRECISE * ratio.value
+        for ratio in ratios
+    )
+
+
+def _warm_up(process: TimedProcess, batch: int) -> bool:
+    """Let a model run until its times are stable, or have been given long enough to become so; whether they are."""
+    medians: list[float] = []
+    for _ in range(_WARM_UP_TURNS.stop - 1):
+        medians.append(median(process.turn(batch, _TURN_SECONDS).runs))
+        last = medians[-_WARM_UP_TURNS.start :]
+        if len(last) == _WARM_UP_TURNS.start and max(last) - min(last) <= _STABLE * min(last):
+            return True
+    return False
+
+
+def _batch_timing(batch: int, turns: Sequence[Turn], *, stable: bool, ratio: Ratio | None) -> BatchTiming:
+    runs = np.concatenate([turn.runs for turn in turns])
+    on_gpu = [seconds for turn in turns for seconds in turn.gpu_runs]
+    p25, p75 = np.percentile(runs, (25, 75))
+    p90, p95, p99 = (float(value) for value in np.percentile(runs, (90, 95, 99), method="inverted_cdf"))
+    middle = float(np.median(runs))
+    return BatchTiming(
+        batch=batch,
+        stable=stable,
+        rounds=tuple(turn.runs for turn in turns),
+        median=middle,
+        p90=p90,
+        p95=p95,
+        p99=p99,
+        spread=float(p75 - p25) / middle,
+        images_per_second=batch / middle,
+        ratio=ratio,
+        gpu_median=median(on_gpu) if on_gpu else None,
+    )
+
+
+def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
+    """How many times as fast the other is, from the times of both in each round.
+
+    Percentile bootstrap: Efron, Ann. Stat. 7, 1979. Rounds are resampled whole, so drift from round to round cancels.
+    """
+    ratios = np.array(first) / np.array(other)
+    if len(ratios) < _FEWEST_ROUNDS:
+        return Ratio(value=float(np.median(ratios)), low=None, high=None)
+    picks = np.random.default_rng(_SEED).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
+    return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
+
+
+def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) -> None:
+    """Read all files once, and let networks that are compiled for each batch size meet that of the last batch."""
+    for position, model in enumerate(models):
+        tell("files to records: warming up", position, len(models))
+        found = model.process.end_to_end(files.paths, files.batch, files.workers)
+        if found.failed == len(files.paths):
+            raise UsageError(f"none of the {found.failed} files can be read", where=files.paths[0])
+
+
+def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> list[EndToEnd]:
+    """Every model over the same files, in turns."""
+    passes: list[list[Pass]] = [[] for _ in models]
+    for number in range(_PASSES):
+        for position, model in enumerate(models):
+            tell("files to records", number * len(models) + position, _PASSES * len(models))
+            passes[position].append(model.process.end_to_end(files.paths, files.batch, files.workers))
+    seconds = [[one.seconds for one in of_model] for of_model in passes]
+    return [
+        EndToEnd(
+            images=len(files.paths),
+            failed=of_model[0].failed,
+            batch=files.batch,
+            workers=files.workers,
+            seconds=median(seconds[i]),
+            inference=median(one.inference for one in of_model),
+            idle=median(one.seconds - one.inference for one in of_model),
+            decode=median(one.decode for one in of_model),
+            images_per_second=len(files.paths) / median(seconds[i]),
+            ratio=ratio_to_first(seconds[0], seconds[i]) if i else None,
+        )
+        for i, of_model in enumerate(passes)
+    ]
+
+
+def describe_environment() -> dict[str, str]:
+    """The machine and the versions, in words."""
+    return {name: value for name, value in _facts() if value}
+
+
+def _facts() -> Iterator[tuple[str, str | None]]:
+    yield "CPU", _of_cpu("model name") or platform.processor() or platform.machine()
+    yield "cores", f"{available_cores()} of {os.cpu_count()}"
+    yield "CPU clock, MHz", _of_cpu("cpu MHz")
+    yield "CPU governor", _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if hasattr(os, "getloadavg"):
+        yield "load before", f"{os.getloadavg()[0]:.2f} (mean of one minute)"
+    yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
+    if gpu := find_gpu():
+        yield "GPU", f"{gpu.name}, {gpu.architecture}, driver for CUDA {gpu.driver // 1000}"
+        yield "GPU clocks", _gpu_clocks()
+    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
+    yield "python", platform.python_version()
+    yield "smlp-deploy", __version__
+    for package in _PACKAGES:
+        yield package, installed_version(package)
+
+
+def _of_cpu(name: str) -> str | None:
+    """What Linux says of the first core."""
+    match = re.search(rf"^{name}\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return match[1] if match else None
+
+
+def _read(path: str) -> str | None:
+    """The text of a file that only some systems have."""
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8").strip()
+    return None
+
+
+def _gpu_clocks() -> str | None:
+    """Present and largest clock of the GPU's processors in MHz, if NVIDIA's tool is there to tell."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader", "--id=0"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()  # noqa: S603
+    return None

@@ -1,0 +1,274 @@
+"""Where two forms of a network part: the values between its blocks in both, compared on real images.
+
+The measure at each point is the relative error: the root of the squared differences over that of the squared values,
+over all images; in decibels, the signal-to-quantization-noise ratio of int8. That of each int8 layer is measured at its
+own output, twice: with what comes out in the int8 network, whose noise has come through all layers before it, and with
+what the layer makes in int8 of the fp32 network's values, whose noise is the layer's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smlp_deploy import strictjson
+from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.inference.classify import available_cores, decoded_batches
+from smlp_deploy.runners.base import FloatArray, LayerOutput, LayerTracer, TracingRunner
+
+MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
+"""The gate of each precision: some ten times what the bundled model has, int8 three times."""
+
+_BATCH = 8
+_NUMBERS = ("error", "worst_error", "max_abs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointReport:
+    """The difference at one point.
+
+    Attributes:
+        name: `stage 1 block 2` for example.
+        error: relative error; NaN where a value is not finite.
+        worst_error: that of the image with the largest.
+        worst_image: its name.
+        max_abs: largest difference of a value.
+        growth: `error` over that of the point before; None at the first, or where that is zero.
+    """
+
+    name: str
+    error: float
+    worst_error: float
+    worst_image: str
+    max_abs: float
+    growth: float | None
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal-to-quantization-noise ratio, in decibels."""
+        return -20 * math.log10(self.error) if self.error else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNoise:
+    """The noise of one int8 layer: 10 log10(Σ x² / Σ (x - y)²) over all images, x its output in the fp32 network.
+
+    Attributes:
+        name: of the layer, as the sensitivity report has it.
+        sqnr_db: y is its output in the int8 network, so that it has the noise of all layers before it too; infinite
+            where there is no noise, NaN where a value is not finite.
+        own_sqnr_db: y is its output in int8 for its input in the fp32 network.
+    """
+
+    name: str
+    sqnr_db: float
+    own_sqnr_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceReport:
+    """What a comparison found at each point, in the order of the computation.
+
+    Attributes:
+        reference: name of the runner taken as the truth.
+        candidate: name of the runner under test.
+        precision: of the candidate.
+        images: compared.
+        unreadable: images left out, with the reason.
+        max_error: the gate.
+        points: every point.
+        layers: those in int8, the one with the most noise of its own first; empty where that was not measured.
+    """
+
+    reference: str
+    candidate: str
+    precision: str
+    images: int
+    unreadable: tuple[str, ...]
+    max_error: float
+    points: tuple[PointReport, ...]
+    layers: tuple[LayerNoise, ...] = ()
+
+    @property
+    def first_over(self) -> PointReport | None:
+        """The first point whose error is not within the gate."""
+        return next((point for point in self.points if not point.error <= self.max_error), None)
+
+    def judged_by(self, max_error: float) -> DivergenceReport:
+        """The same figures by another gate."""
+        return replace(self, max_error=max_error)
+
+    def to_json(self) -> str:
+        """A JSON object, which `from_json` reads again; NaN is null, and infinity the text "inf"."""
+        document = asdict(self)
+        for key in ("points", "layers"):
+            document[key] = [{k: _plain(v) for k, v in entry.items()} for entry in document[key]]
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: object) -> DivergenceReport:
+        """Read the JSON form, which stood in the file `where`.
+
+        Raises:
+            ArtifactError: it is no such report.
+        """
+        try:
+            document: dict[str, Any] = strictjson.loads(text)
+            points = tuple(_point(point) for point in document["points"])
+            layers = tuple(_layer(layer) for layer in document.get("layers", ()))
+            return cls(
+                **{key: str(document[key]) for key in ("reference", "candidate", "precision")},
+                images=int(document["images"]),
+                unreadable=tuple(map(str, document["unreadable"])),
+                max_error=float(document["max_error"]),
+                points=points,
+                layers=layers,
+            )
+        except (ValueError, TypeError, KeyError):
+            raise ArtifactError(
+                "is no report of smlp verify --layers", where=where, fix="make one with --layers --save"
+            ) from None
+
+
+def find_divergence(
+    reference: TracingRunner,
+    candidate: TracingRunner,
+    image_paths: Sequence[Path],
+    *,
+    max_error: float | None = None,
+    layers: LayerTracer | None = None,
+) -> DivergenceReport:
+    """Run real images through both networks and compare what comes out of each part.
+
+    Args:
+        reference: the truth.
+        candidate: what is looked into.
+        image_paths: real images; one that cannot be read is left out and reported.
+        max_error: the gate; by default that of the candidate's precision.
+        layers: shows the candidate's int8 layers, if their noise is wanted.
+
+    Raises:
+        UsageError: the networks have different shapes, or no image can be read.
+    """
+    if reference.metadata.config != candidate.metadata.config:
+        raise UsageError("the two networks have different shapes, so their blocks cannot be compared")
+    names: list[str] = []
+    unreadable: list[str] = []
+    totals: dict[str, _Total] = {}
+    noise: dict[str, _Noise] = {}
+    preprocessing = candidate.metadata.preprocessing
+    for contents in decoded_batches(image_paths, preprocessing, batch_size=_BATCH, workers=available_cores()):
+        names += [Path(path).name for path, content in contents if not isinstance(content, str)]
+        unreadable += [f"{path}: {content}" for path, content in contents if isinstance(content, str)]
+        samples = [content for _, content in contents if not isinstance(content, str)]
+        if not samples:
+            continue
+        batch = np.stack(samples)
+        found = candidate.trace(batch)
+        for name, values in reference.trace(batch).items():
+            totals.setdefault(name, _Total()).add(values, found[name])
+        for output in layers.trace_layers(batch) if layers is not None else ():
+            noise.setdefault(output.name, _Noise()).add(output)
+    if not names:
+        raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give others")
+    return DivergenceReport(
+        reference=reference.name,
+        candidate=candidate.name,
+        precision=candidate.metadata.precision,
+        images=len(names),
+        unreadable=tuple(unreadable),
+        max_error=MAX_ERROR[candidate.metadata.precision] if max_error is None else max_error,
+        points=_reports(totals, names),
+        layers=_worst_first(noise),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _point(document: dict[str, Any]) -> PointReport:
+    numbers = {key: float("nan" if document[key] is None else document[key]) for key in _NUMBERS}
+    if min(numbers.values()) < 0:
+        raise ValueError("an error is never negative")
+    growth = None if document["growth"] is None else float(document["growth"])
+    return PointReport(name=str(document["name"]), worst_image=str(document["worst_image"]), growth=growth, **numbers)
+
+
+def _layer(document: dict[str, Any]) -> LayerNoise:
+    numbers = {key: float("nan" if document[key] is None else document[key]) for key in ("sqnr_db", "own_sqnr_db")}
+    return LayerNoise(name=str(document["name"]), **numbers)
+
+
+class _Noise:
+    """Squared values of one int8 layer in fp32, and squared differences: in the int8 network, and alone."""
+
+    def __init__(self) -> None:
+        self._signal = self._deployed = self._own = 0.0
+
+    def add(self, output: LayerOutput) -> None:
+        with np.errstate(all="ignore"):
+            signal = output.reference.astype(np.float64)
+            self._signal += float(np.square(signal).sum())
+            self._deployed += float(np.square(signal - output.deployed).sum())
+            self._own += float(np.square(signal - output.alone).sum())
+
+    def report(self, name: str) -> LayerNoise:
+        return LayerNoise(name=name, sqnr_db=self._decibels(self._deployed), own_sqnr_db=self._decibels(self._own))
+
+    def _decibels(self, noise: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(10 * np.log10(np.float64(self._signal) / noise)) if noise else math.inf
+
+
+def _worst_first(noise: dict[str, _Noise]) -> tuple[LayerNoise, ...]:
+    """By their own noise, then as they come; NaN before all others."""
+    reports = [total.report(name) for name, total in noise.items()]
+    return tuple(sorted(reports, key=lambda layer: (not math.isnan(layer.own_sqnr_db), layer.own_sqnr_db)))
+
+
+class _Total:
+    """Squared values and squared differences of each image at one point."""
+
+    def __init__(self) -> None:
+        self.signal: list[float] = []
+        self.noise: list[float] = []
+        self.max_abs = 0.0
+
+    def add(self, reference: FloatArray, candidate: FloatArray) -> None:
+        with np.errstate(all="ignore"):  # NaN and infinities give NaN, which is over every gate
+            difference = candidate.astype(np.float64) - reference
+            self.signal += np.square(reference, dtype=np.float64).sum(axis=(1, 2, 3)).tolist()
+            self.noise += np.square(difference).sum(axis=(1, 2, 3)).tolist()
+            self.max_abs = float(np.maximum(self.max_abs, np.abs(difference).max()))
+
+
+def _reports(totals: dict[str, _Total], names: Sequence[str]) -> tuple[PointReport, ...]:
+    reports: list[PointReport] = []
+    for name, total in totals.items():
+        signal, noise = np.array(total.signal), np.array(total.noise)
+        with np.errstate(all="ignore"):
+            each = np.sqrt(noise / signal)
+            error = float(np.sqrt(noise.sum() / signal.sum()))
+        worst = int(each.argmax())  # the first NaN, if there is one
+        before = reports[-1].error if reports else 0.0
+        reports.append(
+            PointReport(
+                name=name,
+                error=error,
+                worst_error=float(each[worst]),
+                worst_image=names[worst],
+                max_abs=total.max_abs,
+                growth=error / before if before else None,
+            )
+        )
+    return tuple(reports)

@@ -1,0 +1,459 @@
+"""Proof that two runners compute the same function: real images and seeded noise through both, compared by gates.
+
+`compare` measures and judges; it never prints. What it measures is relative to the spread of the reference's logits,
+because a difference means nothing without their scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlp_deploy.errors import ImageError
+from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.runners.base import FloatArray, Runner
+
+LARGEST_BATCH = 32
+ODD_BATCH = 7
+MIN_NOISE = 4
+NOISE_SEED = 2109
+
+PERMUTATION_BOUND = 1e-2
+FP16_RANGE = 65504.0
+FP16_SHARE_OF_RANGE = 0.5
+HALF_IMAGES = 2
+
+_NOISE = "noise "
+_Doubles = NDArray[np.float64]
+_Sample = tuple[str, FloatArray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Bounds that a candidate must keep.
+
+    Attributes:
+        cosine: smallest cosine between the two logit vectors of one image.
+        difference: largest difference of a logit, over the standard deviation of the reference's logits; None for
+            any.
+        top1: share of images with the same best class, among those whose reference margin exceeds `difference`, or
+            the measured difference where that is None.
+    """
+
+    cosine: float
+    difference: float | None = None
+    top1: float = 1.0
+
+
+Bounds = Mapping[str, float]
+"""Bounds that somebody chose in place of the precision's own: any of the attributes of `Gates`."""
+
+GATES = {
+    "fp32": Gates(cosine=0.99999, difference=1e-4),
+    "fp16": Gates(cosine=0.9999),
+    "bf16": Gates(cosine=0.999),
+    "int8": Gates(cosine=0.99, top1=0.99),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """One gate's verdict; `measured` is NaN where there was nothing to measure."""
+
+    name: str
+    passed: bool
+    limit: str
+    measured: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfReport:
+    """What true fp16 arithmetic does, and how near to its range the activations come.
+
+    Attributes:
+        images: inputs run in fp16 arithmetic.
+        max_relative: largest difference of a logit to the reference, over the standard deviation of its logits.
+        min_cosine: smallest cosine between the logit vectors of one input.
+        largest_activation: largest absolute value over all parity images, in fp32.
+        layer: where it occurs.
+        range: the largest finite fp16 number.
+    """
+
+    images: int
+    max_relative: float
+    min_cosine: float
+    largest_activation: float
+    layer: str
+    range: float = FP16_RANGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What a comparison found.
+
+    Attributes:
+        reference: name of the runner taken as the truth.
+        candidate: name of the runner under test.
+        precision: of the candidate, which chose the gates.
+        images: real images compared.
+        noise: seeded noise inputs compared.
+        unreadable: images left out, with the reason.
+        batch_sizes: sizes at which the candidate ran.
+        logit_scale: standard deviation of the reference's logits.
+        max_abs: largest difference of a logit.
+        max_relative: that, over `logit_scale`.
+        min_cosine: smallest cosine between the logit vectors of one input.
+        top1_agreement: share of inputs with the same best class.
+        top5_agreement: mean share of the five best classes in common.
+        nan_count: NaN logits of the candidate.
+        inf_count: infinite logits of the candidate.
+        bounds: that the numeric gates went by.
+        gates: every gate's verdict.
+        artifact_sha256: of the candidate's file.
+        half: for fp16, what its arithmetic and range were measured to be.
+    """
+
+    reference: str
+    candidate: str
+    precision: str
+    images: int
+    noise: int
+    unreadable: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    logit_scale: float
+    max_abs: float
+    max_relative: float
+    min_cosine: float
+    top1_agreement: float
+    top5_agreement: float
+    nan_count: int
+    inf_count: int
+    bounds: Gates
+    gates: tuple[GateResult, ...]
+    artifact_sha256: str
+    half: HalfReport | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+    @property
+    def failures(self) -> tuple[GateResult, ...]:
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    def to_json(self) -> str:
+        """A JSON object; what could not be measured is null."""
+        return json.dumps(_without_nan({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False) + "\n"
+
+
+def compare(
+    reference: Runner,
+    candidate: Runner,
+    image_paths: Sequence[Path],
+    *,
+    bounds: Bounds | None = None,
+    artifact_sha256: str = "",
+) -> ParityReport:
+    """Run real images, then seeded noise, through both runners and judge the difference.
+
+    The candidate sees every input at its largest batch (the one its file fixes, or 32), and the first ones again
+    alone and in an odd batch. Images are read with the candidate's preprocessing. Memory holds one batch at a time.
+
+    Args:
+        reference: the truth.
+        candidate: what is to be proven.
+        image_paths: real images; one that cannot be read is left out and reported.
+        bounds: in place of those of the candidate's precision.
+        artifact_sha256: of the candidate's file, for the report.
+    """
+    metadata = candidate.metadata
+    gates = replace(GATES[metadata.precision], **(bounds or {}))
+    samples = _Samples(image_paths, metadata, fill=metadata.batch or LARGEST_BATCH)
+    parts = list(_run(reference, candidate, samples))
+    mismatch = _shape_mismatch(parts)
+    spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)
+    if metadata.precision == "int8" and samples.images and not mismatch:
+        # Noise is beyond the ranges that an int8 graph was calibrated for.
+        judged = _Spread.between([part.real() for part in parts])
+    return ParityReport(
+        reference=reference.name,
+        candidate=candidate.name,
+        precision=metadata.precision,
+        images=samples.images,
+        noise=samples.noise,
+        unreadable=tuple(samples.unreadable),
+        batch_sizes=tuple(sorted({part.batch_size for part in parts})),
+        logit_scale=spread.scale,
+        max_abs=spread.scale * _worst(spread.difference),
+        max_relative=_worst(spread.difference),
+        min_cosine=-_worst(-spread.cosine),
+        top1_agreement=_mean(spread.top1_agrees),
+        top5_agreement=_mean(spread.top5_overlap),
+        nan_count=sum(int(np.isnan(part.candidate).sum()) for part in parts),
+        inf_count=sum(int(np.isinf(part.candidate).sum()) for part in parts),
+        bounds=gates,
+        gates=(
+            _images_gate(samples),
+            _gate("shape", not mismatch, "the reference's", math.nan, mismatch),
+            _finite_gate(parts),
+            _class_order_gate(spread, reference.metadata.labels, metadata.labels, gates),
+            *(() if mismatch else _numeric_gates(judged, gates)),
+        ),
+        artifact_sha256=artifact_sha256,
+    )
+
+
+def check_half_range(
+    report: ParityReport, reference: Runner, half: Runner, recorder: ActivationRecorder, image_paths: Sequence[Path]
+) -> ParityReport:
+    """`report` with what an fp16 graph in ONNX Runtime on a CPU hides: its arithmetic there is fp32.
+
+    The lowered network runs a few images in true fp16 arithmetic, and all of them in fp32 while its activations are
+    watched: half of fp16's range is the bound, because other images will have larger ones.
+
+    Args:
+        report: of the fp16 artifact.
+        reference: the trained network.
+        half: the lowered network in fp16 arithmetic.
+        recorder: the lowered network in fp32, recording its activations.
+        image_paths: the parity images.
+    """
+    samples = _Samples(image_paths, reference.metadata, fill=LARGEST_BATCH)
+    iterator = iter(samples)
+    first = [_stacked(itertools.islice(iterator, HALF_IMAGES))]
+    names, batch = first[0]
+    spread = _Spread.between([_Part(names, reference.infer(batch), half.infer(batch), len(batch))])
+    for _, inputs in itertools.chain(first, _chunks(iterator, samples.largest_batch)):
+        recorder.infer(inputs)
+    layer, largest = recorder.largest()
+    found = HalfReport(
+        images=len(batch),
+        max_relative=_worst(spread.difference),
+        min_cosine=-_worst(-spread.cosine),
+        largest_activation=largest,
+        layer=layer,
+    )
+    # An int8 graph's own bound is wide for the sake of its int8 layers; here none of them runs.
+    cosine = report.bounds.cosine if report.precision == "fp16" else GATES["fp16"].cosine
+    bound = FP16_SHARE_OF_RANGE * FP16_RANGE
+    gates = (
+        _gate("fp16 arithmetic", found.min_cosine >= cosine, f"cosine at least {cosine:g}", found.min_cosine),
+        _gate("fp16 range", largest <= bound, f"activations at most {bound:g}", largest, f"largest in {layer}"),
+    )
+    return replace(report, half=found, gates=(*report.gates, *gates))
+
+
+class ActivationRecorder(Runner, Protocol):
+    """A runner that remembers the largest absolute activation it has seen."""
+
+    def largest(self) -> tuple[str, float]:
+        """The layer's name and the value."""
+        ...
+
+
+class _Samples:
+    """Named inputs: the readable images, then noise to fill up one batch; counted while they are iterated over."""
+
+    def __init__(self, paths: Sequence[Path], metadata: ModelMetadata, *, fill: int) -> None:
+        self._paths = paths
+        self._metadata = metadata
+        self.largest_batch = fill
+        self.images = 0
+        self.noise = 0
+        self.unreadable: list[str] = []
+
+    def __iter__(self) -> Iterator[_Sample]:
+        for path in self._paths:
+            try:
+                sample = load_image(path, self._metadata.preprocessing)
+            except ImageError as error:
+                self.unreadable.append(f"{path}: {error}")
+                continue
+            self.images += 1
+            yield path.name, sample
+        rng = np.random.default_rng(NOISE_SEED)
+        size = self._metadata.config.image_size
+        for _ in range(max(MIN_NOISE, self.largest_batch - self.images)):
+            self.noise += 1
+            yield f"{_NOISE}{self.noise}", rng.standard_normal((3, size, size), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Both runners' logits for some inputs, which the candidate ran in batches of one size."""
+
+    names: list[str]
+    reference: FloatArray
+    candidate: FloatArray
+    batch_size: int
+
+    def real(self) -> _Part:
+        """The part without its noise."""
+        rows = [row for row, name in enumerate(self.names) if not name.startswith(_NOISE)]
+        names = [self.names[row] for row in rows]
+        return _Part(names, self.reference[rows], self.candidate[rows], self.batch_size)
+
+
+def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_Part]:
+    for index, (names, batch) in enumerate(_chunks(iter(samples), samples.largest_batch)):
+        expected = reference.infer(batch)
+        for size in (1, min(ODD_BATCH, len(batch))) if index == 0 else ():
+            some = max(size, min(MIN_NOISE, len(batch)))
+            found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
+            yield _Part([f"{name} in a batch of {size}" for name in names[:some]], expected[:some], found, size)
+        yield _Part(names, expected, candidate.infer(batch), len(batch))
+
+
+def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], FloatArray]]:
+    while chunk := list(itertools.islice(samples, size)):
+        yield _stacked(chunk)
+
+
+def _stacked(samples: Iterable[_Sample]) -> tuple[list[str], FloatArray]:
+    names, inputs = zip(*samples, strict=True)
+    return list(names), np.stack(inputs)
+
+
+def _shape_mismatch(parts: Sequence[_Part]) -> str:
+    for part in parts:
+        if part.reference.shape != part.candidate.shape:
+            return f"logits of shape {part.candidate.shape}, the reference's are {part.reference.shape}"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How far the candidate's logits are from the reference's, for each of n rows; `scale` is the unit.
+
+    `difference` is the largest of a row, over `scale`; `margin` is the reference's lead of its best class, over
+    `scale`; `sorted_difference` is `difference` after sorting both rows, which no permutation of classes changes.
+    """
+
+    names: list[str]
+    scale: float
+    difference: _Doubles
+    sorted_difference: _Doubles
+    cosine: _Doubles
+    margin: _Doubles
+    top1_agrees: _Doubles
+    top5_overlap: _Doubles
+
+    @classmethod
+    def nothing(cls) -> _Spread:
+        return cls([""], math.nan, *(np.full(1, math.nan) for _ in range(6)))
+
+    @classmethod
+    def between(cls, parts: Sequence[_Part]) -> _Spread:
+        a = np.concatenate([part.reference for part in parts]).astype(np.float64)
+        b = np.concatenate([part.candidate for part in parts]).astype(np.float64)
+        best = np.sort(a, axis=1)[:, ::-1]
+        with np.errstate(all="ignore"):  # NaN and division by a scale of zero give NaN, which fails every gate
+            scale = np.std(a)
+            return cls(
+                names=[name for part in parts for name in part.names],
+                scale=float(scale),
+                difference=np.abs(a - b).max(axis=1) / scale,
+                sorted_difference=np.abs(best - np.sort(b, axis=1)[:, ::-1]).max(axis=1) / scale,
+                cosine=(a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)),
+                margin=(best[:, 0] - best[:, min(1, best.shape[1] - 1)]) / scale,
+                top1_agrees=(a.argmax(axis=1) == b.argmax(axis=1)).astype(np.float64),
+                top5_overlap=_top_overlap(a, b, count=min(5, a.shape[1])),
+            )
+
+
+def _top_overlap(a: _Doubles, b: _Doubles, *, count: int) -> _Doubles:
+    best_a, best_b = (np.argsort(-logits, axis=1, kind="stable")[:, :count] for logits in (a, b))
+    overlap: _Doubles = (best_a[:, :, None] == best_b[:, None, :]).any(axis=2).mean(axis=1)
+    return overlap
+
+
+def _worst(values: _Doubles) -> float:
+    return float(np.max(values))  # NaN if any is, unlike Python's max
+
+
+def _mean(values: _Doubles) -> float:
+    return float(np.mean(values))
+
+
+def _gate(name: str, passed: bool, limit: str, measured: float, detail: str = "") -> GateResult:
+    return GateResult(name=name, passed=bool(passed), limit=limit, measured=measured, detail=detail)
+
+
+def _images_gate(samples: _Samples) -> GateResult:
+    detail = ""
+    if not samples.images:
+        unread = f"; {samples.unreadable[0]}" if samples.unreadable else ""
+        detail = f"no real image was compared{unread}"
+    return _gate("images", samples.images > 0, "at least 1", samples.images, detail)
+
+
+def _finite_gate(parts: Sequence[_Part]) -> GateResult:
+    """NaN and infinities, of either runner."""
+    bad: list[str] = []
+    count = 0
+    for part in parts:
+        for logits in (part.reference, part.candidate):
+            wrong = ~np.isfinite(logits)
+            count += int(wrong.sum())
+            bad += [part.names[row] for row in np.flatnonzero(wrong.any(axis=1)) if row < len(part.names)]
+    return _gate("finite", not count, "no NaN, no infinity", count, f"first at {bad[0]}" if bad else "")
+
+
+def _class_order_gate(
+    spread: _Spread, reference_labels: Sequence[str], candidate_labels: Sequence[str], gates: Gates
+) -> GateResult:
+    """Whether classes changed places: among the labels, or among the logits.
+
+    Logits that differ beyond the bound, but hardly once both are sorted, are the same values in another order.
+    """
+    detail = ""
+    pairs = list(enumerate(zip(reference_labels, candidate_labels, strict=False)))
+    if sorted(reference_labels) == sorted(candidate_labels):
+        moved_labels = [
+            f"label {i} is {found!r}, the reference's is {label!r}" for i, (label, found) in pairs if label != found
+        ]
+        detail = moved_labels[0] if moved_labels else ""
+    bound = PERMUTATION_BOUND if gates.difference is None else min(gates.difference, PERMUTATION_BOUND)
+    moved = (spread.difference > bound) & (spread.sorted_difference < spread.difference / 10)
+    if moved.mean() > 0.5:
+        detail = f"the logits are the reference's in another order; first at {spread.names[int(moved.argmax())]}"
+    return _gate("class order", not detail, "the reference's", math.nan, detail)
+
+
+def _numeric_gates(spread: _Spread, gates: Gates) -> Iterator[GateResult]:
+    """The gates of the precision. NaN passes none of them."""
+    difference = _worst(spread.difference)
+    if gates.difference is not None:
+        worst = spread.names[int(spread.difference.argmax())]
+        limit = f"at most {gates.difference:g} of the logit scale"
+        yield _gate("difference", difference <= gates.difference, limit, difference, f"worst at {worst}")
+
+    worst = spread.names[int((-spread.cosine).argmax())]
+    cosine = -_worst(-spread.cosine)
+    yield _gate("cosine", cosine >= gates.cosine, f"at least {gates.cosine:g}", cosine, f"worst at {worst}")
+
+    decided = ~(spread.margin <= (difference if gates.difference is None else gates.difference))
+    agrees = spread.top1_agrees[decided]
+    agreement = _mean(agrees) if len(agrees) else 1.0
+    limit = f"at least {gates.top1:.2%} of {len(agrees)} inputs whose margin exceeds the difference"
+    wrong = np.flatnonzero(decided & (spread.top1_agrees == 0))
+    detail = f"first at {spread.names[wrong[0]]}" if len(wrong) else ""
+    yield _gate("top-1", agreement >= gates.top1, limit, agreement, detail)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

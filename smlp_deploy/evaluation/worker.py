@@ -1,0 +1,280 @@
+"""One model in a process of its own, which runs and times what it is told to."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from smlp_deploy.errors import SmlpError
+from smlp_deploy.inference.classify import Classifier, decoded_batches
+from smlp_deploy.inference.records import FORMATS
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.runners import open_compiled, open_runner
+from smlp_deploy.runners.base import FloatArray, GpuTimer, Runner
+
+_SEED = 2109
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        path: an artifact or checkpoint.
+        provider: what ONNX Runtime runs an ONNX file on; None for its default, and for other files.
+        compiled: a checkpoint goes through `torch.compile`.
+    """
+
+    path: Path
+    provider: str | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A loaded model's name, facts, and the seconds it took from the process's start."""
+
+    name: str
+    metadata: ModelMetadata
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Seconds of each run of a turn: by the clock, and where a GPU ran it, by CUDA events without transfers."""
+
+    runs: tuple[float, ...]
+    gpu_runs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """All files once through the model; seconds in total, in the network, and of decoding alone."""
+
+    failed: int
+    seconds: float
+    inference: float
+    decode: float
+
+
+class TimedProcess:
+    """A process with one model in it; a context manager. Its methods wait for their answer.
+
+    Raises:
+        SmlpError: from each method, if the model cannot do it, or its process ended.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, subject, time.time()), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def load(self) -> Loaded:
+        """Load the model."""
+        answer: Loaded = self._ask("load")
+        return answer
+
+    def first(self, batch: int) -> float:
+        """Seconds of the first prediction.
+
+        Raises:
+            SmlpError: it is not finite.
+        """
+        answer: float = self._ask("first", batch)
+        return answer
+
+    def turn(self, batch: int, seconds: float) -> Turn:
+        """Run batches for about so many seconds, at least one.
+
+        The first run brings caches back from the models that ran before, and is left out where there are others.
+        """
+        answer: Turn = self._ask("turn", batch, seconds)
+        return answer
+
+    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Pass:
+        """From files to records, which go nowhere."""
+        answer: Pass = self._ask("end_to_end", paths, batch, workers)
+        return answer
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that the process held so far, or None where the system does not say."""
+        answer: int | None = self._ask("peak_memory")
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            with suppress(SmlpError):
+                self._ask("close")  # an engine's runner keeps the kernels that were compiled
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        try:
+            self._connection.send((method, arguments))
+            error, answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise SmlpError(
+                f"its process ended with {_ending(self._process.exitcode)}",
+                where=self._subject.path,
+                fix="if memory ran out, choose smaller --batch-sizes",
+            ) from None
+        if error is not None:
+            raise SmlpError(error["what"], where=error["where"] or self._subject.path, fix=error["fix"])
+        return answer
+
+
+def _ending(code: int | None) -> str:
+    return f"signal {-code}" if code is not None and code < 0 else f"code {code}"
+
+
+def _serve(connection: Connection, subject: Subject, started: float) -> None:
+    """Answer until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # it gives the same notes, too
+    session = _Session(subject, started)
+    with suppress(EOFError, OSError):
+        while True:
+            method, arguments = connection.recv()
+            try:
+                connection.send((None, getattr(session, method)(*arguments)))
+            except SmlpError as error:
+                connection.send(({"what": error.what, "where": error.where, "fix": error.fix}, None))
+            # Frameworks raise what they like; whoever asked is told in one line.
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [""]
+                connection.send(({"what": f"{type(error).__name__}: {lines[0]}", "where": None, "fix": None}, None))
+
+
+class _Session:
+    """What `TimedProcess` asks, on the other side."""
+
+    def __init__(self, subject: Subject, started: float) -> None:
+        self._subject = subject
+        self._started = started
+        self._runner: Runner | None = None
+        self._batches: dict[int, FloatArray] = {}
+
+    @property
+    def runner(self) -> Runner:
+        assert self._runner is not None, "the model is not loaded"
+        return self._runner
+
+    def load(self) -> Loaded:
+        path = self._subject.path
+        opened = open_compiled(path) if self._subject.compiled else open_runner(path, provider=self._subject.provider)
+        # The clock of all processes, because this one's own began after its start.
+        seconds = time.time() - self._started
+        self._runner = opened
+        return Loaded(name=opened.name, metadata=opened.metadata, seconds=seconds)
+
+    def first(self, batch: int) -> float:
+        images = self._batch(batch)
+        start = time.perf_counter()
+        logits = self.runner.infer(images)
+        seconds = time.perf_counter() - start
+        if not np.isfinite(logits).all():
+            raise SmlpError("its output has NaN or infinite values, so its speed means nothing")
+        return seconds
+
+    def turn(self, batch: int, seconds: float) -> Turn:
+        images = self._batch(batch)
+        runs: list[float] = []
+        end = time.perf_counter() + seconds
+        while not runs or time.perf_counter() < end:
+            start = time.perf_counter()
+            self.runner.infer(images)
+            runs.append(time.perf_counter() - start)
+        kept = runs[1:] or runs
+        gpu_runs = self.runner.gpu_seconds(images, runs=len(kept)) if isinstance(self.runner, GpuTimer) else []
+        return Turn(runs=tuple(kept), gpu_runs=tuple(gpu_runs))
+
+    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Pass:
+        decode = self._decode(paths, batch, workers)
+        clocked = _Clocked(self.runner)
+        classifier = Classifier(clocked)
+        failed = 0
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            write = FORMATS["jsonl"].writer(nowhere, topk=classifier.resolve_topk(None))
+            start = time.perf_counter()
+            for prediction in classifier.classify(paths, batch_size=batch, workers=workers):
+                write(prediction)
+                failed += prediction.error is not None
+            seconds = time.perf_counter() - start
+        return Pass(failed=failed, seconds=seconds, inference=clocked.seconds, decode=decode)
+
+    def _decode(self, paths: Sequence[Path], batch: int, workers: int) -> float:
+        start = time.perf_counter()
+        for _ in decoded_batches(paths, self.runner.metadata.preprocessing, batch_size=batch, workers=workers):
+            pass
+        return time.perf_counter() - start
+
+    def peak_memory(self) -> int | None:
+        if sys.platform == "linux":
+            # Not getrusage: the most that a process held before it became this one counts there, too.
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+            return int(kilobytes) * 1024
+        if sys.platform == "darwin":
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.__exit__(None, None, None)
+
+    def _batch(self, size: int) -> FloatArray:
+        """Seeded noise of mean 0 and deviation 1, as normalised images have; the time does not depend on it."""
+        if size not in self._batches:
+            side = self.runner.metadata.preprocessing.image_size
+            noise = np.random.default_rng(_SEED).standard_normal((size, 3, side, side), dtype=np.float32)
+            self._batches[size] = noise
+        return self._batches[size]
+
+
+class _Clocked:
+    """A runner that adds up the seconds it runs."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.name, self.metadata = runner.name, runner.metadata
+        self.seconds = 0.0
+        self._runner = runner
+
+    def infer(self, batch: FloatArray) -> FloatArray:
+        start = time.perf_counter()
+        try:
+            return self._runner.infer(batch)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Whoever opened the runner closes it."""

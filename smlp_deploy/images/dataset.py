@@ -1,0 +1,142 @@
+"""Labelled images: folders named like classes, or a CSV file; and which class of a model each name means."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from smlp_deploy import strictjson
+from smlp_deploy.errors import UsageError
+from smlp_deploy.files import DATA_FOLDER, read_file, read_text
+from smlp_deploy.images.find import find_images
+
+_MAX_CSV_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A labelled image; `named_by` says how the dataset named its class: by "label", "synset" or "index"."""
+
+    path: Path
+    label: int
+    named_by: str = "label"
+
+
+def find_samples(
+    dataset: Path,
+    labels: Sequence[str],
+    *,
+    synsets: Sequence[str] | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> tuple[Sample, ...]:
+    """The images of a dataset: a folder with one folder per class, or a CSV file with the columns path and label.
+
+    Classes are named by label, by synset id or by index from 0: the first of these that knows all the names, so that
+    folders 0 to 9 are labels where the labels are digits. Folders that begin with a dot are left out. A class folder
+    without images stands for itself, and will be an unreadable image.
+
+    Args:
+        dataset: the folder or the file; the paths in a file are relative to it.
+        labels: of the model.
+        synsets: the WordNet id of each label.
+        mapping: what the dataset calls a class -> its label; names that are not in it stay as they are.
+
+    Raises:
+        UsageError: it cannot be read, has no images, or names a class that the model does not have.
+    """
+    rows = ((where, label, [dataset.parent / path]) for where, path, label in _rows(dataset, ("path", "label")))
+    groups = list(_folders(dataset) if dataset.is_dir() else rows)
+    if not groups:
+        raise UsageError("has no images", where=dataset, fix="give a folder with one folder per class, or a CSV file")
+    names = {name: (mapping or {}).get(name, name) for _, name, _ in groups}
+    kind, indices = _named_by(set(names.values()), labels, synsets)
+    for where, name, _ in groups:
+        if names[name] not in indices:
+            raise _unknown(names[name], where, kind, {"label": labels, "synset": synsets or ()}.get(kind, ()))
+    return tuple(Sample(path, indices[names[name]], kind) for _, name, paths in groups for path in paths)
+
+
+def imagenet_synsets(labels: Sequence[str]) -> tuple[str, ...] | None:
+    """The WordNet ids of the 1,000 ILSVRC 2012 classes where `labels` are those classes' names, else None."""
+    lines = (DATA_FOLDER / "imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
+    ids, names = zip(*(line.split("\t")[:2] for line in lines), strict=True)
+    return ids if tuple(labels) == names else None
+
+
+def read_mapping(path: Path) -> dict[str, str]:
+    """What a dataset calls its classes -> labels: a JSON object, or a CSV file with the columns folder and label.
+
+    Raises:
+        UsageError: it cannot be read, is neither, or maps one name twice.
+    """
+    if path.suffix.lower() != ".json":
+        rows = [(name, label) for _, name, label in _rows(path, ("folder", "label"))]
+        if len(dict(rows)) != len(rows):
+            raise UsageError("maps a folder twice", where=path)
+        return dict(rows)
+    try:
+        mapping = strictjson.loads(read_text(path, error=UsageError, fix="--mapping names a JSON or CSV file"))
+    except ValueError as error:
+        raise UsageError(f"cannot read the mapping: {error}", where=path) from None
+    if not isinstance(mapping, dict) or not all(isinstance(label, str) for label in mapping.values()):
+        raise UsageError("is no JSON object of folder: label", where=path)
+    return mapping
+
+
+def _folders(dataset: Path) -> Iterator[tuple[str, str, list[Path]]]:
+    """Each class folder, its name and the images below it, sorted."""
+    try:
+        folders = sorted(path for path in dataset.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"cannot read it: {error.strerror}", where=dataset) from None
+    for folder in folders:
+        # With the dot a relative folder that begins with @ is not taken for a list of images.
+        yield str(folder), folder.name, list(find_images([os.path.join(os.curdir, folder)], ()))  # noqa: PTH118
+
+
+def _rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Where each row of a CSV file is, and its text in two columns, which the first row names."""
+    content = read_file(path, limit=_MAX_CSV_BYTES, error=UsageError, fix="give a folder or a CSV file")
+    text = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
+    rows = csv.DictReader(text, strict=True)
+    header = f"its first row has to name the columns {' and '.join(columns)}"
+    try:
+        if not set(columns) <= set(rows.fieldnames or ()):
+            raise UsageError("is no CSV file that is known here", where=path, fix=header)
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            first, second = (row[column] for column in columns)
+            if not first or not second or None in row:
+                raise UsageError("a row has too many columns, or an empty one", where=where, fix=header)
+            yield where, first, second
+    except csv.Error as error:
+        raise UsageError(f"is no CSV file: {error}", where=f"{path}, line {rows.line_num}", fix=header) from None
+
+
+def _named_by(names: Set[str], labels: Sequence[str], synsets: Sequence[str] | None) -> tuple[str, dict[str, int]]:
+    """How all the names are meant, and the class of each; where no way fits all, the one that fits most."""
+    occurrences = Counter(labels)
+    tables = {
+        "label": {label: i for i, label in enumerate(labels) if occurrences[label] == 1},
+        "synset": dict(zip(synsets, range(len(labels)), strict=True)) if synsets is not None else {},
+        "index": {name: int(name) for name in names if re.fullmatch("[0-9]{1,9}", name) and int(name) < len(labels)},
+    }
+    kind = max(tables, key=lambda kind: len(names & tables[kind].keys()))  # the first of equals
+    return kind, tables[kind]
+
+
+def _unknown(name: str, where: str, kind: str, known: Sequence[str]) -> UsageError:
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? Rename it," if close else "use one of the model's, counted from 0 if an index,"
+    return UsageError(
+        f"{name!r} is not the {kind} of exactly one class",
+        where=where,
+        fix=f"{hint} or map it to a label with --mapping",
+    )

@@ -1,0 +1,196 @@
+"""Batched classification: paths in, one record per path out, in order, whatever the files are."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smlp_deploy.errors import ImageError, UsageError
+from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.base import FloatArray, Runner
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_TOPK = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class and its softmax probability."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one input: its best classes, best first, or the one-line reason why there are none."""
+
+    path: str
+    scores: tuple[Score, ...] = ()
+    error: str | None = None
+
+
+class Classifier:
+    """Classifies image files with one loaded network; a context manager, because it holds the network's memory.
+
+    Args:
+        runner: the network.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    @classmethod
+    def open(cls, path: str | Path, *, provider: str | None = None) -> Self:
+        """Load an artifact or checkpoint; labels and preprocessing are those inside it.
+
+        Args:
+            path: the file.
+            provider: for an ONNX file, what it runs on: "cpu" (the default), "cuda" or "tensorrt".
+
+        Raises:
+            SmlpError: the file cannot be used.
+        """
+        return cls(open_runner(Path(path), provider=provider))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.runner.__exit__(kind, error, traceback)
+
+    def classify(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        topk: int | None = None,
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """One prediction per path, in the order of the paths.
+
+        Worker threads decode up to two batches ahead of the network, so memory is bounded by three batches, however
+        many paths there are; `paths` is read only as far ahead as that.
+
+        Args:
+            paths: image files.
+            batch_size: images per run of the network.
+            topk: classes per prediction; by default 5, or all where there are fewer.
+            workers: decoding threads; by default one per core.
+
+        Raises:
+            UsageError: a number is out of range.
+        """
+        topk = self.resolve_topk(topk)
+        if batch_size < 1 or (workers is not None and workers < 1):
+            raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
+        return self._stream(
+            paths,
+            batch_size=batch_size,
+            topk=topk,
+            workers=workers or available_cores(),
+        )
+
+    def resolve_topk(self, topk: int | None) -> int:
+        """`topk`, or its default where it is None.
+
+        Raises:
+            UsageError: more than the network has classes, or less than 1.
+        """
+        classes = len(self.runner.metadata.labels)
+        if topk is None:
+            return min(DEFAULT_TOPK, classes)
+        if not 1 <= topk <= classes:
+            raise UsageError(f"topk {topk} is not between 1 and the model's {classes} classes", where="--topk")
+        return topk
+
+    def _stream(self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int) -> Iterator[Prediction]:
+        preprocessing = self.runner.metadata.preprocessing
+        for batch in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+            outputs = infer_each(self.runner, [content for _, content in batch if not isinstance(content, str)])
+            for path, content in batch:
+                result = content if isinstance(content, str) else next(outputs)
+                if isinstance(result, str):
+                    yield Prediction(path, error=result)
+                else:
+                    yield self._prediction(path, result, topk)
+
+    def _prediction(self, path: str, logits: NDArray[np.float32], topk: int) -> Prediction:
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = exponentials / exponentials.sum()
+        best = np.argsort(-logits, kind="stable")[:topk]
+        labels = self.runner.metadata.labels
+        return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
+
+
+def decoded_batches(
+    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
+) -> Iterator[list[tuple[str, FloatArray | str]]]:
+    """Batches of paths, each with the network's input or the reason why there is none; decoded two batches ahead."""
+
+    def load(path: str | Path) -> FloatArray | str:
+        try:
+            return load_image(Path(path), preprocessing)
+        except ImageError as error:
+            return str(error)
+
+    remaining = iter(paths)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
+
+    def fill() -> None:
+        for path in islice(remaining, 2 * batch_size - len(queue)):
+            queue.append((os.fspath(path), pool.submit(load, path)))
+
+    try:
+        fill()
+        while queue:
+            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+            loaded = [(path, future.result()) for path, future in batch]
+            fill()  # before the network runs, so that decoding goes on meanwhile
+            yield loaded
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
+    """Finite logits of each image, or the reason why there are none; a batch that fails is run again one by one."""
+    if not images:
+        return
+    try:
+        outputs = runner.infer(np.stack(images))
+    # A backend raises what it likes. Whatever it is, no image may cost its neighbours their results.
+    except Exception as error:
+        reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if len(images) == 1:
+            yield reason
+            return
+        logger.warning("a batch of %d failed (%s); its images are run one by one", len(images), reason)
+        for image in images:
+            yield from infer_each(runner, [image])
+        return
+    for logits in outputs:
+        yield logits if np.isfinite(logits).all() else "the network's output has NaN or infinite values"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,128 @@
+"""What people see: in a terminal of 80 columns, and in a pipe."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from scripts.captures import COLUMNS, VERBS, in_terminal, plain
+from smlp_deploy.commands import terminal
+from smlp_deploy.commands.terminal import show_benchmark, show_divergence
+from smlp_deploy.doctor import Finding
+from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
+from smlp_deploy.evaluation.layers import DivergenceReport, PointReport
+from smlp_deploy.pipeline.export import Export
+
+COLOR = re.compile(r"\x1b\[[\d;]*3[1-7][\d;]*m")
+
+
+def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"median": 0.002, "p90": 0.002, "p95": 0.002, "p99": 0.003, "spread": 0.01, "images_per_second": 500.0}
+    timing = BatchTiming(batch=1, stable=False, rounds=((0.002,),), ratio=None, gpu_median=0.0005, **times)
+    model = ModelTiming(name="x", precision="fp16", load=1, first=0.1, peak_memory=None, batches=(timing,))
+    show_benchmark(Benchmark(environment={}, models=(model,), left_out=("torch.compile: no compiler",)))
+    out = capsys.readouterr().out
+    assert "1 at batch 1: 0.5 ms by CUDA events, without transfers" in out
+    assert "not stable when timing began: 1 at batch 1" in out
+    assert "left out: torch.compile: no compiler" in out
+
+
+def test_findings_are_a_table_in_a_terminal_and_a_line_each_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    detail = "an engine for sm89, which this machine does not have; it has another one"
+    findings = [Finding(name="artifacts/[red]x.engine", status="warning", detail=detail, fix="build it again")]
+    shown = {}
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, force_terminal=is_terminal, width=COLUMNS, color_system=None, highlight=False)
+        monkeypatch.setattr(terminal, "_stdout", lambda console=console: console)
+        terminal.show_findings(findings)
+        shown[is_terminal] = stream.getvalue().splitlines()
+    assert max(map(len, shown[True])) <= COLUMNS
+    assert "artifacts/[red]x.engine" in shown[True][0]
+    assert "try: build it again" in shown[True][-1]
+    assert shown[False] == [f"warning artifacts/[red]x.engine  {detail}", f"{'':33}try: build it again"]
+
+
+@pytest.mark.parametrize("growth", [None, 0.0123, 1.0, 12345.0])
+def test_error_growth_fits_the_narrowest_terminal(growth: float | None, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"error": 1.2e-3, "worst_error": 3.4e-3, "max_abs": 0.1}
+    point = PointReport(
+        name="stage 3 block 12 token mixing", worst_image="ILSVRC2012_val_00000001.JPEG", growth=None, **numbers
+    )
+    point = replace(point, growth=growth)
+    names = {"reference": "a", "candidate": "b", "precision": "fp32"}
+    show_divergence(DivergenceReport(**names, images=1, unreadable=(), max_error=1e-5, points=(point,), layers=()))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= COLUMNS
+    assert lines[2].rstrip().endswith("over")
+
+
+@pytest.fixture
+def model(digits_export: Export, tmp_path: Path) -> Path:
+    return Path(shutil.copy(digits_export.path, tmp_path / "digits.onnx"))
+
+
+@pytest.mark.parametrize("verb", VERBS[1:])
+def test_help_fits_80_columns_and_nothing_is_cut(verb: str, tmp_path: Path) -> None:
+    code, shown = plain(verb, "--help", folder=tmp_path)
+    assert code == 0
+    assert max(map(len, shown.splitlines())) <= COLUMNS
+    assert "…" not in shown
+    assert "--quiet" in shown
+
+
+def test_colours_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    colourful, plain = (in_terminal("exprot", folder=tmp_path, **asked)[1] for asked in ({}, {"NO_COLOR": "1"}))
+    assert COLOR.search(colourful)
+    assert not COLOR.search(plain)
+
+
+def test_the_next_command_is_shown_in_a_terminal_and_not_in_a_pipe(
+    model: Path, digit_images: list[Path], tmp_path: Path
+) -> None:
+    command = ("predict", "--model", model.name, digit_images[0])
+    shown = in_terminal(*command, folder=tmp_path)[1]
+    assert "next: smlp verify digits.onnx" in shown
+    piped = subprocess.run(
+        [sys.executable, "-m", "smlp_deploy", *map(str, command)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert piped.stderr == "1 image, 0 failed\n"
+
+
+def test_quiet_leaves_results_and_errors(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
+    command = ("predict", "-q", "--model", model.name, digit_images[0])
+    code, shown = plain(*command, folder=tmp_path)
+    assert code == 0
+    heading, line = shown.splitlines()
+    assert heading.startswith("image ")
+    assert digit_images[0].name in line
+    code, shown = plain("verify", "--quiet", "absent.onnx", folder=tmp_path)
+    assert code == 1
+    assert shown.startswith("error: no such file · absent.onnx")
+
+
+def test_the_shell_completes_verbs_and_options(tmp_path: Path) -> None:
+    def completed(words: str, position: int) -> list[str]:
+        environment = {"_SMLP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        run = subprocess.run(
+            [sys.executable, "-c", "from smlp_deploy.cli import main; main()"],
+            env={**os.environ, **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return run.stdout.split()
+
+    assert completed("smlp ex", 1) == ["export"]
+    assert completed("smlp export --prec", 2) == ["--precision"]
+    assert completed("smlp export --precision f", 3) == ["fp32", "fp16"]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+
+from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.evaluation.benchmark import (
+    Files,
+    Ratio,
+    _Model,
+    _time_batches,
+    baselines_of,
+    describe_environment,
+    ratio_to_first,
+    run_benchmark,
+)
+from smlp_deploy.evaluation.worker import Loaded, Subject, TimedProcess, Turn
+from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners import open_runner
+from tests.support.fakes import metadata
+
+
+def test_a_ratio_is_that_of_each_round() -> None:
+    drift = np.linspace(1, 5, 9)  # both get slower and slower, the ratio stays
+    ratio = ratio_to_first(list(2 * drift), list(drift))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
+
+
+def test_few_rounds_tell_no_interval() -> None:
+    assert ratio_to_first([1, 2, 3, 4], [2, 4, 6, 8]) == Ratio(value=0.5, low=None, high=None)
+
+
+def test_the_interval_of_a_ratio_is_as_wide_as_the_rounds_differ() -> None:
+    rng = np.random.default_rng(0)
+    first = np.ones(25)
+    other = 0.5 * np.exp(rng.normal(0, 0.1, 25))
+    ratio = ratio_to_first(list(first), list(other))
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.low < ratio.value < ratio.high
+    # A median of 25 has a standard error of about 1.25 * 0.1 / 5 here, twice 1.96 of them in all.
+    assert (ratio.high - ratio.low) / ratio.value == pytest.approx(0.1, rel=0.5)
+    assert ratio_to_first(list(first), list(other)) == ratio
+
+
+class Scripted:
+    """A process whose runs take the seconds it is told, with noise of its own."""
+
+    def __init__(self, seconds: float, noise: float) -> None:
+        self._seconds, self._noise = seconds, noise
+        self._random = np.random.default_rng(int(1000 * seconds))
+
+    def turn(self, batch: int, seconds: float) -> Turn:
+        return Turn(runs=(self._seconds * batch * float(np.exp(self._random.normal(0, self._noise))),))
+
+
+@pytest.mark.parametrize(("noise", "fewest", "most"), [(0.001, 10, 10), (0.05, 11, 29), (0.5, 30, 30)])
+def test_there_are_more_rounds_where_a_ratio_is_not_known_well(noise: float, fewest: int, most: int) -> None:
+    loaded = Loaded(name="x", metadata=metadata(), seconds=0)
+    models = [
+        _Model(process=cast(TimedProcess, Scripted(seconds, noise)), loaded=loaded, first=0) for seconds in (0.1, 0.2)
+    ]
+    for first, second in _time_batches(models, (1, 8), rounds=10, tell=lambda *_: None):
+        assert fewest <= len(first.rounds) == len(second.rounds) <= most
+        assert second.ratio is not None
+        assert second.ratio.value == pytest.approx(0.5, rel=max(noise, 0.01))
+
+
+def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list[Path]) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = run_benchmark(
+        [Subject(path=digits_export.path), Subject(path=BUNDLED_CHECKPOINT)],
+        baselines=[Subject(path=Path("absent.pth"), compiled=True)],
+        batch_sizes=(4, 1, 4),
+        rounds=3,
+        files=Files(paths=tuple(digit_images), batch=4, workers=1),
+        progress=lambda *step: told.append(step),
+    )
+    first, second = report.models
+    assert first.name == f"onnxruntime (CPU) {digits_export.path.name}"
+    assert [timing.batch for timing in first.batches] == [1, 4]
+    timing = second.batches[1]
+    runs = np.concatenate(timing.rounds)
+    assert len(timing.rounds) == 3
+    assert timing.median == pytest.approx(np.median(runs))
+    assert timing.median <= timing.p90 <= timing.p95 <= timing.p99 <= runs.max()
+    assert timing.p99 in runs
+    assert timing.images_per_second == pytest.approx(4 / timing.median)
+    assert first.batches[1].ratio is None
+    assert timing.ratio is not None
+    assert timing.ratio.low is timing.ratio.high is None  # of three rounds
+    assert second.end_to_end is not None
+    assert (second.end_to_end.images, second.end_to_end.failed) == (12, 0)
+    assert report.left_out == ("torch.compile: no such file · absent.pth · give the path of a weights file",)
+    assert json.loads(report.to_json())["models"][1]["batches"][1]["rounds"][0]
+    turns = [phase for phase, _, _ in told if phase.startswith("round ")]
+    assert turns[:6] == [f"round {n}: batch {size}" for n in (1, 2, 3) for size in (1, 4)]
+    assert {phase.split(":")[0] for phase, _, _ in told} >= {"batch 1", "batch 4", "files to records"}
+
+
+def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"):
+        run_benchmark([Subject(path=tmp_path / "absent.onnx")])
+
+
+def test_files_that_cannot_be_read_are_told_before_anything_is_timed(digits_export: Export) -> None:
+    phases: list[str] = []
+    with pytest.raises(UsageError, match=r"none of the 1 files can be read · absent"):
+        run_benchmark(
+            [Subject(path=digits_export.path)],
+            files=Files(paths=(Path("absent"),), batch=1, workers=1),
+            progress=lambda phase, *_: phases.append(phase),
+        )
+    assert phases[-1] == "files to records: warming up"
+
+
+@pytest.mark.parametrize("wrong", [{"subjects": []}, {"batch_sizes": ()}, {"batch_sizes": (0, 1)}, {"rounds": 0}])
+def test_nothing_to_time_is_refused(wrong: dict[str, object], digits_export: Export) -> None:
+    arguments: dict[str, object] = {"subjects": [Subject(path=digits_export.path)], **wrong}
+    with pytest.raises(UsageError, match="there is nothing to time"):
+        run_benchmark(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_baselines_are_made_from_the_same_checkpoint(digits_export: Export, tmp_path: Path) -> None:
+    eager, compiled, straight = baselines_of(digits_export.path, tmp_path)
+    assert (eager.path, eager.compiled) == (BUNDLED_CHECKPOINT, False)
+    assert (compiled.path, compiled.compiled) == (BUNDLED_CHECKPOINT, True)
+    assert straight.path == tmp_path / "smlpnet_digits-straight.onnx"
+    batch = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+    with open_runner(straight.path) as runner, open_runner(digits_export.path) as lowered:
+        np.testing.assert_allclose(runner.infer(batch), lowered.infer(batch), atol=1e-4)
+    assert baselines_of(BUNDLED_CHECKPOINT, tmp_path)[0].compiled
+
+
+def test_the_environment_is_told() -> None:
+    environment = describe_environment()
+    assert {"CPU", "cores", "system", "python", "smlp-deploy", "numpy", "onnxruntime"} <= environment.keys()
+    assert all(environment.values())

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from smlp_deploy.errors import SmlpError
+from smlp_deploy.evaluation.worker import Subject, TimedProcess, _Session
+from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners.base import FloatArray
+from tests.support.fakes import FakeRunner, quadrant_means
+
+
+@pytest.fixture
+def process(digits_export: Export) -> TimedProcess:
+    return TimedProcess(Subject(path=digits_export.path))
+
+
+def test_a_model_is_timed_in_its_own_process(
+    process: TimedProcess, digits_export: Export, digit_images: list[Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    with process:
+        loaded = process.load()
+        assert loaded.name == f"onnxruntime (CPU) {digits_export.path.name}"
+        assert loaded.metadata.precision == "fp32"
+        assert loaded.seconds > 0
+        assert process.first(1) > 0
+        turn = process.turn(2, 0.02)
+        assert min(turn.runs) > 0
+        assert turn.gpu_runs == ()
+        assert len(process.turn(2, 0).runs) == 1
+        found = process.end_to_end([*digit_images, broken], 5, 2)
+        assert found.failed == 1
+        assert 0 < found.inference < found.seconds
+        assert found.decode > 0
+        peak = process.peak_memory()
+        assert peak is None or 10**7 < peak < 10**10
+        pid = process._process.pid
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
+    with (
+        TimedProcess(Subject(path=tmp_path / "absent.onnx")) as process,
+        pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"),
+    ):
+        process.load()
+
+
+def test_a_bug_of_a_framework_is_one_clear_line(process: TimedProcess, digits_export: Export) -> None:
+    with process:
+        process.load()
+        with pytest.raises(SmlpError, match=rf"\w+Error: .* · .*{digits_export.path.name}"):
+            process.first(-1)
+        assert process.first(1) > 0
+
+
+def test_a_model_that_overflows_is_not_timed(digits_export: Export, tmp_path: Path) -> None:
+    model = onnx.load(digits_export.path)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+    weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), 3e38), weight.name))
+    path = tmp_path / "overflows.onnx"
+    onnx.save(model, path)
+    with TimedProcess(Subject(path=path)) as process:
+        process.load()
+        with pytest.raises(SmlpError, match=r"its output has NaN or infinite values.* · .*overflows\.onnx"):
+            process.first(1)
+
+
+def test_a_process_that_dies_is_one_clear_line(process: TimedProcess) -> None:
+    with process:
+        process.load()
+        assert process._process.pid is not None
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises(SmlpError, match=r"its process ended with signal 9 · .*smaller --batch-sizes"):
+            process.first(1)
+
+
+def test_ctrl_c_is_left_to_the_process_that_asks(process: TimedProcess) -> None:
+    with process:
+        process.load()
+        assert process._process.pid is not None
+        os.kill(process._process.pid, signal.SIGINT)
+        assert process.first(1) > 0
+
+
+class TimesOnGpu(FakeRunner):
+    """A runner that says what a GPU would have taken."""
+
+    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+        return [len(batch) / 1000] * runs
+
+
+def test_a_turn_on_a_gpu_is_timed_twice() -> None:
+    session = _Session(Subject(path=Path("x.engine")), 0)
+    session._runner = TimesOnGpu(quadrant_means)
+    turn = session.turn(2, 0)
+    assert turn.gpu_runs == (0.002,)
+    assert len(turn.runs) == 1

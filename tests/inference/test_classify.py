@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smlp_deploy import Classifier
+from smlp_deploy.errors import UsageError
+from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.inference import classify
+from smlp_deploy.inference.classify import Prediction
+from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners.base import FloatArray
+from tests.support.fakes import FakeRunner, metadata, quadrant_means
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, photo: Image.Image) -> list[Path]:
+    """Six files, in order: good, truncated, text, empty, CMYK, 16-bit."""
+    paths = [tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.png")]
+    photo.save(paths[0])
+    content = paths[0].read_bytes()
+    paths[1].write_bytes(content[: len(content) // 3])
+    paths[2].write_text("not an image")
+    paths[3].touch()
+    photo.convert("CMYK").save(paths[4])
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(paths[5])
+    return paths
+
+
+def quadrant_image(path: Path, bright: int) -> Path:
+    image = Image.new("RGB", (8, 8))
+    image.paste("white", (bright % 2 * 4, bright // 2 * 4, bright % 2 * 4 + 4, bright // 2 * 4 + 4))
+    image.save(path)
+    return path
+
+
+def test_digits_are_recognised(digits_export: Export, digit_images: list[Path]) -> None:
+    with Classifier.open(digits_export.path) as classifier:
+        predictions = list(classifier.classify(digit_images))
+    assert [prediction.path for prediction in predictions] == [str(path) for path in digit_images]
+    right = [p.scores[0].label == Path(p.path).name.split("-")[1] for p in predictions]
+    assert len(right) == 12
+    assert sum(right) >= 11
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_six_files_give_six_records_in_order(
+    digits_export: Export, mixed: list[Path], batch_size: int, workers: int
+) -> None:
+    with Classifier.open(str(digits_export.path)) as classifier:
+        predictions = list(classifier.classify(mixed, batch_size=batch_size, workers=workers))
+    assert [prediction.path for prediction in predictions] == [str(path) for path in mixed]
+    assert [prediction.error is None for prediction in predictions] == [True, False, False, False, True, True]
+    assert [bool(prediction.scores) for prediction in predictions] == [True, False, False, False, True, True]
+
+
+def test_bad_files_do_not_shift_the_others(tmp_path: Path) -> None:
+    paths: list[Path] = []
+    for index in range(40):
+        path = tmp_path / f"{index:02d}.png"
+        paths.append(path if index % 3 == 0 else quadrant_image(path, index % 4))
+    predictions = list(Classifier(FakeRunner(quadrant_means)).classify(paths, batch_size=7, topk=1))
+    for index, prediction in enumerate(predictions):
+        assert prediction.path == str(paths[index])
+        if index % 3 == 0:
+            assert prediction.error == "no such file or directory"
+        else:
+            assert prediction.scores[0].label == f"class {index % 4}"
+
+
+def test_probabilities_are_the_softmax_best_first(tmp_path: Path) -> None:
+    runner = FakeRunner(lambda images: np.array([[1, 1000, -3, 1000]], np.float32))
+    (prediction,) = Classifier(runner).classify([quadrant_image(tmp_path / "a.png", 0)], topk=3)
+    assert [score.index for score in prediction.scores] == [1, 3, 0]
+    assert [score.probability for score in prediction.scores] == pytest.approx([0.5, 0.5, 0])
+
+
+def test_logits_that_are_no_numbers_are_an_error_record(tmp_path: Path) -> None:
+    def spoil_second(images: FloatArray) -> FloatArray:
+        logits = quadrant_means(images)
+        logits[1, 2] = np.nan
+        return logits
+
+    paths = [quadrant_image(tmp_path / f"{index}.png", index) for index in range(3)]
+    predictions = list(Classifier(FakeRunner(spoil_second)).classify(paths))
+    assert [prediction.error for prediction in predictions] == [
+        None,
+        "the network's output has NaN or infinite values",
+        None,
+    ]
+
+
+def test_all_bad_files_run_no_inference(tmp_path: Path) -> None:
+    runner = FakeRunner(quadrant_means)
+    assert all(p.error for p in Classifier(runner).classify([tmp_path / "x.jpg"] * 5, batch_size=2))
+    assert runner.batch_sizes == []
+
+
+def test_no_paths_give_no_records() -> None:
+    assert list(Classifier(FakeRunner(quadrant_means)).classify([])) == []
+
+
+def test_paths_are_read_no_further_ahead_than_two_batches(tmp_path: Path) -> None:
+    path, read = quadrant_image(tmp_path / "a.png", 0), 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal read
+        while True:
+            read += 1
+            yield path
+
+    predictions = Classifier(FakeRunner(quadrant_means)).classify(endless(), batch_size=4)
+    for _ in range(9):
+        next(predictions)
+    assert read <= 3 * 4 + 8
+    predictions.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_decoding_goes_on_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [quadrant_image(tmp_path / f"{index}.png", 0) for index in range(8)]
+    decoded = threading.Semaphore(0)
+
+    def counted(path: Path, preprocessing: Preprocessing) -> FloatArray:
+        image = load_image(path, preprocessing)
+        decoded.release()
+        return image
+
+    def waits_for_two_more_batches(images: FloatArray) -> FloatArray:
+        # The network's first run returns only once its own two images and the next four are decoded.
+        for _ in range(6 if not finished else 0):
+            assert decoded.acquire(timeout=30), "decoding stood still while the network ran"
+        finished.append(True)
+        return quadrant_means(images)
+
+    finished: list[bool] = []
+    monkeypatch.setattr(classify, "load_image", counted)
+    predictions = list(Classifier(FakeRunner(waits_for_two_more_batches)).classify(paths, batch_size=2))
+    assert [prediction.error for prediction in predictions] == [None] * 8
+
+
+@pytest.mark.parametrize(("topk", "reason"), [(5, "topk 5 is not between 1 and the model's 4 classes"), (0, "topk 0")])
+def test_topk_beyond_the_classes_is_refused(topk: int, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        Classifier(FakeRunner(quadrant_means)).classify([], topk=topk)
+
+
+def test_topk_is_5_or_all_classes_of_fewer() -> None:
+    assert Classifier(FakeRunner(quadrant_means)).resolve_topk(None) == 4
+    assert Classifier(FakeRunner(quadrant_means, metadata(classes=9))).resolve_topk(None) == 5
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}])
+def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        Classifier(FakeRunner(quadrant_means)).classify([], **options)
+
+
+def test_the_classifier_closes_its_runner() -> None:
+    runner = FakeRunner(quadrant_means)
+    with Classifier(runner):
+        assert not runner.closed
+    assert runner.closed
+
+
+def test_a_prediction_is_a_value() -> None:
+    assert Prediction("a.jpg", error="x") == Prediction("a.jpg", error="x")
+
+
+class TestABatchThatFails:
+    """The images of it are run one by one: what is wrong with one costs no neighbour its result."""
+
+    @pytest.fixture
+    def paths(self, tmp_path: Path) -> list[Path]:
+        return [quadrant_image(tmp_path / f"{index}.png", index % 4) for index in range(6)]
+
+    def test_costs_only_the_image_at_fault(self, paths: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+        def picky(batch: FloatArray) -> FloatArray:
+            logits = quadrant_means(batch)
+            if (logits.argmax(axis=1) == 2).any():
+                raise RuntimeError("no memory\nfor this")
+            return logits
+
+        runner = FakeRunner(picky)
+        predictions = list(Classifier(runner).classify(paths, batch_size=3))
+        assert [p.scores[0].index if p.scores else p.error for p in predictions] == [
+            0,
+            1,
+            "the network failed on it: RuntimeError: no memory",
+            3,
+            0,
+            1,
+        ]
+        assert runner.batch_sizes == [3, 1, 1, 1, 3]
+        assert "a batch of 3 failed" in caplog.text
+
+    def test_a_batch_too_large_for_the_memory_is_run_in_parts(self, paths: list[Path]) -> None:
+        def small(batch: FloatArray) -> FloatArray:
+            if len(batch) > 1:
+                raise MemoryError
+            return quadrant_means(batch)
+
+        predictions = list(Classifier(FakeRunner(small)).classify(paths))
+        assert [p.scores[0].index for p in predictions] == [0, 1, 2, 3, 0, 1]

@@ -1,0 +1,425 @@
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.cli import main
+from smlp_deploy.dependencies import GpuDevice
+from smlp_deploy.errors import ArtifactError, BuildError, UsageError
+from smlp_deploy.exporters.kernels import KernelSummary, summarize
+from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
+from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.graphs.file import load_graph, read_metadata, save_graph
+from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline import build as engine
+from smlp_deploy.pipeline.build import Graph, build_engine, check_precision, prepare_graph, verify_engine_layers
+from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_layers
+from smlp_deploy.pipeline.precision import bundled_images
+from smlp_deploy.runners import tensorrt as runners
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from smlp_deploy.runners.tensorrt import TensorRTRunner
+from tests.support.fakes import FakeRunner
+from tests.support.onnx_session import OnnxSession
+
+SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
+
+
+def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Path) -> None:
+    graph = prepare_graph(digits_export.path, "fp16")
+    assert graph.parity is not None
+    assert graph.parity.passed
+    result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+    card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
+    assert card.engine_sha256 == sha256_of(result.path)
+    assert (card.onnx_file, card.onnx_sha256) == (digits_export.path.name, sha256_of(digits_export.path))
+    assert card.metadata == graph.metadata
+    assert card.metadata.precision == "fp16"
+    assert card.flavour == "tensorrt-rtx"
+    assert card.profile == SM89.profile
+    assert card.architectures == ("sm89",)
+    assert card.kernels["compute_by_precision"].keys() == {"Half"}
+    assert card.ran_here is (result.parity is not None)
+    assert card.graph_parity is not None
+    assert card.graph_parity["passed"] is True
+    assert card.memory
+
+
+@pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
+def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
+    graph = prepare_graph(digits_export.path, precision)
+    result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+    assert result.summary.compute_by_precision.keys() == {element}
+
+
+def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
+    digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a precision flag that TensorRT no longer has would do: the graph is still fp32.
+    monkeypatch.setattr(engine, "to_half", lambda model, precision: model)
+    graph = prepare_graph(digits_export.path, "fp16")
+    with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{'Float': 31\}"):
+        build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+    assert not list(tmp_path.iterdir())
+
+
+class TestWhereTheEngineRuns:
+    """On a stand-in for the GPU: ONNX Runtime runs the graph that the engine was built from."""
+
+    @pytest.fixture
+    def graph(self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
+        graph = prepare_graph(digits_export.path, "fp16")
+        save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
+        monkeypatch.setattr(engine, "check_machine", lambda path, card: None)
+        return graph
+
+    def test_it_is_compared_with_its_source(
+        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: OnnxRuntimeRunner(tmp_path / "half.onnx"))
+        result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+        card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
+        assert card.ran_here is True
+        assert card.engine_parity is not None
+        assert card.engine_parity["passed"] is True
+        assert card.engine_parity["artifact_sha256"] == sha256_of(result.path)
+
+    def test_one_that_computes_something_else_is_kept_under_a_failed_name(
+        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with OnnxRuntimeRunner(tmp_path / "half.onnx") as half:
+            wrong = FakeRunner(lambda batch: -half.infer(batch), graph.metadata)
+            monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: wrong)
+            with pytest.raises(
+                BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
+            ):
+                build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+        assert {path.name for path in tmp_path.iterdir()} == {"half.onnx", "x.engine.failed"}
+
+
+def engine_of(source: Path, folder: Path, precision: str = "fp32", **changes: Any) -> Path:
+    """An engine in name, with the facts that a build from `source` would write; the file is copied beside it."""
+    path = folder / "x.engine"
+    path.write_bytes(b"an engine")
+    beside = folder / "source.onnx"
+    shutil.copy(source, beside)
+    metadata = read_metadata(load_graph(beside), beside)
+    assert metadata is not None
+    values: dict[str, Any] = {
+        "engine_sha256": sha256_of(path),
+        "metadata": replace(metadata, precision=precision),
+        "onnx_file": beside.name,
+        "onnx_sha256": sha256_of(beside),
+        "flavour": "tensorrt-rtx",
+        "version": TensorRT.load("tensorrt-rtx").version,
+        "profile": SM89.profile,
+        "architectures": SM89.architectures,
+        "ran_here": False,
+    }
+    engine_card_path(path).write_text(EngineCard(**values | changes).to_json())
+    return path
+
+
+class Workshop:
+    """A GPU where a build gives the graph itself as the plan, once `change` was made to it, and ONNX Runtime runs that.
+
+    `build` is the real build.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.change: Callable[[onnx.ModelProto], None] = lambda model: None
+        self.options: list[BuildOptions] = []
+        self.sessions: list[OnnxSession] = []
+        self.build = TensorRT.build
+
+        def stand_in(tensorrt: TensorRT, graph: bytes, options: BuildOptions) -> Engine:
+            self.options.append(options)
+            model = onnx.ModelProto.FromString(graph)
+            self.change(model)
+            return Engine(plan=model.SerializeToString(), kernels=(), memory=(), timing_cache=None)
+
+        def session(plan: bytes, path: Path, card: EngineCard, **keywords: Any) -> OnnxSession:
+            self.sessions.append(OnnxSession(plan))
+            return self.sessions[-1]
+
+        monkeypatch.setattr(TensorRT, "build", stand_in)
+        monkeypatch.setattr(runners, "_session", session)
+        monkeypatch.setattr(runners, "find_gpu", lambda: GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080))
+
+
+def perturb(name: str) -> Callable[[onnx.ModelProto], None]:
+    """Add noise to a weight, of a tenth of its deviation."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        values = numpy_helper.to_array(tensor)
+        noise = np.random.default_rng(0).standard_normal(values.shape) * 0.1 * values.std()
+        tensor.CopyFrom(numpy_helper.from_array((values + noise).astype(values.dtype), name))
+
+    return change
+
+
+class TestLayerByLayer:
+    @pytest.fixture
+    def workshop(self, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+        return Workshop(monkeypatch)
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_its_blocks_are_compared_with_those_of_its_onnx_file(
+        self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop, precision: str
+    ) -> None:
+        report = verify_engine_layers(engine_of(digits_export.path, tmp_path, precision))
+        same = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "same.onnx").path
+        expected = verify_layers(same, reference=digits_export.path)
+        assert report.first_over is None
+        assert report.precision == precision
+        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
+        assert report.reference == "onnxruntime (CPU) source.onnx"
+        assert [point.name for point in report.points] == [point.name for point in expected.points]
+        errors = [point.error for point in report.points]
+        assert errors == pytest.approx([point.error for point in expected.points], rel=0.05, abs=1e-6)
+        assert (min(errors) > 1e-5) is (precision == "fp16")
+
+    @pytest.mark.parametrize(
+        ("precision", "weight", "where"),
+        [
+            ("fp32", "blocks.3.hidden.weight", "stage 2 block 2"),
+            ("fp32", "blocks.2.width_matrix", "stage 2 block 1 token mixing"),
+            ("fp16", "embeddings.2.weight_fp16", "stage 3 embedding"),
+        ],
+    )
+    def test_the_block_of_a_perturbed_weight_is_named(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, precision: str, weight: str, where: str
+    ) -> None:
+        workshop.change = perturb(weight)
+        over = verify_engine_layers(engine_of(digits_export.path, tmp_path, precision)).first_over
+        assert over is not None
+        assert over.name == where
+
+    def test_it_is_built_as_its_json_says(self, digits_export: Export, tmp_path: Path, workshop: Workshop) -> None:
+        options = BuildOptions(
+            profile=BatchProfile(min=3, opt=4, max=5),
+            architectures=("sm80", "sm89"),
+            workspace_gib=0.5,
+            optimization_level=2,
+            timing_cache=b"cache",
+            version_compatible=True,
+        )
+        path = engine_of(
+            digits_export.path,
+            tmp_path,
+            profile=options.profile,
+            architectures=options.architectures,
+            options=engine._other_options(options),
+        )
+        images = bundled_images()[:7]
+        assert verify_engine_layers(path, images=images).images == 7
+        assert workshop.options == [replace(options, timing_cache=None)]
+        assert workshop.sessions[0].sizes == [5, 3]
+
+    def test_tensorrt_builds_for_the_gpu_at_hand(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(TensorRT.load("tensorrt-rtx"), "ahead_of_time", False)
+        verify_engine_layers(engine_of(digits_export.path, tmp_path), images=bundled_images()[:1])
+        assert workshop.options[0].architectures == ()
+
+    def test_an_int8_file(self, digits: Checkpoint, tmp_path: Path, workshop: Workshop) -> None:
+        source = export_checkpoint(digits, describe(digits, precision="int8"), tmp_path / "int8.onnx").path
+        report = verify_engine_layers(engine_of(source, tmp_path, "int8"))
+        assert [point.error for point in report.points] == pytest.approx([0] * 15, abs=1e-5)
+
+    def test_an_engine_that_was_quantized_while_it_was_built(
+        self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop
+    ) -> None:
+        graph = prepare_graph(digits_export.path, "int8")
+        path = engine_of(digits_export.path, tmp_path, metadata=graph.metadata)
+        report = verify_engine_layers(path)
+        assert report.first_over is None
+        assert report.points[-1].error > 1e-3
+        other = replace(graph.metadata, quantization={**graph.metadata.quantization, "layers_in_half": ["x"]})
+        path = engine_of(digits_export.path, tmp_path, metadata=other)
+        message = r"was quantized while it was built, and its JSON does not say with which ranges · .*x\.engine · write"
+        with pytest.raises(ArtifactError, match=message):
+            verify_engine_layers(path)
+
+    def test_one_of_another_network_quantized_while_it_was_built(
+        self, micro_pth: Path, tmp_path: Path, workshop: Workshop
+    ) -> None:
+        micro = load_checkpoint(micro_pth)
+        source = export_checkpoint(micro, describe(micro), tmp_path / "micro.onnx").path
+        with pytest.raises(ArtifactError, match="its JSON does not say with which ranges"):
+            verify_engine_layers(engine_of(source, tmp_path, "int8"))
+        assert not workshop.options
+
+    def test_the_onnx_file_is_missing_or_another(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop
+    ) -> None:
+        path = engine_of(digits_export.path, tmp_path)
+        (tmp_path / "source.onnx").unlink()
+        fix = r"give the ONNX file that x\.engine was built from with --reference, or build the engine again"
+        with pytest.raises(ArtifactError, match=rf"^no such file · .*source\.onnx · {fix}$"):
+            verify_engine_layers(path)
+        assert verify_engine_layers(path, reference=digits_export.path).first_over is None
+        model = onnx.load(digits_export.path)
+        perturb("blocks.3.hidden.weight")(model)
+        onnx.save(model, tmp_path / "source.onnx")
+        other = rf"^is not the source\.onnx that x\.engine was built from · .*source\.onnx · {fix}$"
+        with pytest.raises(ArtifactError, match=other):
+            verify_engine_layers(path)
+        with pytest.raises(ArtifactError, match=r"is not the source\.onnx that x\.engine was built from"):
+            verify_engine_layers(path, reference=BUNDLED_CHECKPOINT)
+        assert len(workshop.options) == 1
+
+    @pytest.mark.parametrize("name", ["", "..", "elsewhere/source.onnx", "so\0urce.onnx"])
+    def test_a_json_cannot_name_a_file_elsewhere(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, name: str
+    ) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copy(digits_export.path, tmp_path / "elsewhere" / "source.onnx")
+        path = engine_of(digits_export.path, tmp_path, onnx_file=name)
+        (tmp_path / "source.onnx").unlink()
+        with pytest.raises(ArtifactError, match=r"is a directory|no such file|cannot read it"):
+            verify_engine_layers(path)
+
+    def test_an_onnx_file_that_cannot_be_read_is_one_clear_line(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(path: Path) -> str:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        path = engine_of(digits_export.path, tmp_path)
+        monkeypatch.setattr(engine, "sha256_of", refused)  # a real one would not stop root
+        with pytest.raises(ArtifactError, match=r"cannot read it: Permission denied · .*source\.onnx"):
+            verify_engine_layers(path)
+
+    def test_options_of_a_later_version_are_refused(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop
+    ) -> None:
+        path = engine_of(digits_export.path, tmp_path, options={"sparse": True})
+        with pytest.raises(ArtifactError, match=r"options that this version does not know: sparse · .*x\.engine"):
+            verify_engine_layers(path)
+
+    def test_without_a_gpu_it_is_one_clear_line(
+        self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(runners, "find_gpu", lambda: None)
+        path = engine_of(digits_export.path, tmp_path)
+        (tmp_path / "source.onnx").unlink()
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", str(path), "--layers"])
+        assert stop.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: needs an NVIDIA GPU and driver, and there is none · ")
+
+    def test_on_the_command_line(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = str(engine_of(digits_export.path, tmp_path))
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", path, "--layers", "--quiet"])
+        assert stop.value.code == 0
+        workshop.change = perturb("blocks.3.hidden.weight")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["verify", path, "--layers", "--reference", str(digits_export.path), "--quiet"])
+        assert stop.value.code == 1
+        assert "at stage 2 block 2: error" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+    def test_tensorrt_rtx_builds_the_second_engine(
+        self,
+        digits_export: Export,
+        digits: Checkpoint,
+        tmp_path: Path,
+        workshop: Workshop,
+        monkeypatch: pytest.MonkeyPatch,
+        precision: str,
+    ) -> None:
+        if precision == "int8":
+            source = export_checkpoint(digits, describe(digits, precision="int8"), tmp_path / "int8.onnx").path
+        else:
+            source = digits_export.path
+        engines: list[Engine] = []
+
+        def build_and_stop(tensorrt: TensorRT, graph: bytes, options: BuildOptions) -> Engine:
+            engines.append(workshop.build(tensorrt, graph, options))
+            raise BuildError("built")
+
+        monkeypatch.setattr(TensorRT, "build", build_and_stop)
+        with pytest.raises(BuildError, match="built"):
+            verify_engine_layers(engine_of(source, tmp_path, precision))
+        (built,) = engines
+        assert len(built.plan) > 100_000
+        assert summarize(built.kernels, batch=4).share(precision)
+        written = [tensor.shape for k in built.kernels for tensor in k.outputs if tensor.element == "Float"]
+        for shape, points in {(4, 40, 8, 8): 5, (4, 80, 4, 4): 7, (4, 160, 2, 2): 3}.items():
+            assert written.count(shape) == points or precision == "fp32"  # whose other kernels write Float too
+
+
+def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_path: Path) -> None:
+    target = tmp_path / "x.engine"
+    target.write_text("old")
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        import signal
+
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(prepare_graph(digits_export.path, None), target, SM89, flavour="tensorrt-rtx", progress=interrupt)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
+
+
+def test_a_half_graph_cannot_be_built_in_another_precision(digits_export: Export, tmp_path: Path) -> None:
+    from smlp_deploy.graphs.file import save_graph
+
+    graph = prepare_graph(digits_export.path, "fp16")
+    save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
+    assert prepare_graph(tmp_path / "half.onnx", "fp16").parity is None
+    with pytest.raises(UsageError, match=r"the graph is fp16 .* bf16 was asked for"):
+        prepare_graph(tmp_path / "half.onnx", "bf16")
+
+
+def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp_path: Path) -> None:
+    # A constant added to every token and taken off again by the head: nothing in fp32, but bf16 loses the rest.
+    model = onnx.load(digits_export.path)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    shift = np.float32(4096)
+    for name, change in (
+        ("blocks.5.out.bias", np.full(160, shift)),
+        ("head.bias", -shift * numpy_helper.to_array(weights["head.weight"]).sum(axis=1)),
+    ):
+        changed = (numpy_helper.to_array(weights[name]) + change).astype(np.float32)
+        weights[name].CopyFrom(numpy_helper.from_array(changed, name))
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ArtifactError, match="in bf16 it computes something else: cosine"):
+        prepare_graph(tmp_path / "x.onnx", "bf16")
+
+
+def test_a_graph_of_another_tool_is_refused(digits_export: Export, tmp_path: Path) -> None:
+    model = onnx.load(digits_export.path)
+    model.ClearField("metadata_props")
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(ArtifactError, match="smlp-deploy did not write it"):
+        prepare_graph(tmp_path / "x.onnx", "fp16")
+
+
+def test_precision_is_checked_by_kernels() -> None:
+    summary = KernelSummary(batch=1, count=2, by_kind={}, compute_by_precision={"Float": 2}, bytes_per_image=0)
+    check_precision(summary, "fp32")
+    with pytest.raises(BuildError, match="no kernel computes in bf16"):
+        check_precision(summary, "bf16")

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.pipeline import export
+from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
+from smlp_deploy.pipeline.precision import bundled_images
+from tests.support.recipe import CASES, config_of, recipe_weights
+
+
+def test_an_export_is_proven_and_says_so_beside_it(digits_export: Export) -> None:
+    document = json.loads(digits_export.report_path.read_text())
+    assert digits_export.report_path.name == "digits-fp32.parity.json"
+    assert document["passed"] is True
+    assert document["artifact_sha256"] == sha256_of(digits_export.path)
+    assert document["images"] == len(bundled_images()) == 18
+    assert document["candidate"] == "onnxruntime (CPU) digits-fp32.onnx"
+    assert document["max_relative"] < 1e-4
+
+
+def test_own_images_are_compared(digits: Checkpoint, digit_images: list[Path], tmp_path: Path) -> None:
+    result = export_checkpoint(digits, describe(digits), tmp_path / "x.onnx", images=digit_images[:3])
+    assert result.report.images == 3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_proven_too(digits: Checkpoint, tmp_path: Path, precision: str) -> None:
+    result = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "x.onnx")
+    assert result.report.passed
+    assert result.report.precision == precision
+    assert 1e-5 < result.report.max_relative < 0.1
+    assert (result.report.half is not None) == (precision == "fp16")
+    assert verify_artifact(result.path).passed
+    assert result.path.stat().st_size < 0.6 * BUNDLED_CHECKPOINT.stat().st_size
+
+
+def test_activations_near_the_end_of_fp16_fail_with_the_layers_name(digits: Checkpoint, tmp_path: Path) -> None:
+    # The block's output grows a thousandfold; LayerNorm and the head's BatchNorm bring it back, so logits look fine.
+    weights = {key: tensor.clone() for key, tensor in digits.state_dict.items()}
+    for key in ("channel_mix.5.2.net.3.weight", "channel_mix.5.2.net.3.bias", "batch_norm.running_mean"):
+        weights[key] *= 4000
+    weights["batch_norm.running_var"] *= 4000**2
+    loud = replace(digits, state_dict=weights)
+    result = export_checkpoint(loud, describe(loud, precision="fp16"), tmp_path / "x.onnx")
+    failure = next(gate for gate in result.report.failures if gate.name == "fp16 range")
+    assert "blocks.5" in failure.detail
+
+
+class TestAnExportThatFailsParity:
+    @pytest.fixture
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An exporter that writes one weight wrongly."""
+
+        def export_wrongly(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset: int) -> ModelMetadata:
+            written = export_onnx(network, metadata, path, opset=opset)
+            model = onnx.load(path)
+            bias = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
+            bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1), "head.bias"))
+            onnx.save(model, path)
+            return written
+
+        monkeypatch.setattr(export, "export_onnx", export_wrongly)
+
+    @pytest.mark.usefixtures("broken")
+    def test_is_kept_under_a_failed_name_and_the_old_file_stays(self, digits: Checkpoint, tmp_path: Path) -> None:
+        target = tmp_path / "x.onnx"
+        target.write_text("the last good one")
+        result = export_checkpoint(digits, describe(digits), target)
+        assert not result.report.passed
+        assert target.read_text() == "the last good one"
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == ["x.onnx", "x.onnx.failed", "x.onnx.parity.json"]
+        assert json.loads(result.report_path.read_text())["passed"] is False
+        assert result.path == tmp_path / "x.onnx.failed"
+
+
+class TestVerify:
+    def test_the_bundled_reference_is_found(self, digits_export: Export) -> None:
+        report = verify_artifact(digits_export.path)
+        assert report.passed
+        assert report.reference == "pytorch (CPU) smlpnet_digits.safetensors"
+
+    def test_another_reference_must_be_given(self, micro_pth: Path, tmp_path: Path) -> None:
+        checkpoint = load_checkpoint(micro_pth)
+        target = tmp_path / "micro.onnx"
+        export_onnx(checkpoint.network(), describe(checkpoint), target)
+        with pytest.raises(UsageError, match=r"made from micro\.pth, which is not at hand.*--reference"):
+            verify_artifact(target)
+        assert verify_artifact(target, reference=micro_pth).passed
+
+    def test_moving_averages_are_compared_with_moving_averages(self, tmp_path: Path) -> None:
+        path, config = tmp_path / "both.pth", config_of(CASES["micro"])
+        torch.save({"model": recipe_weights(config, 1), "model_ema": recipe_weights(config, 2)}, path)
+        checkpoint = load_checkpoint(path, ema=True)
+        result = export_checkpoint(checkpoint, describe(checkpoint), tmp_path / "x.onnx")
+        assert verify_artifact(result.path, reference=path).passed
+
+    def test_other_weights_fail_with_a_warning(
+        self, digits_export: Export, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        other = tmp_path / "other.pth"
+        checkpoint = load_checkpoint(BUNDLED_CHECKPOINT)
+        torch.save(recipe_weights(checkpoint.config, 3), other)
+        report = verify_artifact(digits_export.path, reference=other)
+        assert not report.passed
+        assert "is not the file that" in caplog.text
+
+    def test_labels_given_at_export_verify_later(self, digits: Checkpoint, tmp_path: Path) -> None:
+        metadata = describe(digits, labels=tuple("abcdefghij"))
+        result = export_checkpoint(digits, metadata, tmp_path / "x.onnx")
+        assert verify_artifact(result.path).passed
+
+    def test_swapped_labels_fail(self, digits: Checkpoint, tmp_path: Path) -> None:
+        metadata = replace(describe(digits), labels=tuple("1023456789"))
+        export_onnx(digits.network(), metadata, tmp_path / "x.onnx")
+        assert [gate.name for gate in verify_artifact(tmp_path / "x.onnx").failures] == ["class order"]
+
+    def test_a_checkpoint_can_be_verified_too(self, tmp_path: Path) -> None:
+        copy = tmp_path / BUNDLED_CHECKPOINT.name
+        shutil.copy(BUNDLED_CHECKPOINT, copy)
+        assert verify_artifact(copy).passed
+
+
+def test_weights_that_overflow_when_folded_are_named_and_nothing_is_written(digits: Checkpoint, tmp_path: Path) -> None:
+    weights = {key: tensor.clone() for key, tensor in digits.state_dict.items()}
+    weights["token_mix.0.0.conv_merge.BN.weight"].fill_(3e38)
+    weights["token_mix.0.0.conv_merge.BN.running_var"].zero_()
+    with pytest.raises(ArtifactError, match=r"values that are NaN or infinite · .*/x\.onnx · nothing was written"):
+        export_checkpoint(replace(digits, state_dict=weights), describe(digits), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from scripts.digits import load_digits
+from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.exporters.int8 import quantized_layers, read_table
+from smlp_deploy.exporters.tensorrt import BuildOptions
+from smlp_deploy.graphs.file import read_metadata, save_graph
+from smlp_deploy.images.preprocessing import prepare
+from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline import precision as quantization
+from smlp_deploy.pipeline.build import build_engine, prepare_graph
+from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
+from smlp_deploy.pipeline.precision import Int8Options, parity_images, quantize_graph
+from smlp_deploy.runners import open_runner
+
+
+@pytest.fixture(scope="session")
+def int8_export(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The bundled model in int8; not to be written to."""
+    return export_checkpoint(
+        digits, describe(digits, precision="int8"), tmp_path_factory.mktemp("int8") / "digits-int8.onnx"
+    )
+
+
+@pytest.fixture
+def model(digits_export: Export) -> onnx.ModelProto:
+    return onnx.load(digits_export.path)
+
+
+@pytest.fixture
+def metadata(model: onnx.ModelProto, digits_export: Export) -> ModelMetadata:
+    found = read_metadata(model, digits_export.path)
+    assert found is not None
+    return found
+
+
+def foreign(metadata: ModelMetadata) -> ModelMetadata:
+    """Of a model that is not the bundled one, for which there are no images."""
+    return replace(metadata, checkpoint_sha256="0" * 64)
+
+
+def test_an_int8_export_passes_and_tells_how_it_was_made(int8_export: Export) -> None:
+    assert int8_export.report.passed, int8_export.report.failures
+    assert int8_export.report.min_cosine >= 0.99
+    metadata = read_metadata(onnx.load(int8_export.path), int8_export.path)
+    assert metadata is not None
+    assert metadata.precision == "int8"
+    assert metadata.quantization == {
+        "method": "minmax",
+        "images": 130,
+        "weights": "per tensor",
+        "layers_in_half": [],
+    }
+    assert verify_artifact(int8_export.path).passed
+
+
+def top1_on_held_out_digits(*paths: Path) -> list[float]:
+    """In percent, of each artifact."""
+    _, held_out = load_digits()
+    found = []
+    for path in paths:
+        with open_runner(path) as runner:
+            images = np.stack([prepare(Image.fromarray(p), runner.metadata.preprocessing) for p in held_out.pixels])
+            found.append(100 * float((runner.infer(images).argmax(axis=1) == held_out.labels).mean()))
+    return found
+
+
+def test_accuracy_on_held_out_digits_is_kept(
+    digits: Checkpoint, int8_export: Export, digits_export: Export, tmp_path: Path
+) -> None:
+    fp16_export = export_checkpoint(digits, describe(digits, precision="fp16"), tmp_path / "x.onnx")
+    fp32, fp16, int8 = top1_on_held_out_digits(digits_export.path, fp16_export.path, int8_export.path)
+    assert abs(fp32 - fp16) < 0.1 + 1e-9
+    assert abs(fp32 - int8) < 0.5 + 1e-9
+
+
+def test_the_table_makes_the_same_graph_without_images(
+    int8_export: Export, model: onnx.ModelProto, metadata: ModelMetadata
+) -> None:
+    table = read_table(int8_export.path.with_suffix(".calibration.json"))
+    quantized = quantize_graph(model, metadata, Int8Options(table=table))
+    expected = onnx.load(int8_export.path)
+    assert quantized.model.graph.SerializeToString(deterministic=True) == expected.graph.SerializeToString(
+        deterministic=True
+    )
+
+
+def test_a_damaged_layer_alone_is_left_in_half_precision(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    # A hidden unit that is never active gets one weight so large that the scale of all the others is ruined.
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def change(name: str, row: tuple[int, ...] | int, value: float) -> None:
+        values = onnx.numpy_helper.to_array(weights[name]).copy()
+        values[row] = value
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+
+    change("blocks.5.hidden.weight", 0, 0)
+    change("blocks.5.hidden.bias", 0, -20)
+    change("blocks.5.out.weight", (0, 0, 0, 0), 500)
+    damaged = next(name for name in quantized_layers(model) if name.startswith("blocks.5.out/"))
+    quantized = quantize_graph(model, metadata, Int8Options(max_drop=0.3))
+    assert quantized.sensitivity is not None
+    assert quantized.sensitivity.left_out == (damaged,)
+    assert quantized.metadata.quantization["layers_in_half"] == [damaged]
+    assert json.loads(quantized.sensitivity.to_json())["layers"][0]["precision"] == "half"
+    assert len(quantized.sensitivity.layers) == len(quantized_layers(model))
+
+
+def test_a_graph_of_one_batch_size_is_calibrated_on_whole_batches(digits: Checkpoint, tmp_path: Path) -> None:
+    metadata = describe(digits, precision="int8", batch=4)
+    result = export_checkpoint(digits, metadata, tmp_path / "x.onnx")
+    assert result.report.passed
+    assert read_table(tmp_path / "x.calibration.json").images == 128
+
+
+def test_labels_come_from_folders_named_like_classes(
+    model: onnx.ModelProto, metadata: ModelMetadata, tmp_path: Path
+) -> None:
+    train, _ = load_digits()
+    paths = []
+    for index in range(0, 4000, 100):
+        path = tmp_path / str(train.labels[index]) / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(train.pixels[index]).save(path)
+        paths.append(path)
+    quantized = quantize_graph(model, metadata, Int8Options(images=tuple(paths), max_drop=5.0))
+    assert quantized.sensitivity is not None
+    assert quantized.sensitivity.measure == "accuracy"
+    assert quantized.table.images == 40
+
+
+def test_unreadable_images_are_left_out_with_a_warning(
+    model: onnx.ModelProto, metadata: ModelMetadata, digit_images: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    quantized = quantize_graph(model, metadata, Int8Options(images=(Path("absent.jpg"), *digit_images)))
+    assert quantized.table.images == 12
+    assert "not calibrated on absent.jpg: no such file" in caplog.text
+    assert "only 12 calibration images" in caplog.text
+
+
+def test_another_model_needs_images(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    with pytest.raises(UsageError, match="int8 needs images to calibrate on"):
+        quantize_graph(model, foreign(metadata), Int8Options())
+    with pytest.raises(UsageError, match="none of the calibration images can be read"):
+        quantize_graph(model, foreign(metadata), Int8Options(images=(Path("absent.jpg"),)))
+
+
+def test_a_table_of_another_checkpoint_is_refused(
+    model: onnx.ModelProto, metadata: ModelMetadata, int8_export: Export, tmp_path: Path
+) -> None:
+    table = read_table(int8_export.path.with_suffix(".calibration.json"))
+    save_graph(model, foreign(metadata), tmp_path / "x.onnx")
+    with pytest.raises(ArtifactError, match="made for another checkpoint"):
+        quantize_graph(onnx.load(tmp_path / "x.onnx"), foreign(metadata), Int8Options(table=table))
+
+
+def test_parity_is_proven_on_images_of_the_kind(metadata: ModelMetadata, digit_images: list[Path]) -> None:
+    assert {path.name[:6] for path in parity_images((), metadata)} == {"digit-"}
+    assert parity_images(digit_images, foreign(metadata)) == digit_images
+
+
+def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) -> None:
+    graph = prepare_graph(digits_export.path, "int8")
+    assert graph.parity is not None
+    assert graph.parity.passed
+    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), flavour="tensorrt-rtx")
+    assert result.summary.share("int8") > 0.8
+    assert result.summary.compute_by_precision.keys() == {"Int8", "Half"}
+
+
+def test_of_many_images_an_even_selection_is_used(
+    model: onnx.ModelProto,
+    metadata: ModelMetadata,
+    digit_images: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(quantization, "MOST_IMAGES", 4)
+    quantized = quantize_graph(model, metadata, Int8Options(images=tuple(digit_images)))
+    assert quantized.images == tuple(digit_images[0:12:3])
+    assert "4 of the 12 calibration images are used" in caplog.text
