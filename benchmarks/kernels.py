@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [VARIANT ...] [--json FILE]
 
-Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the straight export of the trained network, as
-`torch.onnx.export` makes it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8 inside fp16,
-calibrated on the package's own eighteen images. Kernels and bytes are those of a build for batch 8 and one
+Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the unlowered baseline, the trained
+network as `torch.onnx.export` makes it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8 inside
+fp16, calibrated on the package's own eighteen images. Kernels and bytes are those of a build for batch 8 and one
 architecture; the size is of the engine that `smlp build-engine` writes, for any batch from 1 to 32. Nothing is run.
 """
 
@@ -25,14 +25,15 @@ from rich.table import Table
 
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
-from smlp_deploy.exporters.onnx import export_onnx, export_straight
+from smlp_deploy.exporters.onnx import export_onnx, export_unlowered
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions, TensorRT
 from smlp_deploy.graphs.file import ModelProto, load_graph
+from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.variants import VARIANTS, Variant
-from smlp_deploy.pipeline.precision import Int8Options, bundled_images, quantize_graph
+from smlp_deploy.pipeline.precision import Int8Options, quantize_graph
 from tests.support.recipe import recipe_weights
 
 BATCH = 8
@@ -74,7 +75,7 @@ def main() -> None:
     for name in arguments.variants:
         for graph, model in graphs(VARIANTS[name]):
             for architecture in TARGETS:
-                if graph in ("straight fp32", "lowered fp32") and architecture == "sm75":
+                if graph in ("unlowered fp32", "lowered fp32") and architecture == "sm75":
                     continue  # TensorRT-RTX has no fp32 matrix product for it
                 rows.append(measure(tensorrt, name, graph, model, architecture))
                 print(rows[-1], file=sys.stderr)
@@ -89,9 +90,9 @@ def graphs(variant: Variant) -> Iterator[tuple[str, ModelProto]]:
         weights = Path(folder) / f"{variant.name}.pth"
         torch.save(recipe_weights(variant.config, SEED), weights)
         checkpoint = load_checkpoint(weights)
-        path = Path(folder) / "straight.onnx"
-        export_straight(checkpoint.network(), describe(checkpoint), path)
-        yield "straight fp32", load_graph(path)
+        path = Path(folder) / "unlowered.onnx"
+        export_unlowered(checkpoint.network(), describe(checkpoint), path)
+        yield "unlowered fp32", load_graph(path)
         path = Path(folder) / "lowered.onnx"
         metadata = export_onnx(checkpoint.network(), describe(checkpoint), path)
         yield "lowered fp32", load_graph(path)
@@ -116,7 +117,7 @@ def measure(tensorrt: TensorRT, variant: str, graph: str, model: onnx.ModelProto
 
 
 def show(rows: list[Row]) -> None:
-    """Each row beside its ratio to the variant's straight export, or to its fp16 where that was not built."""
+    """Each row beside its ratio to the variant's unlowered baseline, or to its fp16 where that was not built."""
     table = Table(box=None, pad_edge=False)
     for heading in ("variant", "graph", "GPU", "kernels", "MB moved", "engine MB"):
         table.add_column(heading, justify="left" if heading in ("variant", "graph", "GPU") else "right")

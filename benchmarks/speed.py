@@ -26,7 +26,7 @@ SEED = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The lowered graph beside PyTorch, torch.compile, straight export.")
+    parser = argparse.ArgumentParser(description="The lowered graph beside PyTorch, torch.compile, unlowered baseline.")
     parser.add_argument("variant", nargs="?", default="smlpnet_tiny", choices=VARIANTS)
     parser.add_argument("--json", type=Path, help="Write the report here, too.")
     arguments = parser.parse_args()

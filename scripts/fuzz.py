@@ -12,7 +12,7 @@ behind the first check is reached; the rest, and some of these, are damaged as b
     images                      load_image; every eighth with the seven after it and a good one to Classifier.classify
     pth, safetensors, card      load_checkpoint, describe, one inference (card: the JSON beside a good .pth)
     onnx, metadata              inspect_file, open_runner, infer, classify (metadata: only what smlp wrote inside)
-    engine                      read_card, inspect_file, for a stand-in engine that every second JSON is about
+    engine                      read_manifest, inspect_file, for a stand-in engine that every second JSON is about
     table                       read_table
 
 What is read must also be writable again. Findings are:
@@ -68,7 +68,7 @@ from smlp_deploy.inspect_file import inspect_file
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.tensorrt import read_card
+from smlp_deploy.runners.tensorrt import read_manifest
 
 PACKAGE = str(Path(smlp_deploy.__file__).parent)
 BATCH = 8
@@ -170,7 +170,7 @@ class Examiner:
             return (lambda: _facts(path), lambda: self._run_graph(path))
         if kind == "engine":
             engine = self._written(path.name.removesuffix(".json"), STAND_IN_ENGINE)
-            return (lambda: read_card(engine).to_json().encode(), lambda: _facts(engine))
+            return (lambda: read_manifest(engine).to_json().encode(), lambda: _facts(engine))
         if kind == "table":
             return (lambda: read_table(path).to_json().encode(),)
         if kind == "card":

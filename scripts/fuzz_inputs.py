@@ -36,7 +36,14 @@ from smlp_deploy.exporters.int8 import CalibrationTable
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import DATA_FOLDER, sha256_of
 from smlp_deploy.graphs.file import load_graph, save_graph
-from smlp_deploy.metadata import METADATA_KEY, BatchProfile, EngineCard, ModelCard, Preprocessing, SMLPNetConfig
+from smlp_deploy.metadata import (
+    METADATA_KEY,
+    BatchProfile,
+    CheckpointMetadata,
+    EngineManifest,
+    Preprocessing,
+    SMLPNetConfig,
+)
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
@@ -182,8 +189,10 @@ def _torch_bytes(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _card() -> ModelCard:
-    return ModelCard(labels=LABELS, preprocessing=Preprocessing(image_size=16), training={"epochs": 3, "loss": 0.5})
+def _card() -> CheckpointMetadata:
+    return CheckpointMetadata(
+        labels=LABELS, preprocessing=Preprocessing(image_size=16), training={"epochs": 3, "loss": 0.5}
+    )
 
 
 def _safetensors(network: SMLPNet, *, half: bool) -> bytes:
@@ -215,14 +224,14 @@ def _engine_card(checkpoint: Path) -> bytes:
         engine = Path(folder) / "x.engine"
         engine.write_bytes(STAND_IN_ENGINE)
         sha256 = sha256_of(engine)
-    card = EngineCard(
+    card = EngineManifest(
         engine_sha256=sha256,
         metadata=describe(
             load_checkpoint(checkpoint), labels=LABELS, preprocessing=asdict(Preprocessing(image_size=16))
         ),
         onnx_file="nano-fp16.onnx",
         onnx_sha256="1" * 64,
-        flavour="tensorrt-rtx",
+        backend="tensorrt-rtx",
         version="1.5.0.97",
         profile=BatchProfile(),
         architectures=("sm90",),

@@ -18,9 +18,9 @@ from playwright.sync_api import sync_playwright
 from scripts.digits import ROOT, write_held_out
 from smlp_deploy.evaluation.accuracy import evaluate
 from smlp_deploy.evaluation.benchmark import run_benchmark
-from smlp_deploy.evaluation.worker import Subject
+from smlp_deploy.evaluation.worker import Target
 from smlp_deploy.files import BUNDLED_CHECKPOINT
-from smlp_deploy.images.dataset import find_samples
+from smlp_deploy.images.dataset import find_labelled_images
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import export_checkpoint
@@ -45,11 +45,11 @@ def eval_page(paths: list[Path]) -> str:
     """Paths on the page are relative to the current folder."""
     write_held_out(Path("held-out"))
     with open_runner(paths[0]) as first, open_runner(paths[1]) as second:
-        return evaluation_page(evaluate([first, second], find_samples(Path("held-out"), first.metadata.labels)))
+        return evaluation_page(evaluate([first, second], find_labelled_images(Path("held-out"), first.metadata.labels)))
 
 
 def speed_page(paths: list[Path]) -> str:
-    return benchmark_page(run_benchmark([Subject(path=path) for path in (*paths, BUNDLED_CHECKPOINT)]))
+    return benchmark_page(run_benchmark([Target(path=path) for path in (*paths, BUNDLED_CHECKPOINT)]))
 
 
 def shoot(html: str, target: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from scripts.digits import ROOT, Digits, load_digits
 from smlp_deploy.images.preprocessing import prepare
-from smlp_deploy.metadata import METADATA_KEY, ModelCard, Preprocessing, SMLPNetConfig
+from smlp_deploy.metadata import METADATA_KEY, CheckpointMetadata, Preprocessing, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 
 CONFIG = SMLPNetConfig(dim=40, depths=(2, 3, 1), image_size=32, num_classes=10)
@@ -95,7 +95,7 @@ def main() -> None:
     train_digits, held_out = load_digits()
     images, labels = tensors(train_digits)
     network, loss = train(images, labels, epochs=arguments.epochs)
-    card = ModelCard(
+    card = CheckpointMetadata(
         labels=tuple(str(digit) for digit in range(10)),
         preprocessing=PREPROCESSING,
         training={

@@ -23,7 +23,7 @@ def engine_path(metadata: ModelMetadata) -> Path:
     return default_path(metadata).with_suffix(".engine")
 
 
-def engine_card_path(engine: Path) -> Path:
+def engine_manifest_path(engine: Path) -> Path:
     """Where the facts about an engine go, whose own bytes stay as TensorRT wrote them: `x.engine.json`."""
     return engine.with_name(engine.name + ".json")
 

@@ -62,7 +62,8 @@ from smlp_deploy.interrupts import Terminated, handle_sigterm
 
 if TYPE_CHECKING:
     from smlp_deploy.inference.classify import Classifier, Prediction
-    from smlp_deploy.inference.resume import RecordFile, RecordStream, RunIdentity
+    from smlp_deploy.inference.records import RecordStream, RunIdentity
+    from smlp_deploy.inference.resume import RecordFile
     from smlp_deploy.interrupts import StopRequest
     from smlp_deploy.metadata import ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
@@ -301,7 +302,7 @@ def build_engine(
     target: Annotated[
         EngineTarget,
         typer.Option(
-            metavar="FLAVOUR",
+            metavar="BACKEND",
             help="tensorrt, tensorrt-rtx, or auto: tensorrt if it and a GPU are there.",
             rich_help_panel=TENSORRT_PANEL,
         ),
@@ -350,22 +351,22 @@ def build_engine(
     from smlp_deploy.artifacts import engine_path
     from smlp_deploy.commands.terminal import building, say, show_kernels, show_parity, show_sensitivity, suggest
     from smlp_deploy.dependencies import require, require_onnxruntime
-    from smlp_deploy.exporters.tensorrt import BuildOptions, find_flavour
+    from smlp_deploy.exporters.tensorrt import BuildOptions, find_backend
     from smlp_deploy.files import write_bytes
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
     precision = choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
     profile = choose_batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
-    flavour = find_flavour(target)
-    if hardware_compatible and flavour != "tensorrt":
-        raise UsageError(f"{flavour} builds for the architectures of --gpu-arch", where="--hardware-compatible")
+    backend = find_backend(target)
+    if hardware_compatible and backend != "tensorrt":
+        raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where="--hardware-compatible")
     options = BuildOptions(
         profile=profile,
-        architectures=choose_architectures(gpu_arch, flavour),
+        architectures=choose_architectures(gpu_arch, backend),
         workspace_gib=workspace,
         optimization_level=optimization_level,
-        timing_cache=read_timing_cache(timing_cache, flavour),
+        timing_cache=read_timing_cache(timing_cache, backend),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
@@ -380,7 +381,7 @@ def build_engine(
         method=calibrator,
         table=calibration_table,
         max_drop=max_drop,
-        per_channel=flavour == "tensorrt",
+        per_channel=backend == "tensorrt",
     )
     bounds = gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     onnx_file = _onnx_file(source)
@@ -390,16 +391,16 @@ def build_engine(
         show_sensitivity(graph.sensitivity)
     path = output or engine_path(graph.metadata)
     with building("building") as progress:
-        result = build(graph, path, options, flavour=flavour, bounds=bounds, progress=progress)
+        result = build(graph, path, options, backend=backend, bounds=bounds, progress=progress)
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)
     typer.echo(result.path)
     if result.parity is not None:
         show_parity(result.parity, stderr=True)
-    how = f"built ahead of time by {flavour} for {', '.join(options.architectures)}" if options.architectures else ""
+    how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
     ran = "run here and compared with its ONNX file" if result.parity else "it was not run here"
-    say(f"{how or f'built by {flavour} for this GPU'}; {ran}")
+    say(f"{how or f'built by {backend} for this GPU'}; {ran}")
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
 
 
@@ -621,9 +622,10 @@ def evaluate(
     continues it.
     """
     from smlp_deploy.commands.terminal import building, show_evaluation, suggest
+    from smlp_deploy.evaluation.accuracy import EvaluationIdentity
     from smlp_deploy.evaluation.accuracy import evaluate as measure
-    from smlp_deploy.images.dataset import find_samples, imagenet_synsets, read_mapping
-    from smlp_deploy.inference.resume import EvaluationIdentity, RecordFile
+    from smlp_deploy.images.dataset import find_labelled_images, imagenet_synsets, read_mapping
+    from smlp_deploy.inference.resume import RecordFile
     from smlp_deploy.interrupts import StopRequest, put_off
     from smlp_deploy.reports import evaluation_page
     from smlp_deploy.runners import open_runner
@@ -637,7 +639,7 @@ def evaluate(
         runners = [stack.enter_context(open_runner(path)) for path in paths]
         metadata = runners[0].metadata
         synsets = imagenet_synsets(metadata.labels)
-        samples = find_samples(dataset, metadata.labels, synsets=synsets, mapping=names)
+        samples = find_labelled_images(dataset, metadata.labels, synsets=synsets, mapping=names)
         stop, kept = StopRequest(), None
         if output is not None:
             identity = EvaluationIdentity.of(paths, metadata, samples, batch_size=batch_size)
@@ -686,7 +688,9 @@ def benchmark(
     ] = 10,
     baseline: Annotated[
         bool,
-        typer.Option("--baseline", help="Also PyTorch, torch.compile and the straight export of the same checkpoint."),
+        typer.Option(
+            "--baseline", help="Also PyTorch, torch.compile and the unlowered baseline of the same checkpoint."
+        ),
     ] = False,
     reference: Annotated[
         Path | None,
@@ -709,10 +713,11 @@ def benchmark(
     from tempfile import TemporaryDirectory
 
     from smlp_deploy.commands.terminal import building, show_benchmark, suggest
-    from smlp_deploy.evaluation.benchmark import Files, baselines_of, run_benchmark
-    from smlp_deploy.evaluation.worker import Subject
+    from smlp_deploy.evaluation.benchmark import Files, run_benchmark
+    from smlp_deploy.evaluation.worker import Target
     from smlp_deploy.files import check_writable, write_text
-    from smlp_deploy.inference.classify import available_cores
+    from smlp_deploy.images.batches import available_cores
+    from smlp_deploy.pipeline.baselines import baselines_of
     from smlp_deploy.reports import benchmark_page
 
     check_html(html, beside=output)
@@ -730,13 +735,13 @@ def benchmark(
         )
     where = provider.value if provider else None
     paths = artifacts or [_model(None, provider)]
-    subjects = [Subject(path=path, provider=where if path.suffix.lower() == ".onnx" else None) for path in paths]
+    targets = [Target(path=path, provider=where if path.suffix.lower() == ".onnx" else None) for path in paths]
     with TemporaryDirectory() as folder, building("loading") as progress:
         if baseline:
             progress("exporting the network as it is", 0, 1)
         others = baselines_of(paths[0], Path(folder), reference=reference, provider=where) if baseline else ()
         report = run_benchmark(
-            subjects, baselines=others, batch_sizes=sizes, rounds=rounds, files=files, progress=progress
+            targets, baselines=others, batch_sizes=sizes, rounds=rounds, files=files, progress=progress
         )
     if output is not None:
         write_text(output, report.to_json())
@@ -999,10 +1004,10 @@ def _model(given: Path | None, provider: Provider | None) -> Path:
 def _fits(engine: Path) -> bool:
     """Whether an engine can run here; says why not."""
     from smlp_deploy.commands.terminal import note
-    from smlp_deploy.runners.tensorrt import check_machine, read_card
+    from smlp_deploy.runners.tensorrt import check_machine, read_manifest
 
     try:
-        check_machine(engine, read_card(engine))
+        check_machine(engine, read_manifest(engine))
     except SmlpError as error:
         note(f"not using an engine: {error}")
         return False
@@ -1016,7 +1021,8 @@ def _run_identity(
     from dataclasses import asdict
 
     from smlp_deploy.files import sha256_of
-    from smlp_deploy.inference.resume import RunIdentity, run_versions, sha256_of_json
+    from smlp_deploy.inference.records import RunIdentity
+    from smlp_deploy.inference.resume import run_versions, sha256_of_json
 
     metadata = classifier.runner.metadata
     return RunIdentity(
@@ -1041,8 +1047,8 @@ def _record_sink(
     """
     from smlp_deploy.commands.terminal import predictions_writer
     from smlp_deploy.files import replacing
-    from smlp_deploy.inference.records import FORMATS
-    from smlp_deploy.inference.resume import RecordFile, RecordStream
+    from smlp_deploy.inference.records import FORMATS, RecordStream
+    from smlp_deploy.inference.resume import RecordFile
 
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from smlp_deploy.errors import MissingDependencyError
 
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""The module of each flavour of TensorRT."""
+"""The module of each backend of TensorRT."""
 
 TENSORRT_DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),

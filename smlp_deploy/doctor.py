@@ -27,7 +27,7 @@ from smlp_deploy.artifacts import ARTIFACTS_FOLDER
 from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.models.pretrained import cache_folder
-from smlp_deploy.runners.tensorrt import check_machine, read_card
+from smlp_deploy.runners.tensorrt import check_machine, read_manifest
 
 Status = Literal["ok", "warning", "error"]
 
@@ -79,7 +79,7 @@ class _Package:
 
 
 _ORT_NAMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-_TENSORRT_NAMES, _RTX_NAMES = (TENSORRT_DISTRIBUTIONS[flavour] for flavour in ("tensorrt", "tensorrt-rtx"))
+_TENSORRT_NAMES, _RTX_NAMES = (TENSORRT_DISTRIBUTIONS[backend] for backend in ("tensorrt", "tensorrt-rtx"))
 _PYTORCH = _Package("torch", "export", "to load checkpoints and export")
 _ONNX = _Package("onnx", "cpu", "to read and run ONNX files")
 _ONNXRUNTIME = _Package("onnxruntime", "cpu", "to run ONNX files", _ORT_NAMES)
@@ -289,10 +289,11 @@ def _onnx(path: Path, reads_onnx: Finding) -> Finding:
 
 
 def _engine(path: Path) -> Finding:
-    card = read_card(path)
-    text = f"{card.flavour} {card.version}, {card.metadata.precision}, batch {card.profile.min} to {card.profile.max}"
+    manifest = read_manifest(path)
+    batches = f"batch {manifest.profile.min} to {manifest.profile.max}"
+    text = f"{manifest.backend} {manifest.version}, {manifest.metadata.precision}, {batches}"
     try:
-        check_machine(path, card)
+        check_machine(path, manifest)
     except SmlpError as error:
         return _finding(str(path), "warning", f"{text}; does not run here: {error.what}", error.fix)
     return _finding(str(path), "ok", f"{text}; fits this machine")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import secrets
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from smlp_deploy.errors import SmlpError
 
@@ -20,6 +23,8 @@ BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
 
 MAX_TEXT_BYTES = 4 << 20
 """Of JSON and of lists of names."""
+
+logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -72,6 +77,36 @@ def _explained(target: Path, *, only: Collection[int] | None = None) -> Iterator
             raise
         fix = "make room" if error.errno in _NO_ROOM else "choose another path with -o"
         raise SmlpError(f"cannot write: {error.strerror}", where=target, fix=fix) from None
+
+
+@contextmanager
+def alone(target: Path, *, waiting_for: str | None = None) -> Iterator[None]:
+    """Keep other processes from writing the same file, by a lock beside it that the system takes back from the dead.
+
+    Args:
+        target: the file.
+        waiting_for: what to say while another process holds the lock, which is then waited for; None to give up.
+
+    Raises:
+        SmlpError: another process holds it, and it is not waited for.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if waiting_for is None:
+            raise SmlpError(
+                "another run is writing it", where=target, fix="wait for it, or choose another -o"
+            ) from None
+        logger.warning("%s", waiting_for)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if waiting_for is None:  # else another process may be waiting for this very file
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(target: Path, text: str) -> None:

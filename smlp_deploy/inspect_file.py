@@ -10,7 +10,7 @@ from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require, require_torch
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
-from smlp_deploy.runners.tensorrt import read_card
+from smlp_deploy.runners.tensorrt import read_manifest
 
 
 def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _checkpoint_facts(path: Path, *, ema: bool) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "parameters": parameter_count(checkpoint.config),
         "macs": mac_count(checkpoint.config),
-        **asdict(checkpoint.card),
+        **asdict(checkpoint.metadata),
     }
 
 
@@ -60,7 +60,7 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
 
 def _engine_facts(path: Path) -> dict[str, Any]:
     """From the JSON beside an engine, which must be of this very engine; the engine itself is never loaded."""
-    return {"kind": "engine", **_file_facts(path), **asdict(read_card(path))}
+    return {"kind": "engine", **_file_facts(path), **asdict(read_manifest(path))}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:

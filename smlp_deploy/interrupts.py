@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM: both end a command in an orderly way, with the exit codes 130 and 143."""
+"""Long work: how it tells how far it is, and how Ctrl-C and SIGTERM end it, with the exit codes 130 and 143."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,9 @@ from typing import NoReturn, TypeVar
 from smlp_deploy.errors import StoppedError
 
 T = TypeVar("T")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -88,6 +88,34 @@ class SMLPNetConfig:
         return tuple(stage for stage, depth in enumerate(self.depths) for _ in range(depth))
 
 
+@dataclass(frozen=True)
+class TracePoint:
+    """A place between two parts of the network, where the trained and the deployed one have the same values.
+
+    Attributes:
+        name: for people: `stage 1 block 2`, counted from 1.
+        kind: "embedding", "tokens" (after a block's token mixing) or "block".
+        index: of the stage or, over the whole network, of the block; counted from 0.
+    """
+
+    name: str
+    kind: str
+    index: int
+
+
+def trace_points(config: SMLPNetConfig) -> tuple[TracePoint, ...]:
+    """The points of a network, in the order of the computation."""
+    points = []
+    for stage, depth in enumerate(config.depths):
+        points.append(TracePoint(f"stage {stage + 1} embedding", "embedding", stage))
+        first = sum(config.depths[:stage])
+        for block in range(depth):
+            name = f"stage {stage + 1} block {block + 1}"
+            points.append(TracePoint(f"{name} token mixing", "tokens", first + block))
+            points.append(TracePoint(name, "block", first + block))
+    return tuple(points)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How an image file becomes the network's input.
@@ -152,7 +180,7 @@ class BatchProfile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelCard:
+class CheckpointMetadata:
     """What a checkpoint says of itself beside its weights; None where it says nothing.
 
     Attributes:
@@ -169,7 +197,7 @@ class ModelCard:
         return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
 
     @classmethod
-    def from_json(cls, text: str, *, where: object, image_size: int) -> ModelCard:
+    def from_json(cls, text: str, *, where: object, image_size: int) -> CheckpointMetadata:
         """Read the JSON form: any of `labels`, `preprocessing` (in part, too) and `training`.
 
         Args:
@@ -181,7 +209,7 @@ class ModelCard:
             ConfigError: not that form, or a value out of range.
         """
 
-        def build(document: dict[str, Any]) -> ModelCard:
+        def build(document: dict[str, Any]) -> CheckpointMetadata:
             labels, preprocessing = document.get("labels"), document.get("preprocessing")
             return cls(
                 labels=None if labels is None else _labels(labels),
@@ -273,7 +301,7 @@ class ModelMetadata:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineCard:
+class EngineManifest:
     """What stands beside an engine, whose own bytes are TensorRT's alone.
 
     Attributes:
@@ -281,7 +309,7 @@ class EngineCard:
         metadata: of the graph it was built from.
         onnx_file: file name of the ONNX source.
         onnx_sha256: of that file.
-        flavour: "tensorrt" or "tensorrt-rtx".
+        backend: "tensorrt" or "tensorrt-rtx".
         version: of TensorRT.
         profile: batch sizes it takes.
         architectures: of the GPUs it was built for, ahead of time or where it was built.
@@ -297,7 +325,7 @@ class EngineCard:
     metadata: ModelMetadata
     onnx_file: str
     onnx_sha256: str
-    flavour: str
+    backend: str
     version: str
     profile: BatchProfile
     architectures: tuple[str, ...]
@@ -314,14 +342,14 @@ class EngineCard:
         )
 
     @classmethod
-    def from_json(cls, text: str, *, where: object) -> EngineCard:
+    def from_json(cls, text: str, *, where: object) -> EngineManifest:
         """Read the JSON form, which stood in the file `where`.
 
         Raises:
             ConfigError: not that form, a newer schema, or a value out of range.
         """
 
-        def build(document: dict[str, Any]) -> EngineCard:
+        def build(document: dict[str, Any]) -> EngineManifest:
             values = {key: value for key, value in document.items() if key != "schema"}
             return cls(
                 **{

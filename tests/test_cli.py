@@ -23,8 +23,8 @@ from PIL import Image
 from smlp_deploy import __version__, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.images import defaults
 from smlp_deploy.metadata import METADATA_KEY
-from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.export import Export
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -226,7 +226,7 @@ class TestExport:
         assert "micro.pth states no preprocessing" in outcome.err
 
     def test_a_failed_parity_says_which_gate_and_image(self, smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quantization, "bundled_images", list)
+        monkeypatch.setattr(defaults, "bundled_images", list)
         outcome = smlp("export")
         assert outcome.code == 1
         assert "parity failed: images · artifacts/smlpnet_digits-fp32.onnx.failed" in one_error(outcome)

@@ -22,12 +22,12 @@ from packaging.requirements import Requirement
 
 import smlp_deploy
 from smlp_deploy import doctor
-from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.doctor import Finding, examine, to_json
 from smlp_deploy.files import sha256_of
 from smlp_deploy.graphs.file import save_graph
-from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.metadata import BatchProfile, EngineManifest
 from tests.support.fakes import metadata
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -245,13 +245,13 @@ def write_engine(path: Path, **changes: Any) -> None:
         "metadata": metadata(),
         "onnx_file": "x.onnx",
         "onnx_sha256": "0" * 64,
-        "flavour": "tensorrt-rtx",
+        "backend": "tensorrt-rtx",
         "version": distribution("tensorrt-rtx-cu12").version,
         "profile": BatchProfile(min=1, opt=4, max=8),
         "architectures": ("sm89",),
         "ran_here": False,
     }
-    engine_card_path(path).write_text(EngineCard(**values | changes).to_json())
+    engine_manifest_path(path).write_text(EngineManifest(**values | changes).to_json())
 
 
 def smallest_classifier() -> onnx.ModelProto:

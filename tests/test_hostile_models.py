@@ -526,7 +526,7 @@ def test_a_json_that_is_no_file_is_left_alone(micro_pth: Path, kind: str) -> Non
         beside.mkdir()
     else:
         os.mkfifo(beside)
-    assert load_checkpoint(micro_pth).card.labels is None
+    assert load_checkpoint(micro_pth).metadata.labels is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -588,4 +588,4 @@ def test_memory_stays_within_a_multiple_of_the_file(
 def test_a_card_survives_what_it_is_made_of(micro_pth: Path) -> None:
     card = {"labels": list("abcdefghij"), "training": {"deep": [[[[1]]]], "loss": 1e300}}
     micro_pth.with_suffix(".json").write_text(json.dumps(card))
-    assert load_checkpoint(micro_pth).card.training == card["training"]
+    assert load_checkpoint(micro_pth).metadata.training == card["training"]

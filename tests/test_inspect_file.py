@@ -34,7 +34,7 @@ def test_an_onnx_file_tells_what_it_is(digits_export: Export) -> None:
 def test_an_engine_tells_what_the_file_beside_it_says(digits_export: Export, tmp_path: Path) -> None:
     path = tmp_path / "x.engine"
     options = BuildOptions(architectures=("sm89",))
-    build_engine(prepare_graph(digits_export.path, "fp16"), path, options, flavour="tensorrt-rtx")
+    build_engine(prepare_graph(digits_export.path, "fp16"), path, options, backend="tensorrt-rtx")
     facts = inspect_file(path)
     assert facts["kind"] == "engine"
     assert facts["metadata"]["precision"] == "fp16"

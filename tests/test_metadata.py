@@ -17,7 +17,7 @@ from smlp_deploy.metadata import (
     MAX_NUMBER,
     PRECISIONS,
     BatchProfile,
-    ModelCard,
+    CheckpointMetadata,
     ModelMetadata,
     Preprocessing,
     SMLPNetConfig,
@@ -31,8 +31,8 @@ def test_metadata_survive_json() -> None:
 
 
 def test_a_card_survives_json() -> None:
-    card = ModelCard(labels=("a", "b"), preprocessing=Preprocessing(image_size=32), training={"top1": 98.5})
-    assert ModelCard.from_json(card.to_json(), where="x", image_size=32) == card
+    card = CheckpointMetadata(labels=("a", "b"), preprocessing=Preprocessing(image_size=32), training={"top1": 98.5})
+    assert CheckpointMetadata.from_json(card.to_json(), where="x", image_size=32) == card
 
 
 def test_the_same_metadata_give_the_same_text() -> None:
@@ -212,12 +212,12 @@ def test_any_metadata_survive_json(original: ModelMetadata) -> None:
 @settings(derandomize=True, deadline=None, database=None, max_examples=100)
 @given(st.data())
 def test_any_card_survives_json(data: st.DataObject) -> None:
-    card = ModelCard(
+    card = CheckpointMetadata(
         labels=data.draw(st.none() | st.lists(texts, max_size=5).map(tuple)),
         preprocessing=data.draw(st.none() | preprocessings(32)),
         training=data.draw(mappings),
     )
-    assert ModelCard.from_json(card.to_json(), where="x", image_size=32) == card
+    assert CheckpointMetadata.from_json(card.to_json(), where="x", image_size=32) == card
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=200)

@@ -235,29 +235,29 @@ def choose_batch_profile(batch: int | None, **given: int | None) -> BatchProfile
     return BatchProfile.fixed(batch)
 
 
-def choose_architectures(given: str | None, flavour: str) -> tuple[str, ...]:
+def choose_architectures(given: str | None, backend: str) -> tuple[str, ...]:
     """The GPU architectures to build for ahead of time; none where TensorRT builds for the GPU at hand."""
     from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, TensorRT
 
-    tensorrt = TensorRT.load(flavour)
+    tensorrt = TensorRT.load(backend)
     if not tensorrt.ahead_of_time:
         if given is not None:
-            raise UsageError(f"{flavour} builds for the GPU at hand", where="--gpu-arch", fix="--target tensorrt-rtx")
+            raise UsageError(f"{backend} builds for the GPU at hand", where="--gpu-arch", fix="--target tensorrt-rtx")
         return ()
     names = tuple(name.strip().lower() for name in given.split(",")) if given else DEFAULT_ARCHITECTURES
     tensorrt.check_architectures(names)
     return names
 
 
-def read_timing_cache(path: Path | None, flavour: str) -> bytes | None:
+def read_timing_cache(path: Path | None, backend: str) -> bytes | None:
     """The contents of a timing cache, empty where the file is new."""
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.exporters.tensorrt import TensorRT
 
     if path is None:
         return None
-    if TensorRT.load(flavour).ahead_of_time:
-        note(f"{flavour} takes no timings, so the timing cache changes nothing")
+    if TensorRT.load(backend).ahead_of_time:
+        note(f"{backend} takes no timings, so the timing cache changes nothing")
     try:
         return path.read_bytes() if path.exists() else b""
     except OSError as error:

@@ -8,22 +8,25 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import UsageError
-from smlp_deploy.images.dataset import Sample
-from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, available_cores, decoded_batches, infer_each
+from smlp_deploy.files import sha256_of
+from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.dataset import LabelledImage
+from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, infer_each
+from smlp_deploy.inference.resume import Written, read_lines, run_versions, sha256_of_json
 from smlp_deploy.interrupts import StopRequest
-from smlp_deploy.metadata import Preprocessing
-from smlp_deploy.runners.base import FloatArray, Runner
+from smlp_deploy.metadata import ModelMetadata, Preprocessing
+from smlp_deploy.runners.base import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +212,7 @@ class Kept(Protocol):
 
 def evaluate(
     runners: Sequence[Runner],
-    samples: Sequence[Sample],
+    samples: Sequence[LabelledImage],
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     workers: int | None = None,
@@ -261,7 +264,7 @@ def _keep(batch: Iterable[ImageRecord], kept: Kept) -> None:
 
 
 def _measured(
-    runners: Sequence[Runner], samples: Sequence[Sample], *, batch_size: int, workers: int
+    runners: Sequence[Runner], samples: Sequence[LabelledImage], *, batch_size: int, workers: int
 ) -> Iterator[list[ImageRecord]]:
     """The records of each batch."""
     remaining = iter(samples)
@@ -303,7 +306,7 @@ def _answer(logits: NDArray[np.float64], label: int) -> Answer:
     )
 
 
-def _check(runners: Sequence[Runner], samples: Sequence[Sample], batch_size: int, workers: int | None) -> None:
+def _check(runners: Sequence[Runner], samples: Sequence[LabelledImage], batch_size: int, workers: int | None) -> None:
     if not runners or not samples:
         raise UsageError("there is nothing to evaluate", fix="give at least one model and one image")
     if batch_size < 1 or (workers is not None and workers < 1):
@@ -324,7 +327,7 @@ def _check(runners: Sequence[Runner], samples: Sequence[Sample], batch_size: int
             )
 
 
-def _summary(runners: Sequence[Runner], samples: Sequence[Sample], records: Sequence[ImageRecord]) -> Evaluation:
+def _summary(runners: Sequence[Runner], samples: Sequence[LabelledImage], records: Sequence[ImageRecord]) -> Evaluation:
     read = [record for record in records if record.error is None]
     truth = np.array([record.label for record in read])
     answers = [[record.answers[i] for record in read] for i in range(len(runners))]
@@ -410,3 +413,64 @@ def _compared(first: int, second: int, a: _Ints, b: _Ints, truth: _Ints) -> Pair
         only_second=only_second,
         p_value=mcnemar(only_first, only_second),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationIdentity:
+    """Of an evaluation.
+
+    Attributes:
+        versions: of smlp-deploy, and of what decodes and computes.
+        model: how many there are, and the sha256 of each one's file by its number.
+        labels: sha256 of their class names.
+        preprocessing: how an image becomes their input.
+        samples: how many there are, and the sha256 of their paths, labels and kind of names.
+        batch_size: images that a model sees together.
+    """
+
+    versions: Mapping[str, str | None]
+    model: Mapping[str, Any]
+    labels: str
+    preprocessing: Mapping[str, Any]
+    samples: Mapping[str, Any]
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls, models: Sequence[Path], metadata: ModelMetadata, samples: Sequence[LabelledImage], *, batch_size: int
+    ) -> EvaluationIdentity:
+        """That of models which share the labels and preprocessing in `metadata`; it reads their files."""
+        facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
+        return cls(
+            versions=run_versions(),
+            model={"count": len(models)} | {str(i): sha256_of(path) for i, path in enumerate(models, start=1)},
+            labels=sha256_of_json(metadata.labels),
+            preprocessing=asdict(metadata.preprocessing),
+            samples={"count": len(samples), "sha256": sha256_of_json(facts)},
+            batch_size=batch_size,
+        )
+
+    def writer(self, stream: TextIO, *, header: bool) -> Callable[[ImageRecord], None]:
+        return image_writer(stream)
+
+    def reader(self, lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
+        return read_images(lines)
+
+
+def image_writer(stream: TextIO) -> Callable[[ImageRecord], None]:
+    """Writes each image of an evaluation as a JSON object with the fields of `ImageRecord`, one per line."""
+
+    def write(record: ImageRecord) -> None:
+        stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    return write
+
+
+def read_images(lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
+    """What `image_writer` wrote, up to the first record that is not whole; every number is the one written."""
+
+    def parse(document: dict[str, Any]) -> ImageRecord:
+        answers = tuple(Answer(**answer) for answer in document["answers"])
+        return ImageRecord(**{**document, "answers": answers})
+
+    return read_lines(lines, parse)

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,17 +21,14 @@ from statistics import median
 import numpy as np
 
 from smlp_deploy import __version__
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version, require_proof
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, UsageError
-from smlp_deploy.evaluation.worker import Loaded, Pass, Subject, TimedProcess, Turn
-from smlp_deploy.inference.classify import available_cores
-from smlp_deploy.runners import open_runner
+from smlp_deploy.evaluation.worker import Loaded, Run, Sample, Target, TimedProcess
+from smlp_deploy.images.batches import available_cores
+from smlp_deploy.interrupts import Progress
 
 DEFAULT_BATCH_SIZES = (1, 8, 32)
 DEFAULT_ROUNDS = 10
-
-Progress = Callable[[str, int, int], None]
 
 _TURN_SECONDS = 0.25
 _WARM_UP_TURNS = range(3, 13)
@@ -185,42 +182,10 @@ class _Model:
     first: float
 
 
-def baselines_of(
-    model: Path, folder: Path, *, reference: Path | None = None, provider: str | None = None
-) -> tuple[Subject, ...]:
-    """What a model would be without this package: PyTorch, `torch.compile`, and the straight export in ONNX Runtime.
-
-    Args:
-        model: an artifact or checkpoint.
-        folder: for the straight export.
-        reference: the checkpoint it was made from; by default found as `smlp verify` finds it.
-        provider: what ONNX Runtime runs the straight export on.
-
-    Raises:
-        UsageError: the checkpoint is not known.
-        MissingDependencyError: PyTorch is not installed.
-        SmlpError: a file cannot be used.
-    """
-    require_proof("for the baselines")
-    from smlp_deploy.pipeline.export import (  # needs PyTorch, which timing artifacts does not
-        find_reference,
-        straight_export,
-    )
-
-    if model.suffix.lower() in CHECKPOINT_SUFFIXES:
-        checkpoint = reference or model
-    else:
-        with open_runner(model) as runner:
-            checkpoint = reference or find_reference(runner.metadata, model)
-    straight = straight_export(checkpoint, folder)
-    eager = () if checkpoint == model else (Subject(path=checkpoint),)
-    return (*eager, Subject(path=checkpoint, compiled=True), Subject(path=straight, provider=provider))
-
-
 def run_benchmark(
-    subjects: Sequence[Subject],
+    targets: Sequence[Target],
     *,
-    baselines: Sequence[Subject] = (),
+    baselines: Sequence[Target] = (),
     batch_sizes: Sequence[int] = DEFAULT_BATCH_SIZES,
     rounds: int = DEFAULT_ROUNDS,
     files: Files | None = None,
@@ -229,7 +194,7 @@ def run_benchmark(
     """Time models in turns.
 
     Args:
-        subjects: the models; ratios are to the first.
+        targets: the models; ratios are to the first.
         baselines: more of them; one that cannot be started is left out.
         batch_sizes: images per run.
         rounds: how often each model has its turn at each batch size; where a ratio's interval is still wider than a
@@ -241,21 +206,21 @@ def run_benchmark(
         UsageError: there is nothing to time, a number is out of range, or none of the files can be read.
         SmlpError: a model cannot be loaded or run, or its process ended.
     """
-    if not subjects or not batch_sizes or min(*batch_sizes, rounds) < 1:
+    if not targets or not batch_sizes or min(*batch_sizes, rounds) < 1:
         raise UsageError("there is nothing to time", fix="give a model, a batch size and a round at least")
     tell = progress or (lambda *_: None)
     environment = describe_environment()
     with ExitStack() as stack:
         models: list[_Model] = []
         left_out: list[str] = []
-        for number, subject in enumerate([*subjects, *baselines]):
-            tell(f"loading {subject.path.name}", number, len(subjects) + len(baselines))
+        for number, target in enumerate([*targets, *baselines]):
+            tell(f"loading {target.path.name}", number, len(targets) + len(baselines))
             try:
-                models.append(_start(subject, min(batch_sizes), stack))
+                models.append(_start(target, min(batch_sizes), stack))
             except SmlpError as error:
-                if number < len(subjects):
+                if number < len(targets):
                     raise
-                left_out.append(f"{'torch.compile: ' if subject.compiled else ''}{error}")
+                left_out.append(f"{'torch.compile: ' if target.compiled else ''}{error}")
         if files is not None:
             _warm_up_files(models, files, tell=tell)
         timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, tell=tell)
@@ -278,9 +243,9 @@ def run_benchmark(
         )
 
 
-def _start(subject: Subject, batch: int, stack: ExitStack) -> _Model:
+def _start(target: Target, batch: int, stack: ExitStack) -> _Model:
     with ExitStack() as trying:
-        process = trying.enter_context(TimedProcess(subject))
+        process = trying.enter_context(TimedProcess(target))
         model = _Model(process=process, loaded=process.load(), first=process.first(batch))
         stack.push(trying.pop_all())
     return model
@@ -306,13 +271,13 @@ def _time_batches(
 
 def _take_turns(
     models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
-) -> dict[int, list[list[Turn]]]:
+) -> dict[int, list[list[Sample]]]:
     """The turns of each model at each batch size.
 
     A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too. Where
     a ratio is not known well enough after all rounds there are more.
     """
-    turns: dict[int, list[list[Turn]]] = {batch: [[] for _ in models] for batch in sizes}
+    turns: dict[int, list[list[Sample]]] = {batch: [[] for _ in models] for batch in sizes}
     for number in range(_MOST_ROUNDS * rounds):
         for batch, of_size in turns.items():
             if number >= rounds and _are_precise(_ratios(of_size)):
@@ -323,7 +288,7 @@ def _take_turns(
     return turns
 
 
-def _ratios(turns: Sequence[Sequence[Turn]]) -> list[Ratio | None]:
+def _ratios(turns: Sequence[Sequence[Sample]]) -> list[Ratio | None]:
     """Those of each model's turns to the first's."""
     first, *others = ([median(turn.runs) for turn in of_model] for of_model in turns)
     return [None, *(ratio_to_first(first, other) for other in others)]
@@ -348,7 +313,7 @@ def _warm_up(process: TimedProcess, batch: int) -> bool:
     return False
 
 
-def _batch_timing(batch: int, turns: Sequence[Turn], *, stable: bool, ratio: Ratio | None) -> BatchTiming:
+def _batch_timing(batch: int, turns: Sequence[Sample], *, stable: bool, ratio: Ratio | None) -> BatchTiming:
     runs = np.concatenate([turn.runs for turn in turns])
     on_gpu = [seconds for turn in turns for seconds in turn.gpu_runs]
     p25, p75 = np.percentile(runs, (25, 75))
@@ -393,7 +358,7 @@ def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) ->
 
 def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> list[EndToEnd]:
     """Every model over the same files, in turns."""
-    passes: list[list[Pass]] = [[] for _ in models]
+    passes: list[list[Run]] = [[] for _ in models]
     for number in range(_PASSES):
         for position, model in enumerate(models):
             tell("files to records", number * len(models) + position, _PASSES * len(models))

@@ -19,8 +19,8 @@ import numpy as np
 
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.inference.classify import available_cores, decoded_batches
-from smlp_deploy.runners.base import FloatArray, LayerOutput, LayerTracer, TracingRunner
+from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner
 
 MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: some ten times what the bundled model has, int8 three times."""

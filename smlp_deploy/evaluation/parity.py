@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import FloatArray, Runner
+from smlp_deploy.runners.base import Runner
 
 LARGEST_BATCH = 32
 ODD_BATCH = 7

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.exporters.kernels import Kernel, KernelSummary, summarize
-from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, find_flavour
+from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, find_backend
 from smlp_deploy.graphs.file import load_graph, read_metadata
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.variants import mac_count
@@ -118,7 +118,7 @@ def profile_graph(source: Path, *, batch: int = 8, architecture: str = DEFAULT_A
         UsageError: smlp-deploy did not write the file, or the architecture is unknown.
         MissingDependencyError: TensorRT-RTX is not installed.
     """
-    tensorrt = TensorRT.load(find_flavour("tensorrt-rtx"))
+    tensorrt = TensorRT.load(find_backend("tensorrt-rtx"))
     tensorrt.check_architectures([architecture])
     model = load_graph(source)
     metadata = read_metadata(model, source)

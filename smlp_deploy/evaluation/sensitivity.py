@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import UsageError
-from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.images.batches import FloatArray
 
 logger = logging.getLogger(__name__)
 

@@ -19,17 +19,18 @@ from typing import Any, Self
 import numpy as np
 
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.inference.classify import Classifier, decoded_batches
+from smlp_deploy.images.batches import FloatArray, decoded_batches
+from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.records import FORMATS
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners import open_compiled, open_runner
-from smlp_deploy.runners.base import FloatArray, GpuTimer, Runner
+from smlp_deploy.runners.base import GpuTimer, Runner
 
 _SEED = 2109
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Target:
     """What is timed.
 
     Attributes:
@@ -53,7 +54,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
+class Sample:
     """Seconds of each run of a turn: by the clock, and where a GPU ran it, by CUDA events without transfers."""
 
     runs: tuple[float, ...]
@@ -61,7 +62,7 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class Run:
     """All files once through the model; seconds in total, in the network, and of decoding alone."""
 
     failed: int
@@ -77,11 +78,11 @@ class TimedProcess:
         SmlpError: from each method, if the model cannot do it, or its process ended.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, target: Target) -> None:
+        self._target = target
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, subject, time.time()), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, target, time.time()), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -99,17 +100,17 @@ class TimedProcess:
         answer: float = self._ask("first", batch)
         return answer
 
-    def turn(self, batch: int, seconds: float) -> Turn:
+    def turn(self, batch: int, seconds: float) -> Sample:
         """Run batches for about so many seconds, at least one.
 
         The first run brings caches back from the models that ran before, and is left out where there are others.
         """
-        answer: Turn = self._ask("turn", batch, seconds)
+        answer: Sample = self._ask("turn", batch, seconds)
         return answer
 
-    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Pass:
+    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
         """From files to records, which go nowhere."""
-        answer: Pass = self._ask("end_to_end", paths, batch, workers)
+        answer: Run = self._ask("end_to_end", paths, batch, workers)
         return answer
 
     def peak_memory(self) -> int | None:
@@ -138,11 +139,11 @@ class TimedProcess:
             self._process.join()
             raise SmlpError(
                 f"its process ended with {_ending(self._process.exitcode)}",
-                where=self._subject.path,
+                where=self._target.path,
                 fix="if memory ran out, choose smaller --batch-sizes",
             ) from None
         if error is not None:
-            raise SmlpError(error["what"], where=error["where"] or self._subject.path, fix=error["fix"])
+            raise SmlpError(error["what"], where=error["where"] or self._target.path, fix=error["fix"])
         return answer
 
 
@@ -150,11 +151,11 @@ def _ending(code: int | None) -> str:
     return f"signal {-code}" if code is not None and code < 0 else f"code {code}"
 
 
-def _serve(connection: Connection, subject: Subject, started: float) -> None:
+def _serve(connection: Connection, target: Target, started: float) -> None:
     """Answer until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # it gives the same notes, too
-    session = _Session(subject, started)
+    session = _Session(target, started)
     with suppress(EOFError, OSError):
         while True:
             method, arguments = connection.recv()
@@ -171,8 +172,8 @@ def _serve(connection: Connection, subject: Subject, started: float) -> None:
 class _Session:
     """What `TimedProcess` asks, on the other side."""
 
-    def __init__(self, subject: Subject, started: float) -> None:
-        self._subject = subject
+    def __init__(self, target: Target, started: float) -> None:
+        self._target = target
         self._started = started
         self._runner: Runner | None = None
         self._batches: dict[int, FloatArray] = {}
@@ -183,8 +184,8 @@ class _Session:
         return self._runner
 
     def load(self) -> Loaded:
-        path = self._subject.path
-        opened = open_compiled(path) if self._subject.compiled else open_runner(path, provider=self._subject.provider)
+        path = self._target.path
+        opened = open_compiled(path) if self._target.compiled else open_runner(path, provider=self._target.provider)
         # The clock of all processes, because this one's own began after its start.
         seconds = time.time() - self._started
         self._runner = opened
@@ -199,7 +200,7 @@ class _Session:
             raise SmlpError("its output has NaN or infinite values, so its speed means nothing")
         return seconds
 
-    def turn(self, batch: int, seconds: float) -> Turn:
+    def turn(self, batch: int, seconds: float) -> Sample:
         images = self._batch(batch)
         runs: list[float] = []
         end = time.perf_counter() + seconds
@@ -209,9 +210,9 @@ class _Session:
             runs.append(time.perf_counter() - start)
         kept = runs[1:] or runs
         gpu_runs = self.runner.gpu_seconds(images, runs=len(kept)) if isinstance(self.runner, GpuTimer) else []
-        return Turn(runs=tuple(kept), gpu_runs=tuple(gpu_runs))
+        return Sample(runs=tuple(kept), gpu_runs=tuple(gpu_runs))
 
-    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Pass:
+    def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
         decode = self._decode(paths, batch, workers)
         clocked = _Clocked(self.runner)
         classifier = Classifier(clocked)
@@ -223,7 +224,7 @@ class _Session:
                 write(prediction)
                 failed += prediction.error is not None
             seconds = time.perf_counter() - start
-        return Pass(failed=failed, seconds=seconds, inference=clocked.seconds, decode=decode)
+        return Run(failed=failed, seconds=seconds, inference=clocked.seconds, decode=decode)
 
     def _decode(self, paths: Sequence[Path], batch: int, workers: int) -> float:
         start = time.perf_counter()

@@ -32,8 +32,7 @@ from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.files import read_text
 from smlp_deploy.graphs.file import INPUT_NAME, read_metadata
-
-FloatArray = NDArray[np.float32]
+from smlp_deploy.images.batches import FloatArray
 
 METHODS = ("minmax", "entropy", "percentile")
 TABLE_SCHEMA = 1

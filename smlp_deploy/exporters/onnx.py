@@ -26,7 +26,7 @@ OPSETS = range(18, 24)
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 
-def export_straight(network: SMLPNet, metadata: ModelMetadata, path: Path) -> None:
+def export_unlowered(network: SMLPNet, metadata: ModelMetadata, path: Path) -> None:
     """Write `network` as `torch.onnx.export` makes it, not lowered: what the lowered graph is measured against."""
     model = _trace(network, image_size=network.config.image_size, batch=metadata.batch, opset=DEFAULT_OPSET)
     save_graph(model, metadata, path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from typing import Any
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
-from smlp_deploy.interrupts import StopRequest, put_off
+from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import BatchProfile
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 ALONE = "sm75"
 """With any other architecture beside it the common plan is twice as large and slower on all of them."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase of the build, the steps done and the steps there are."""
 
 _MEMORY_FIGURES = ("Max Scratch Memory", "Total Activation Memory", "Total Weights Memory", "Peak memory usage")
 
@@ -73,19 +70,19 @@ class Engine:
     timing_cache: bytes | None
 
 
-def find_flavour(target: str) -> str:
-    """The flavour to build with: the one asked for, or for `auto` TensorRT where it and a GPU are there, else RTX.
+def find_backend(target: str) -> str:
+    """The backend to build with: the one asked for, or for `auto` TensorRT where it and a GPU are there, else RTX.
 
     Raises:
         MissingDependencyError: it is not installed.
     """
     wanted = list(TENSORRT_MODULES) if target == "auto" else [target]
-    there = [flavour for flavour in wanted if find_spec(TENSORRT_MODULES[flavour]) is not None]
+    there = [backend for backend in wanted if find_spec(TENSORRT_MODULES[backend]) is not None]
     if target == "auto" and "tensorrt" in there and find_gpu() is None:
         there.remove("tensorrt")
     if not there:
         raise MissingDependencyError(
-            f"{' or '.join(TENSORRT_MODULES[flavour] for flavour in wanted)} not installed, needed to build engines",
+            f"{' or '.join(TENSORRT_MODULES[backend] for backend in wanted)} not installed, needed to build engines",
             fix='pip install "smlp-deploy[rtx]" (no GPU needed) or "smlp-deploy[gpu]"',
         )
     return there[0]
@@ -118,11 +115,11 @@ class TensorRT:
         self.ahead_of_time = hasattr(module, "ComputeCapability")
 
     @classmethod
-    def load(cls, flavour: str) -> TensorRT:
-        """The binding of a flavour, loaded once per process, because TensorRT keeps the first logger it is given."""
-        if flavour not in _LOADED:
-            _LOADED[flavour] = cls(importlib.import_module(TENSORRT_MODULES[flavour]))
-        return _LOADED[flavour]
+    def load(cls, backend: str) -> TensorRT:
+        """The binding of a backend, loaded once per process, because TensorRT keeps the first logger it is given."""
+        if backend not in _LOADED:
+            _LOADED[backend] = cls(importlib.import_module(TENSORRT_MODULES[backend]))
+        return _LOADED[backend]
 
     @property
     def version(self) -> str:

@@ -21,7 +21,7 @@ _MAX_CSV_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LabelledImage:
     """A labelled image; `named_by` says how the dataset named its class: by "label", "synset" or "index"."""
 
     path: Path
@@ -29,13 +29,13 @@ class Sample:
     named_by: str = "label"
 
 
-def find_samples(
+def find_labelled_images(
     dataset: Path,
     labels: Sequence[str],
     *,
     synsets: Sequence[str] | None = None,
     mapping: Mapping[str, str] | None = None,
-) -> tuple[Sample, ...]:
+) -> tuple[LabelledImage, ...]:
     """The images of a dataset: a folder with one folder per class, or a CSV file with the columns path and label.
 
     Classes are named by label, by synset id or by index from 0: the first of these that knows all the names, so that
@@ -60,7 +60,7 @@ def find_samples(
     for where, name, _ in groups:
         if names[name] not in indices:
             raise _unknown(names[name], where, kind, {"label": labels, "synset": synsets or ()}.get(kind, ()))
-    return tuple(Sample(path, indices[names[name]], kind) for _, name, paths in groups for path in paths)
+    return tuple(LabelledImage(path, indices[names[name]], kind) for _, name, paths in groups for path in paths)
 
 
 def imagenet_synsets(labels: Sequence[str]) -> tuple[str, ...] | None:

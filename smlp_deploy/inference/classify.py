@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,11 +12,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.errors import ImageError, UsageError
-from smlp_deploy.images.preprocessing import load_image
-from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.errors import UsageError
+from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import FloatArray, Runner
+from smlp_deploy.runners.base import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -141,36 +136,6 @@ class Classifier:
         return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
 
 
-def decoded_batches(
-    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
-) -> Iterator[list[tuple[str, FloatArray | str]]]:
-    """Batches of paths, each with the network's input or the reason why there is none; decoded two batches ahead."""
-
-    def load(path: str | Path) -> FloatArray | str:
-        try:
-            return load_image(Path(path), preprocessing)
-        except ImageError as error:
-            return str(error)
-
-    remaining = iter(paths)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
-
-    def fill() -> None:
-        for path in islice(remaining, 2 * batch_size - len(queue)):
-            queue.append((os.fspath(path), pool.submit(load, path)))
-
-    try:
-        fill()
-        while queue:
-            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-            loaded = [(path, future.result()) for path, future in batch]
-            fill()  # before the network runs, so that decoding goes on meanwhile
-            yield loaded
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
     """Finite logits of each image, or the reason why there are none; a batch that fails is run again one by one."""
     if not images:
@@ -189,8 +154,3 @@ def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray 
         return
     for logits in outputs:
         yield logits if np.isfinite(logits).all() else "the network's output has NaN or infinite values"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

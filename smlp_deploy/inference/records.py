@@ -1,4 +1,4 @@
-"""Predictions and evaluated images as machine-readable records: one JSON object or CSV row per input.
+"""Predictions as machine-readable records: one JSON object or CSV row per input.
 
 Odd file names survive both.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
-from smlp_deploy.evaluation.accuracy import Answer, ImageRecord
 from smlp_deploy.inference.classify import Prediction
+from smlp_deploy.inference.resume import Written, read_lines
 
 Write = Callable[[Prediction], None]
-T = TypeVar("T")
 
 
 def jsonl_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
@@ -46,50 +46,9 @@ def csv_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
     return write
 
 
-def image_writer(stream: TextIO) -> Callable[[ImageRecord], None]:
-    """Writes each image of an evaluation as a JSON object with the fields of `ImageRecord`, one per line."""
-
-    def write(record: ImageRecord) -> None:
-        stream.write(json.dumps(asdict(record), allow_nan=False) + "\n")
-
-    return write
-
-
-class Written(NamedTuple, Generic[T]):
-    """A record in a file, and the number of bytes up to its end; a prediction is read without its scores."""
-
-    record: T
-    end: int
-
-
 def read_jsonl(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
-    """The records of a file, up to the first that is not whole."""
-    return _read_lines(lines, lambda document: Prediction(document["path"], error=document.get("error")))
-
-
-def read_images(lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
-    """What `image_writer` wrote, up to the first record that is not whole; every number is the one written."""
-
-    def parse(document: dict[str, Any]) -> ImageRecord:
-        answers = tuple(Answer(**answer) for answer in document["answers"])
-        return ImageRecord(**{**document, "answers": answers})
-
-    return _read_lines(lines, parse)
-
-
-def _read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> Iterator[Written[T]]:
-    end = 0
-    for line in lines:
-        end += len(line)
-        try:
-            document = json.loads(line)
-            record = parse(document)
-            whole = isinstance(document["path"], str) and line.endswith(b"\n")
-        except (ValueError, KeyError, TypeError):
-            return
-        if not whole:
-            return
-        yield Written(record, end)
+    """The records of a file, without their scores, up to the first that is not whole."""
+    return read_lines(lines, lambda document: Prediction(document["path"], error=document.get("error")))
 
 
 def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
@@ -131,11 +90,61 @@ class _Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class RecordFormat:
+class Codec:
     """How predictions are written, and found again in a file that may end in the middle of one."""
 
     writer: _Writer
     reader: _Reader
 
 
-FORMATS = {"jsonl": RecordFormat(jsonl_writer, read_jsonl), "csv": RecordFormat(csv_writer, read_csv)}
+FORMATS = {"jsonl": Codec(jsonl_writer, read_jsonl), "csv": Codec(csv_writer, read_csv)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Of a file of predictions.
+
+    Attributes:
+        versions: of smlp-deploy, and of what decodes and computes.
+        model: sha256 of the model's file.
+        labels: sha256 of its class names.
+        preprocessing: how an image becomes its input.
+        provider: what it runs on.
+        format: "jsonl" or "csv".
+        topk: classes per record.
+        batch_size: images that it sees together.
+    """
+
+    versions: Mapping[str, str | None]
+    model: str
+    labels: str
+    preprocessing: Mapping[str, Any]
+    provider: str
+    format: str
+    topk: int
+    batch_size: int
+
+    def writer(self, stream: TextIO, *, header: bool) -> Callable[[Prediction], None]:
+        return FORMATS[self.format].writer(stream, topk=self.topk, header=header)
+
+    def reader(self, lines: Iterable[bytes]) -> Iterator[Written[Prediction]]:
+        return FORMATS[self.format].reader(lines, topk=self.topk)
+
+
+class RecordStream:
+    """Records that go out as they come; nothing of an interrupted run is there to continue.
+
+    Args:
+        stream: where to.
+        write: how.
+    """
+
+    partial = None
+    done = failed = 0
+
+    def __init__(self, stream: TextIO, write: Write) -> None:
+        self.write = write
+        self.flush = stream.flush
+
+    def skip(self, paths: Iterator[Path]) -> None:
+        """There is nothing to skip."""

@@ -12,23 +12,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TextIO, TypeVar
-
-from filelock import FileLock, Timeout
+from typing import Any, Generic, NamedTuple, Protocol, Self, TextIO, TypeVar
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError, UsageError
-from smlp_deploy.evaluation.accuracy import ImageRecord
-from smlp_deploy.files import check_writable, sha256_of, write_text
-from smlp_deploy.images.dataset import Sample
-from smlp_deploy.inference.classify import Prediction
-from smlp_deploy.inference.records import FORMATS, Write, Written, image_writer, read_images
-from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.files import alone, check_writable, write_text
 
 
 class Record(Protocol):
@@ -42,6 +34,14 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+
+class Written(NamedTuple, Generic[T]):
+    """A record in a file, and the number of bytes up to its end."""
+
+    record: T
+    end: int
 
 
 class Identity(Protocol[R]):
@@ -62,77 +62,20 @@ class Identity(Protocol[R]):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunIdentity:
-    """Of a file of predictions.
-
-    Attributes:
-        versions: of smlp-deploy, and of what decodes and computes.
-        model: sha256 of the model's file.
-        labels: sha256 of its class names.
-        preprocessing: how an image becomes its input.
-        provider: what it runs on.
-        format: "jsonl" or "csv".
-        topk: classes per record.
-        batch_size: images that it sees together.
-    """
-
-    versions: Mapping[str, str | None]
-    model: str
-    labels: str
-    preprocessing: Mapping[str, Any]
-    provider: str
-    format: str
-    topk: int
-    batch_size: int
-
-    def writer(self, stream: TextIO, *, header: bool) -> Callable[[Prediction], None]:
-        return FORMATS[self.format].writer(stream, topk=self.topk, header=header)
-
-    def reader(self, lines: Iterable[bytes]) -> Iterator[Written[Prediction]]:
-        return FORMATS[self.format].reader(lines, topk=self.topk)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationIdentity:
-    """Of an evaluation.
-
-    Attributes:
-        versions: of smlp-deploy, and of what decodes and computes.
-        model: how many there are, and the sha256 of each one's file by its number.
-        labels: sha256 of their class names.
-        preprocessing: how an image becomes their input.
-        samples: how many there are, and the sha256 of their paths, labels and kind of names.
-        batch_size: images that a model sees together.
-    """
-
-    versions: Mapping[str, str | None]
-    model: Mapping[str, Any]
-    labels: str
-    preprocessing: Mapping[str, Any]
-    samples: Mapping[str, Any]
-    batch_size: int
-
-    @classmethod
-    def of(
-        cls, models: Sequence[Path], metadata: ModelMetadata, samples: Sequence[Sample], *, batch_size: int
-    ) -> EvaluationIdentity:
-        """That of models which share the labels and preprocessing in `metadata`; it reads their files."""
-        facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
-        return cls(
-            versions=run_versions(),
-            model={"count": len(models)} | {str(i): sha256_of(path) for i, path in enumerate(models, start=1)},
-            labels=sha256_of_json(metadata.labels),
-            preprocessing=asdict(metadata.preprocessing),
-            samples={"count": len(samples), "sha256": sha256_of_json(facts)},
-            batch_size=batch_size,
-        )
-
-    def writer(self, stream: TextIO, *, header: bool) -> Callable[[ImageRecord], None]:
-        return image_writer(stream)
-
-    def reader(self, lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
-        return read_images(lines)
+def read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> Iterator[Written[T]]:
+    """The records of a file of JSON lines, up to the first that is not whole."""
+    end = 0
+    for line in lines:
+        end += len(line)
+        try:
+            document = json.loads(line)
+            record = parse(document)
+            whole = isinstance(document["path"], str) and line.endswith(b"\n")
+        except (ValueError, KeyError, TypeError):
+            return
+        if not whole:
+            return
+        yield Written(record, end)
 
 
 def run_versions() -> dict[str, str | None]:
@@ -185,7 +128,7 @@ class RecordFile(Generic[R]):
         """
         check_writable(target)
         records = cls(target, identity)
-        with _alone(target):
+        with alone(target):
             if not records.partial.exists() or not records.partial.stat().st_size:
                 records._begin()
             elif resume:
@@ -319,36 +262,3 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
             yield from (f"{key} {text}" for text in _differences(then[key], value))
         elif then[key] != value:
             yield f"{key.replace('_', ' ')} was {then[key]}, now it is {value}"
-
-
-class RecordStream:
-    """Records that go out as they come; nothing of an interrupted run is there to continue.
-
-    Args:
-        stream: where to.
-        write: how.
-    """
-
-    partial = None
-    done = failed = 0
-
-    def __init__(self, stream: TextIO, write: Write) -> None:
-        self.write = write
-        self.flush = stream.flush
-
-    def skip(self, paths: Iterator[Path]) -> None:
-        """There is nothing to skip."""
-
-
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes from writing the same file."""
-    path = target.with_name(f".{target.name}.lock")
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise SmlpError("another run is writing it", where=target, fix="wait for it, or choose another -o") from None

@@ -21,7 +21,7 @@ from smlp_deploy import strictjson
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.errors import CheckpointError, ConfigError
 from smlp_deploy.files import check_regular, read_text, sha256_of
-from smlp_deploy.metadata import METADATA_KEY, ModelCard, SMLPNetConfig
+from smlp_deploy.metadata import METADATA_KEY, CheckpointMetadata, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.models.torchfile import Placeholder, StoredTensor, open_torch_file
 
@@ -64,7 +64,7 @@ class Checkpoint:
         sha256: of that file.
         config: read off the shapes.
         state_dict: float32, every value finite, exactly the keys of `SMLPNet(config)`.
-        card: labels, preprocessing and training numbers, as far as the file states them.
+        metadata: labels, preprocessing and training numbers, as far as the file states them.
         ema: whether these are the moving-average weights.
     """
 
@@ -72,7 +72,7 @@ class Checkpoint:
     sha256: str
     config: SMLPNetConfig
     state_dict: Mapping[str, Tensor]
-    card: ModelCard
+    metadata: CheckpointMetadata
     ema: bool = False
 
     def network(self) -> SMLPNet:
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         CheckpointError: it is unsafe, damaged, or not an sMLPNet; the message names the key and both shapes.
     """
     _require_file(path)
-    with _entries(path, ema=ema) as (found, card_text):
+    with _entries(path, ema=ema) as (found, text):
         entries = _without_prefixes(found)
         _check_entries(entries, path)
         try:
@@ -111,7 +111,7 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         sha256=sha256_of(path),
         config=config,
         state_dict=weights,
-        card=_card(path, card_text, config),
+        metadata=_metadata(path, text, config),
         ema=ema,
     )
 
@@ -271,8 +271,8 @@ def _safetensors_entries(path: Path) -> Iterator[tuple[dict[str, _Entry], str | 
             file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
             names = file.keys()
             entries = {name: _safetensors_entry(file, name, path) for name in names}
-            card_text = (file.metadata() or {}).get(METADATA_KEY)
-        yield entries, card_text
+            text = (file.metadata() or {}).get(METADATA_KEY)
+        yield entries, text
 
 
 def _safetensors_entry(file: Any, name: str, path: Path) -> _Entry:
@@ -342,7 +342,7 @@ def _weights(entries: Mapping[str, _Entry], path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _card(path: Path, text: str | None, config: SMLPNetConfig) -> ModelCard:
+def _metadata(path: Path, text: str | None, config: SMLPNetConfig) -> CheckpointMetadata:
     beside = path.with_suffix(".json")
     source: Path = path
     if text is None and beside.is_file():
@@ -351,5 +351,5 @@ def _card(path: Path, text: str | None, config: SMLPNetConfig) -> ModelCard:
             beside, error=CheckpointError, fix="labels and preprocessing are read from it; remove or mend it"
         )
     if text is None:
-        return ModelCard()
-    return ModelCard.from_json(text, where=source, image_size=config.image_size)
+        return CheckpointMetadata()
+    return CheckpointMetadata.from_json(text, where=source, image_size=config.image_size)

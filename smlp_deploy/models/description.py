@@ -88,7 +88,7 @@ def _name(checkpoint: Checkpoint) -> str:
 
 def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str, ...]:
     classes = checkpoint.config.num_classes
-    labels = given if given is not None else checkpoint.card.labels
+    labels = given if given is not None else checkpoint.metadata.labels
     if labels is not None:
         if len(labels) != classes:
             raise ConfigError(f"{len(labels)} labels for {classes} classes", where=checkpoint.path.name)
@@ -105,7 +105,7 @@ def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str,
 
 
 def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preprocessing:
-    own = checkpoint.card.preprocessing
+    own = checkpoint.metadata.preprocessing
     if own is None:
         own = Preprocessing(image_size=checkpoint.config.image_size)
         if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():

@@ -14,19 +14,17 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from email.message import Message
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from smlp_deploy.errors import DownloadError
-from smlp_deploy.files import sha256_of, write_text
+from smlp_deploy.files import alone, sha256_of, write_text
 from smlp_deploy.models.variants import OFFICIAL_URL, VARIANTS, Variant, find_variant
 
 logger = logging.getLogger(__name__)
@@ -40,7 +38,7 @@ _LEAST_BYTES = 64 << 10
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 2 << 30
 
-Progress = Callable[[int, int | None], None]
+ByteProgress = Callable[[int, int | None], None]
 """Called with the bytes there are, and the bytes there will be if the server said so."""
 
 
@@ -49,7 +47,7 @@ def cache_folder() -> Path:
     return user_cache_path("smlp-deploy") / "weights"
 
 
-def find_checkpoint(source: str, *, progress: Progress | None = None) -> Path:
+def find_checkpoint(source: str, *, progress: ByteProgress | None = None) -> Path:
     """The weights file that a command's argument means: a path, or a variant whose weights are fetched if need be.
 
     Raises:
@@ -87,7 +85,7 @@ def cached_weights(variant: Variant) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def fetch_weights(variant: Variant, *, progress: Progress | None = None) -> Path:
+def fetch_weights(variant: Variant, *, progress: ByteProgress | None = None) -> Path:
     """A variant's official weights: from the cache, verified, or fetched into it.
 
     Raises:
@@ -98,7 +96,7 @@ def fetch_weights(variant: Variant, *, progress: Progress | None = None) -> Path
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
+            with alone(path, waiting_for=f"another process is fetching {path.name}; waiting for it"):
                 if not path.is_file():
                     _fetch(url, path, progress)
                     return path
@@ -111,22 +109,7 @@ def fetch_weights(variant: Variant, *, progress: Progress | None = None) -> Path
     return path
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock on fetching `path`, which the system takes back from a process that dies."""
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("another process is fetching %s; waiting for it", path.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _fetch(url: str, path: Path, progress: Progress | None) -> None:
+def _fetch(url: str, path: Path, progress: ByteProgress | None) -> None:
     part = path.with_name(f"{path.name}.part")
     _download(url, part, progress)
     with part.open("rb") as file:
@@ -208,7 +191,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download(url: str, part: Path, progress: Progress | None) -> None:
+def _download(url: str, part: Path, progress: ByteProgress | None) -> None:
     """Append what is missing to `part`, or write it anew where that is another version or the server cannot resume."""
     begun = _begun(url, part)
     request = urllib.request.Request(url, headers={"User-Agent": "smlp-deploy"})
@@ -262,7 +245,7 @@ def _validator(headers: Message) -> str | None:
     return tag if tag.startswith('"') else headers.get("Last-Modified")
 
 
-def _store(response: http.client.HTTPResponse, part: Path, *, start: int, progress: Progress | None) -> None:
+def _store(response: http.client.HTTPResponse, part: Path, *, start: int, progress: ByteProgress | None) -> None:
     done, total = start, start + (response.length or 0)
     watched, since = done, time.monotonic()
     with part.open("r+b" if start else "wb") as file:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import engine_card_path, failed_path
+from smlp_deploy.artifacts import engine_manifest_path, failed_path
 from smlp_deploy.dependencies import find_gpu, require_onnxruntime
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
@@ -18,14 +18,17 @@ from smlp_deploy.evaluation.parity import Bounds, ParityReport, compare
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
-from smlp_deploy.exporters.tensorrt import BuildOptions, Progress, TensorRT
+from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT
 from smlp_deploy.files import check_regular, replacing, sha256_of
+from smlp_deploy.graphs.edit import add_trace_outputs
 from smlp_deploy.graphs.file import ModelProto, load_graph, read_metadata, save_graph
-from smlp_deploy.metadata import EngineCard, ModelMetadata
-from smlp_deploy.pipeline.precision import Int8Options, default_images, is_bundled, quantize_graph
+from smlp_deploy.images.defaults import default_images, is_bundled
+from smlp_deploy.interrupts import Progress
+from smlp_deploy.metadata import EngineManifest, ModelMetadata
+from smlp_deploy.pipeline.precision import Int8Options, quantize_graph
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.tensorrt import TensorRTRunner, TracingTensorRTRunner, check_machine, read_card
-from smlp_deploy.runners.tracing import TracingOnnxRunner, add_trace_outputs
+from smlp_deploy.runners.tensorrt import TensorRTRunner, TracingTensorRTRunner, check_machine, read_manifest
+from smlp_deploy.runners.tracing import TracingOnnxRunner
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ class EngineBuild:
     """
 
     path: Path
-    card_path: Path
+    manifest_path: Path
     summary: KernelSummary
     parity: ParityReport | None
     timing_cache: bytes | None
@@ -138,7 +141,7 @@ def build_engine(
     target: Path,
     options: BuildOptions,
     *,
-    flavour: str,
+    backend: str,
     bounds: Bounds | None = None,
     progress: Progress | None = None,
 ) -> EngineBuild:
@@ -151,25 +154,25 @@ def build_engine(
         graph: what to build.
         target: the engine's file.
         options: how to build it.
-        flavour: "tensorrt" or "tensorrt-rtx".
+        backend: "tensorrt" or "tensorrt-rtx".
         bounds: of the numeric gates, in place of the precision's own.
         progress: told of each step.
 
     Raises:
         BuildError: TensorRT refused, built no kernel in the precision asked for, or built what computes something else.
     """
-    tensorrt = TensorRT.load(flavour)
-    with replacing(target) as temporary, replacing(engine_card_path(target)) as card:
+    tensorrt = TensorRT.load(backend)
+    with replacing(target) as temporary, replacing(engine_manifest_path(target)) as manifest:
         engine = tensorrt.build(graph.model.SerializeToString(), options, progress=progress)
         summary = summarize(engine.kernels, batch=options.profile.opt)
         check_precision(summary, graph.metadata.precision)
         temporary.write_bytes(engine.plan)
-        facts = EngineCard(
+        facts = EngineManifest(
             engine_sha256=sha256_of(temporary),
             metadata=graph.metadata,
             onnx_file=graph.source.name,
             onnx_sha256=sha256_of(graph.source),
-            flavour=flavour,
+            backend=backend,
             version=tensorrt.version,
             profile=options.profile,
             architectures=options.architectures or _architecture_here(),
@@ -188,17 +191,17 @@ def build_engine(
                 raise BuildError(
                     f"run on this GPU it computes something else: {_failures(parity)}", where=failed_path(target)
                 )
-        card.write_text(facts.to_json(), encoding="utf-8")
+        manifest.write_text(facts.to_json(), encoding="utf-8")
     return EngineBuild(
         path=target,
-        card_path=engine_card_path(target),
+        manifest_path=engine_manifest_path(target),
         summary=summary,
         parity=parity,
         timing_cache=engine.timing_cache,
     )
 
 
-def _run_here(engine: Path, facts: EngineCard, graph: Graph, bounds: Bounds | None) -> ParityReport | None:
+def _run_here(engine: Path, facts: EngineManifest, graph: Graph, bounds: Bounds | None) -> ParityReport | None:
     """The engine compared with its ONNX source; None where the engine cannot run."""
     try:
         check_machine(engine, facts)
@@ -248,18 +251,18 @@ def verify_engine_layers(
     Raises:
         ArtifactError: the engine cannot run here, or the ONNX file is missing or another.
         ConfigError: the engine's JSON is damaged.
-        MissingDependencyError: the engine's flavour of TensorRT is not installed, or another major version is.
+        MissingDependencyError: the engine's backend of TensorRT is not installed, or another major version is.
         BuildError: TensorRT does not build the second engine.
     """
-    card = read_card(candidate)
-    check_machine(candidate, card)
+    manifest = read_manifest(candidate)
+    check_machine(candidate, manifest)
     require_onnxruntime()
-    graph = _graph_of(card, _source_of(candidate, card, reference), candidate)
+    graph = _graph_of(manifest, _source_of(candidate, manifest, reference), candidate)
     add_trace_outputs(graph.model.graph, graph.metadata.config, graph.source)
-    tensorrt = TensorRT.load(card.flavour)
-    options = _options_of(candidate, card, ahead_of_time=tensorrt.ahead_of_time)
+    tensorrt = TensorRT.load(manifest.backend)
+    options = _options_of(candidate, manifest, ahead_of_time=tensorrt.ahead_of_time)
     plan = tensorrt.build(graph.model.SerializeToString(), options).plan
-    second = replace(card, version=tensorrt.version)
+    second = replace(manifest, version=tensorrt.version)
     with (
         TracingOnnxRunner(graph.source) as truth,
         TracingTensorRTRunner.load_plan(plan, candidate, second) as inside,
@@ -267,23 +270,23 @@ def verify_engine_layers(
         return find_divergence(truth, inside, images or graph.images, max_error=max_error)
 
 
-def _source_of(engine: Path, card: EngineCard, given: Path | None) -> Path:
+def _source_of(engine: Path, manifest: EngineManifest, given: Path | None) -> Path:
     """The ONNX file that an engine was built from: the one given, or the one of that name beside the engine."""
     fix = f"give the ONNX file that {engine.name} was built from with --reference, or build the engine again"
-    source = given or engine.parent / Path(card.onnx_file).name
+    source = given or engine.parent / Path(manifest.onnx_file).name
     check_regular(source, error=ArtifactError, fix=fix)
     try:
         sha256 = sha256_of(source)
     except OSError as error:
         raise ArtifactError(f"cannot read it: {error.strerror}", where=source, fix="mend its permissions") from None
-    if sha256 != card.onnx_sha256:
-        raise ArtifactError(f"is not the {card.onnx_file} that {engine.name} was built from", where=source, fix=fix)
+    if sha256 != manifest.onnx_sha256:
+        raise ArtifactError(f"is not the {manifest.onnx_file} that {engine.name} was built from", where=source, fix=fix)
     return source
 
 
-def _graph_of(card: EngineCard, source: Path, engine: Path) -> Graph:
+def _graph_of(manifest: EngineManifest, source: Path, engine: Path) -> Graph:
     """The graph that an engine was built from, made from its ONNX file again."""
-    given, precision, made = _read(source), card.metadata.precision, card.metadata.quantization
+    given, precision, made = _read(source), manifest.metadata.precision, manifest.metadata.quantization
     if precision == given.metadata.precision:
         return given
     if precision != "int8":
@@ -300,14 +303,14 @@ def _graph_of(card: EngineCard, source: Path, engine: Path) -> Graph:
     )
 
 
-def _options_of(engine: Path, card: EngineCard, *, ahead_of_time: bool) -> BuildOptions:
+def _options_of(engine: Path, manifest: EngineManifest, *, ahead_of_time: bool) -> BuildOptions:
     """How an engine was built, without its timing cache."""
-    architectures = card.architectures if ahead_of_time else ()
+    architectures = manifest.architectures if ahead_of_time else ()
     try:
-        return BuildOptions(profile=card.profile, architectures=architectures, **card.options)
+        return BuildOptions(profile=manifest.profile, architectures=architectures, **manifest.options)
     except TypeError:
         raise ArtifactError(
-            f"its JSON has options that this version does not know: {', '.join(card.options)}",
+            f"its JSON has options that this version does not know: {', '.join(manifest.options)}",
             where=engine,
             fix="build it again",
         ) from None

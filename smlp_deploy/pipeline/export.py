@@ -16,21 +16,17 @@ from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, compare
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx, export_straight
+from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx, export_unlowered
 from smlp_deploy.files import BUNDLED_CHECKPOINT, replacing, sha256_of, write_text
 from smlp_deploy.graphs.file import load_graph, save_graph
+from smlp_deploy.images.defaults import default_images
+from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
-from smlp_deploy.pipeline.precision import (
-    Int8Options,
-    Progress,
-    Quantized,
-    default_images,
-    quantize_graph,
-)
+from smlp_deploy.pipeline.precision import Int8Options, Quantized, quantize_graph
 from smlp_deploy.runners import open_runner, open_tracer
 from smlp_deploy.runners.base import Runner, TracingRunner
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -147,8 +143,9 @@ def verify_artifact(
         checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
             logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
-        card = checkpoint.card
-        metadata = replace(runner.metadata, labels=card.labels or runner.metadata.labels, config=checkpoint.config)
+        metadata = replace(
+            runner.metadata, labels=checkpoint.metadata.labels or runner.metadata.labels, config=checkpoint.config
+        )
         return _prove(runner, checkpoint, metadata, images, bounds, sha256_of(candidate))
 
 
@@ -244,10 +241,10 @@ def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
     )
 
 
-def straight_export(checkpoint_path: Path, folder: Path) -> Path:
+def unlowered_baseline(checkpoint_path: Path, folder: Path) -> Path:
     """Write a checkpoint's network into `folder` as `torch.onnx.export` makes it, for comparison; where it is."""
     checkpoint = load_checkpoint(checkpoint_path)
     metadata = describe(checkpoint)
-    path = folder / f"{metadata.name}-straight.onnx"
-    export_straight(checkpoint.network(), metadata, path)
+    path = folder / f"{metadata.name}-unlowered.onnx"
+    export_unlowered(checkpoint.network(), metadata, path)
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from smlp_deploy.errors import ImageError, UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import CalibrationTable, calibrate, quantize, quantized_layers
-from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, sha256_of
 from smlp_deploy.graphs.file import ModelProto, save_graph
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.defaults import calibration_images
 from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import FloatArray
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,6 @@ MOST_IMAGES = 1024
 """All are in memory at once, 0.6 MB each at 224 pixels; ranges hardly change beyond a few hundred."""
 
 _BATCH = 32
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def quantize_graph(
         ArtifactError: the calibration table does not fit the graph.
     """
     tell = progress or (lambda what, done, total: None)
-    images = options.images or _bundled_images(metadata)
+    images = options.images or calibration_images(metadata)
     samples: FloatArray | None = None
     table = options.table
     if table is None or options.max_drop is not None:
@@ -120,33 +118,6 @@ def quantize_graph(
         sensitivity=sensitivity,
         images=images,
     )
-
-
-def parity_images(images: Sequence[Path], metadata: ModelMetadata) -> list[Path]:
-    """Images to prove an int8 graph on: held-out digits for the bundled model, else those it was calibrated on.
-
-    Its ranges are those of such images, so that others would measure how foreign they are.
-    """
-    return sorted((DATA_FOLDER / "parity").glob("digit-*.jpg")) if is_bundled(metadata) else list(images)
-
-
-def bundled_images() -> list[Path]:
-    """The real images that ship with the package: ten digits and eight photographs."""
-    return sorted((DATA_FOLDER / "parity").glob("*.jpg"))
-
-
-def default_images(metadata: ModelMetadata, calibrated: Sequence[Path] = ()) -> list[Path]:
-    """Images to prove a graph on where none are given; `calibrated` are those that an int8 graph was calibrated on."""
-    return (parity_images(calibrated, metadata) if metadata.precision == "int8" else []) or bundled_images()
-
-
-def is_bundled(metadata: ModelMetadata) -> bool:
-    """Whether a graph was made from the bundled model."""
-    return metadata.checkpoint_sha256 == sha256_of(BUNDLED_CHECKPOINT)
-
-
-def _bundled_images(metadata: ModelMetadata) -> tuple[Path, ...]:
-    return tuple(sorted((DATA_FOLDER / "calibration").glob("*.png"))) if is_bundled(metadata) else ()
 
 
 def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, tuple[Path, ...]]:

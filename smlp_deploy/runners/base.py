@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smlp_deploy.metadata import BatchProfile, ModelMetadata, SMLPNetConfig
-
-FloatArray = NDArray[np.float32]
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import BatchProfile, ModelMetadata
 
 
 class Runner(Protocol):
@@ -80,34 +77,6 @@ class GpuTimer(Protocol):
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         """Seconds of each run by CUDA events, inputs and outputs staying on the GPU; none if it must split `batch`."""
         ...
-
-
-@dataclass(frozen=True)
-class TracePoint:
-    """A place between two parts of the network, where the trained and the deployed one have the same values.
-
-    Attributes:
-        name: for people: `stage 1 block 2`, counted from 1.
-        kind: "embedding", "tokens" (after a block's token mixing) or "block".
-        index: of the stage or, over the whole network, of the block; counted from 0.
-    """
-
-    name: str
-    kind: str
-    index: int
-
-
-def trace_points(config: SMLPNetConfig) -> tuple[TracePoint, ...]:
-    """The points of a network, in the order of the computation."""
-    points = []
-    for stage, depth in enumerate(config.depths):
-        points.append(TracePoint(f"stage {stage + 1} embedding", "embedding", stage))
-        first = sum(config.depths[:stage])
-        for block in range(depth):
-            name = f"stage {stage + 1} block {block + 1}"
-            points.append(TracePoint(f"{name} token mixing", "tokens", first + block))
-            points.append(TracePoint(name, "block", first + block))
-    return tuple(points)
 
 
 class Closing(ABC):

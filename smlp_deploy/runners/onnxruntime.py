@@ -11,13 +11,15 @@ from typing import cast
 
 import numpy as np
 import onnxruntime
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.graphs.check import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
+from smlp_deploy.graphs.edit import emulate_bf16
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile, ModelMetadata
-from smlp_deploy.runners.base import Closing, FloatArray, in_batches
+from smlp_deploy.runners.base import Closing, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -120,37 +122,6 @@ def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.Inf
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def emulate_bf16(model: ModelProto) -> ModelProto:
-    """A bf16 graph as an fp32 graph in which every bf16 value is rounded to bf16; `model` is changed in place."""
-    graph = model.graph
-    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        nodes.append(node)
-        for i, name in enumerate(node.output):
-            if name in narrow:
-                nodes += _rounding(node, i, name)
-    graph.ClearField("node")
-    graph.ClearField("value_info")
-    graph.node.extend(nodes)
-    return model
-
-
-def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
-    """Nodes that round one output of `node`, which is given another name in their favour; a Cast rounds by itself."""
-    if node.op_type == "Cast":
-        node.output[output] = f"{name}_rounded"
-        return [helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT)]
-    node.output[output] = f"{name}_unrounded"
-    return [
-        helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_rounded"], to=TensorProto.BFLOAT16),
-        helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT),
-    ]
 
 
 def working_providers() -> dict[str, bool]:

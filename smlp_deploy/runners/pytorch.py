@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import LoweredBlock, lower
 from smlp_deploy.models.smlpnet import SMLPNet
-from smlp_deploy.runners.base import Closing, FloatArray, trace_points
+from smlp_deploy.runners.base import Closing
 
 
 class PyTorchRunner(Closing):

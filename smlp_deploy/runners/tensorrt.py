@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from platformdirs import user_cache_path
 
-from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import (
     TENSORRT_DISTRIBUTIONS,
     TENSORRT_MODULES,
@@ -31,8 +31,9 @@ from smlp_deploy.dependencies import (
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_text, sha256_of, write_bytes
-from smlp_deploy.metadata import EngineCard
-from smlp_deploy.runners.base import Closing, FloatArray, in_batches, trace_points
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import EngineManifest, trace_points
+from smlp_deploy.runners.base import Closing, in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,15 @@ class TensorRTRunner(Closing):
 
     Args:
         path: the engine's file.
-        card: the facts beside it.
+        manifest: the facts beside it.
         session: what runs it.
     """
 
-    def __init__(self, path: Path, card: EngineCard, session: Session) -> None:
-        graphs = " (CUDA graphs)" if card.flavour == "tensorrt-rtx" else ""
-        self.name = f"{card.flavour}{graphs} {path.name}"
-        self.metadata = card.metadata
-        self._profile = card.profile
+    def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
+        graphs = " (CUDA graphs)" if manifest.backend == "tensorrt-rtx" else ""
+        self.name = f"{manifest.backend}{graphs} {path.name}"
+        self.metadata = manifest.metadata
+        self._profile = manifest.profile
         self._session: Session | None = session
         self._stack = ExitStack()
 
@@ -69,17 +70,19 @@ class TensorRTRunner(Closing):
 
         Raises:
             ArtifactError: it is not the engine that the JSON beside it is about, or there is no GPU it runs on.
-            MissingDependencyError: its flavour of TensorRT is not installed, or another major version is.
+            MissingDependencyError: its backend of TensorRT is not installed, or another major version is.
         """
-        return cls.load(path, read_card(path))
+        return cls.load(path, read_manifest(path))
 
     @classmethod
-    def load(cls, path: Path, card: EngineCard) -> Self:
+    def load(cls, path: Path, manifest: EngineManifest) -> Self:
         """Load an engine whose facts are known already; otherwise like `open`."""
-        check_machine(path, card)
+        check_machine(path, manifest)
         with ExitStack() as stack:
-            session = _session(_plan(path, card), path, card, stack=stack, cache_path=lambda: runtime_cache_path(card))
-            runner = cls(path, card, session)
+            session = _session(
+                _plan(path, manifest), path, manifest, stack=stack, cache_path=lambda: runtime_cache_path(manifest)
+            )
+            runner = cls(path, manifest, session)
             runner._stack = stack.pop_all()
         return runner
 
@@ -112,28 +115,28 @@ class TracingTensorRTRunner(TensorRTRunner):
 
     Args:
         path: the first engine's file.
-        card: the facts about the second.
+        manifest: the facts about the second.
         session: what runs the second.
     """
 
-    def __init__(self, path: Path, card: EngineCard, session: Session) -> None:
-        super().__init__(path, card, session)
+    def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
+        super().__init__(path, manifest, session)
         self.name += " (built again to look inside)"
 
     @classmethod
-    def load_plan(cls, plan: bytes, path: Path, card: EngineCard) -> Self:
+    def load_plan(cls, plan: bytes, path: Path, manifest: EngineManifest) -> Self:
         """Load a second engine that was just built; the kernels it compiles are not kept.
 
         Args:
             plan: its bytes.
             path: the first engine's file.
-            card: the facts about the second.
+            manifest: the facts about the second.
 
         Raises:
             ArtifactError: it does not load here.
         """
         with ExitStack() as stack:
-            runner = cls(path, card, _session(plan, path, card, stack=stack, cache_path=None))
+            runner = cls(path, manifest, _session(plan, path, manifest, stack=stack, cache_path=None))
             runner._stack = stack.pop_all()
         return runner
 
@@ -153,7 +156,7 @@ class TracingTensorRTRunner(TensorRTRunner):
         return {name: np.concatenate([part[name] for part in parts])[: len(batch)] for name in names}
 
 
-def read_card(path: Path) -> EngineCard:
+def read_manifest(path: Path) -> EngineManifest:
     """The facts about the engine at `path`, after checking that they are about this very file.
 
     Raises:
@@ -161,82 +164,85 @@ def read_card(path: Path) -> EngineCard:
         ConfigError: the JSON is damaged.
     """
     check_regular(path, error=ArtifactError, fix="smlp build-engine makes one")
-    beside = engine_card_path(path)
-    card = EngineCard.from_json(read_text(beside, error=ArtifactError, fix="build the engine again"), where=beside)
+    beside = engine_manifest_path(path)
+    manifest = EngineManifest.from_json(
+        read_text(beside, error=ArtifactError, fix="build the engine again"), where=beside
+    )
     try:
-        _check_sha256(path, card, sha256_of(path))
+        _check_sha256(path, manifest, sha256_of(path))
     except OSError as error:
         raise ArtifactError(f"cannot read it: {error.strerror}", where=path, fix="mend its permissions") from None
-    return card
+    return manifest
 
 
-def _check_sha256(path: Path, card: EngineCard, sha256: str) -> None:
-    if card.engine_sha256 != sha256:
+def _check_sha256(path: Path, manifest: EngineManifest, sha256: str) -> None:
+    if manifest.engine_sha256 != sha256:
         raise ArtifactError(
             "is not the engine that the JSON beside it is about, so it is not loaded", where=path, fix="build it again"
         )
 
 
-def check_machine(path: Path, card: EngineCard) -> None:
+def check_machine(path: Path, manifest: EngineManifest) -> None:
     """Check that an engine can run here, as far as can be told without loading it.
 
     Raises:
         ArtifactError: there is no GPU, or it was built for others.
-        MissingDependencyError: its flavour is not installed, or another major version of it is.
+        MissingDependencyError: its backend is not installed, or another major version of it is.
     """
     gpu = find_gpu()
     if gpu is None:
         raise ArtifactError("needs an NVIDIA GPU and driver, and there is none", where=path, fix="use the ONNX file")
-    if not _built_for(gpu, card):
+    if not _built_for(gpu, manifest):
         raise ArtifactError(
-            f"was built for {', '.join(card.architectures)}, this GPU is {gpu.architecture} ({gpu.name})",
+            f"was built for {', '.join(manifest.architectures)}, this GPU is {gpu.architecture} ({gpu.name})",
             where=path,
             fix="build it again for this GPU",
         )
-    extra = _EXTRAS[card.flavour]
-    require("polygraphy", TENSORRT_MODULES[card.flavour], purpose=f"to run {card.flavour} engines", extra=extra)
-    installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[card.flavour])), "")
-    if installed.split(".")[0] != card.version.split(".")[0] and not card.options.get("version_compatible"):
+    extra = _EXTRAS[manifest.backend]
+    require("polygraphy", TENSORRT_MODULES[manifest.backend], purpose=f"to run {manifest.backend} engines", extra=extra)
+    installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[manifest.backend])), "")
+    if installed.split(".")[0] != manifest.version.split(".")[0] and not manifest.options.get("version_compatible"):
         raise MissingDependencyError(
-            f"built by {card.flavour} {card.version}, installed is {installed or 'none'}",
+            f"built by {manifest.backend} {manifest.version}, installed is {installed or 'none'}",
             where=path,
             fix="build the engine again with the installed version",
         )
 
 
-def _built_for(gpu: GpuDevice, card: EngineCard) -> bool:
-    if card.options.get("hardware_compatible"):  # for Ampere and later
+def _built_for(gpu: GpuDevice, manifest: EngineManifest) -> bool:
+    if manifest.options.get("hardware_compatible"):  # for Ampere and later
         return int(gpu.architecture[2:]) >= 80
-    return not card.architectures or gpu.architecture in card.architectures
+    return not manifest.architectures or gpu.architecture in manifest.architectures
 
 
 def _session(
-    plan: bytes, path: Path, card: EngineCard, *, stack: ExitStack, cache_path: Callable[[], Path] | None
+    plan: bytes, path: Path, manifest: EngineManifest, *, stack: ExitStack, cache_path: Callable[[], Path] | None
 ) -> Session:
     """polygraphy's runner of the engine whose bytes are `plan`, active until `stack` is closed."""
-    if card.flavour == "tensorrt-rtx":
+    if manifest.backend == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
     from polygraphy.exception import PolygraphyException
 
     try:
         engine = EngineFromBytes(plan)()
-        module = importlib.import_module(TENSORRT_MODULES[card.flavour])
+        module = importlib.import_module(TENSORRT_MODULES[manifest.backend])
         context = create_context(module, engine, cache_path, stack)
         session: Session = stack.enter_context(TrtRunner(context))
     except PolygraphyException:
+        built_for = ", ".join(manifest.architectures) or "the GPU of its builder"
         raise ArtifactError(
-            f"{card.flavour} {card.version} does not load it on this GPU",
+            f"{manifest.backend} {manifest.version} does not load it on this GPU",
             where=path,
-            fix=f"it was built for {', '.join(card.architectures) or 'the GPU of its builder'}; build it again here",
+            fix=f"it was built for {built_for}; build it again here",
         ) from None
     return session
 
 
-def _plan(path: Path, card: EngineCard) -> bytes:
+def _plan(path: Path, manifest: EngineManifest) -> bytes:
     """The engine's bytes, checked as they were read, in case the file was replaced since."""
     plan = path.read_bytes()
-    _check_sha256(path, card, hashlib.sha256(plan).hexdigest())
+    _check_sha256(path, manifest, hashlib.sha256(plan).hexdigest())
     return plan
 
 
@@ -266,12 +272,12 @@ def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:
     return seconds
 
 
-def runtime_cache_path(card: EngineCard) -> Path:
+def runtime_cache_path(manifest: EngineManifest) -> Path:
     """Where the kernels that TensorRT-RTX compiles for this engine, GPU and driver are kept."""
     gpu = find_gpu()
     assert gpu is not None, "an engine was loaded without a GPU"
     name = "".join(c if c.isalnum() else "-" for c in gpu.name)
-    return user_cache_path("smlp-deploy") / "runtime" / f"{card.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
+    return user_cache_path("smlp-deploy") / "runtime" / f"{manifest.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
 
 
 def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Any:

@@ -21,17 +21,18 @@ from smlp_deploy.evaluation.accuracy import (
     Answer,
     Confusion,
     Evaluation,
+    EvaluationIdentity,
     Share,
     calibration_error,
     evaluate,
     mcnemar,
 )
-from smlp_deploy.images.dataset import Sample, find_samples
-from smlp_deploy.inference.resume import EvaluationIdentity, RecordFile
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.dataset import LabelledImage, find_labelled_images
+from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import FloatArray
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 
@@ -50,9 +51,9 @@ def runner(table: Mapping[int, list[float]]) -> FakeRunner:
 
 
 @pytest.fixture
-def four(tmp_path: Path) -> tuple[Sample, ...]:
+def four(tmp_path: Path) -> tuple[LabelledImage, ...]:
     """Images 0 to 3, each of its own class."""
-    return tuple(Sample(picture(tmp_path / f"{i}.png", i), i) for i in range(4))
+    return tuple(LabelledImage(picture(tmp_path / f"{i}.png", i), i) for i in range(4))
 
 
 class TestStatistics:
@@ -102,7 +103,7 @@ class TestTwoModels:
     """The first answers 0, 1, 1, 0 to images of 0, 1, 2, 3; the second 0, 2, 2, 0."""
 
     @pytest.fixture
-    def evaluation(self, four: tuple[Sample, ...]) -> Evaluation:
+    def evaluation(self, four: tuple[LabelledImage, ...]) -> Evaluation:
         sure, ln3 = [9.0, 0, 0, 0], math.log(3)
         first = runner({0: sure, 1: [0, ln3, 0, 0], 2: [0, ln3, 0, 0], 3: sure})
         second = runner({0: sure, 1: [0, 0, 5, 0], 2: [0, 0, 5, 0], 3: sure})
@@ -122,7 +123,7 @@ class TestTwoModels:
         assert (pair.first, pair.second, pair.agreement) == (0, 1, Share.of(2, 4))
         assert (pair.only_first, pair.only_second, pair.p_value) == (1, 1, 1)
 
-    def test_every_image_has_a_record(self, evaluation: Evaluation, four: tuple[Sample, ...]) -> None:
+    def test_every_image_has_a_record(self, evaluation: Evaluation, four: tuple[LabelledImage, ...]) -> None:
         assert [record.path for record in evaluation.records] == [str(sample.path) for sample in four]
         record = evaluation.records[1]
         assert (record.label, [answer.index for answer in record.answers]) == (1, [1, 2])
@@ -136,9 +137,9 @@ class TestTwoModels:
         assert document["records"][3]["answers"][0]["index"] == 0
 
 
-def test_the_fifth_class_is_among_the_best_and_frequent_confusions_come_first(four: tuple[Sample, ...]) -> None:
+def test_the_fifth_class_is_among_the_best_and_frequent_confusions_come_first(four: tuple[LabelledImage, ...]) -> None:
     falling = FakeRunner(lambda batch: np.array([[6, 5, 4, 3, 2, 1]] * len(batch), np.float32), metadata(classes=6))
-    samples = [Sample(sample.path, label) for sample, label in zip(four, (4, 1, 5, 5), strict=True)]
+    samples = [LabelledImage(sample.path, label) for sample, label in zip(four, (4, 1, 5, 5), strict=True)]
     model = evaluate([falling], samples).models[0]
     assert (model.top1, model.top5) == (Share.of(0, 4), Share.of(2, 4))
     assert model.confusions == tuple(Confusion(label=i, predicted=0, count=n) for i, n in ((5, 2), (1, 1), (4, 1)))
@@ -146,7 +147,7 @@ def test_the_fifth_class_is_among_the_best_and_frequent_confusions_come_first(fo
 
 class TestImagesThatFail:
     def test_unreadable_ones_are_listed_and_shift_nothing(self, tmp_path: Path) -> None:
-        samples = [Sample(tmp_path / f"{i}.png", i % 4) for i in range(20)]
+        samples = [LabelledImage(tmp_path / f"{i}.png", i % 4) for i in range(20)]
         for i in range(20):
             if i % 3:
                 picture(tmp_path / f"{i}.png", i % 4)
@@ -164,9 +165,9 @@ class TestImagesThatFail:
 
     def test_where_none_can_be_read_there_is_no_result(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="none of the 1 images can be read: no such file"):
-            evaluate([FakeRunner(quadrant_means)], [Sample(tmp_path / "a.png", 0)])
+            evaluate([FakeRunner(quadrant_means)], [LabelledImage(tmp_path / "a.png", 0)])
 
-    def test_no_answer_is_wrong_and_agrees_with_nothing(self, four: tuple[Sample, ...]) -> None:
+    def test_no_answer_is_wrong_and_agrees_with_nothing(self, four: tuple[LabelledImage, ...]) -> None:
         def spoilt(batch: FloatArray) -> FloatArray:
             logits = quadrant_means(batch)
             logits[logits.argmax(axis=1) == 2] = np.nan
@@ -180,13 +181,13 @@ class TestImagesThatFail:
         assert result.records[2].answers[0] == Answer(error="the network's output has NaN or infinite values")
         assert result.pairs[0].agreement == Share.of(3, 4)
 
-    def test_a_model_that_answers_nothing_has_no_means(self, four: tuple[Sample, ...]) -> None:
+    def test_a_model_that_answers_nothing_has_no_means(self, four: tuple[LabelledImage, ...]) -> None:
         result = evaluate([FakeRunner(lambda batch: quadrant_means(batch) * np.float32(np.inf))], four)
         model = result.models[0]
         assert (model.top1.count, model.loss, model.calibration_error, model.unanswered) == (0, None, None, 4)
         assert json.loads(result.to_json())["models"][0]["loss"] is None
 
-    def test_a_batch_that_fails_is_run_one_by_one(self, four: tuple[Sample, ...]) -> None:
+    def test_a_batch_that_fails_is_run_one_by_one(self, four: tuple[LabelledImage, ...]) -> None:
         def picky(batch: FloatArray) -> FloatArray:
             logits = quadrant_means(batch)
             if (logits.argmax(axis=1) == 1).any():
@@ -201,7 +202,7 @@ class TestImagesThatFail:
 
 
 class TestRefusals:
-    def test_models_that_differ_in_more_than_the_network(self, four: tuple[Sample, ...]) -> None:
+    def test_models_that_differ_in_more_than_the_network(self, four: tuple[LabelledImage, ...]) -> None:
         plain = metadata()
         other = replace(
             plain, labels=("a", "b", "c", "d"), preprocessing=replace(plain.preprocessing, interpolation="nearest")
@@ -209,7 +210,7 @@ class TestRefusals:
         with pytest.raises(UsageError, match="fake and fake differ in interpolation and labels"):
             evaluate([FakeRunner(quadrant_means, plain), FakeRunner(quadrant_means, other)], four)
 
-    def test_impossible_numbers_and_nothing_to_do(self, four: tuple[Sample, ...]) -> None:
+    def test_impossible_numbers_and_nothing_to_do(self, four: tuple[LabelledImage, ...]) -> None:
         fake = FakeRunner(quadrant_means)
         for batch_size, workers in ((0, 1), (1, 0)):
             with pytest.raises(UsageError, match="at least 1"):
@@ -223,19 +224,21 @@ class TestContinued:
     """Twenty images of which every fifth cannot be read, in batches of three, by two models of which one has gaps."""
 
     @pytest.fixture
-    def samples(self, tmp_path: Path) -> list[Sample]:
+    def samples(self, tmp_path: Path) -> list[LabelledImage]:
         paths = [tmp_path / f"{i}.png" for i in range(20)]
         for i, path in enumerate(paths):
             if i % 5 != 2:
                 picture(path, i % 4)
-        return [Sample(path, i % 3) for i, path in enumerate(paths)]
+        return [LabelledImage(path, i % 3) for i, path in enumerate(paths)]
 
     @pytest.fixture
-    def target(self, tmp_path: Path, samples: list[Sample]) -> Path:
+    def target(self, tmp_path: Path, samples: list[LabelledImage]) -> Path:
         (tmp_path / "m").write_text("model")
         return tmp_path / "report" / "report.json"
 
-    def run(self, target: Path, samples: Sequence[Sample], *, resume: bool, until: int | None = None) -> list[int]:
+    def run(
+        self, target: Path, samples: Sequence[LabelledImage], *, resume: bool, until: int | None = None
+    ) -> list[int]:
         """One run as the command line makes it, with a signal once `until` images are done; where its batches ended."""
 
         def gaps(batch: FloatArray) -> FloatArray:
@@ -258,7 +261,7 @@ class TestContinued:
             kept.conclude(report.to_json())
         return ends
 
-    def test_wherever_it_was_cut_the_report_is_the_same(self, samples: list[Sample], target: Path) -> None:
+    def test_wherever_it_was_cut_the_report_is_the_same(self, samples: list[LabelledImage], target: Path) -> None:
         self.run(target, samples, resume=False)
         assert [path.name for path in target.parent.iterdir()] == ["report.json"]
         expected = target.read_bytes()
@@ -279,7 +282,9 @@ class TestContinued:
             target.unlink()
 
     @pytest.mark.parametrize("until", [3, 9, 18])
-    def test_a_signal_ends_it_behind_a_whole_batch(self, samples: list[Sample], target: Path, until: int) -> None:
+    def test_a_signal_ends_it_behind_a_whole_batch(
+        self, samples: list[LabelledImage], target: Path, until: int
+    ) -> None:
         with pytest.raises(StoppedError, match=f"stopped by SIGTERM after {until} images") as caught:
             self.run(target, samples, resume=False, until=until)
         assert caught.value.exit_code == 143
@@ -288,7 +293,7 @@ class TestContinued:
         assert not target.exists()
         assert self.run(target, samples, resume=True)[0] == min(until + 3, 20)
 
-    def test_another_evaluation_is_not_continued(self, samples: list[Sample], target: Path) -> None:
+    def test_another_evaluation_is_not_continued(self, samples: list[LabelledImage], target: Path) -> None:
         with pytest.raises(StoppedError):
             self.run(target, samples, resume=False, until=6)
         with pytest.raises(UsageError, match=r"an interrupted run is there · .* · add --resume"):
@@ -305,7 +310,7 @@ class TestContinued:
         with pytest.raises(UsageError, match=r"cannot continue it: model 1 was \w{64}, now it is \w{64} · "):
             self.run(target, samples, resume=True)
 
-    def test_each_fact_of_the_models_counts(self, samples: list[Sample], target: Path) -> None:
+    def test_each_fact_of_the_models_counts(self, samples: list[LabelledImage], target: Path) -> None:
         with pytest.raises(StoppedError):
             self.run(target, samples, resume=False, until=6)
         model, plain = target.parent.parent / "m", metadata()
@@ -325,7 +330,9 @@ class TestContinued:
             ):
                 pass
 
-    def test_where_no_image_can_be_read_nothing_is_left_to_continue(self, samples: list[Sample], target: Path) -> None:
+    def test_where_no_image_can_be_read_nothing_is_left_to_continue(
+        self, samples: list[LabelledImage], target: Path
+    ) -> None:
         with pytest.raises(UsageError, match="none of the 2 images can be read"):
             self.run(target, [samples[2], samples[7]], resume=False)
         assert not list(target.parent.iterdir())
@@ -334,7 +341,7 @@ class TestContinued:
 def test_the_bundled_model_on_its_held_out_digits(digits_export: Export, tmp_path: Path) -> None:
     write_held_out(tmp_path)
     with open_runner(digits_export.path) as first, open_runner(digits_export.path) as second:
-        samples = find_samples(tmp_path, first.metadata.labels)
+        samples = find_labelled_images(tmp_path, first.metadata.labels)
         result = evaluate([first, second], samples, batch_size=64)
     model, (pair,) = result.models[0], result.pairs
     assert (result.named_by, result.evaluated, len(model.classes)) == ("label", 1000, 10)

@@ -13,13 +13,13 @@ from smlp_deploy.evaluation.benchmark import (
     Ratio,
     _Model,
     _time_batches,
-    baselines_of,
     describe_environment,
     ratio_to_first,
     run_benchmark,
 )
-from smlp_deploy.evaluation.worker import Loaded, Subject, TimedProcess, Turn
+from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import open_runner
 from tests.support.fakes import metadata
@@ -55,8 +55,8 @@ class Scripted:
         self._seconds, self._noise = seconds, noise
         self._random = np.random.default_rng(int(1000 * seconds))
 
-    def turn(self, batch: int, seconds: float) -> Turn:
-        return Turn(runs=(self._seconds * batch * float(np.exp(self._random.normal(0, self._noise))),))
+    def turn(self, batch: int, seconds: float) -> Sample:
+        return Sample(runs=(self._seconds * batch * float(np.exp(self._random.normal(0, self._noise))),))
 
 
 @pytest.mark.parametrize(("noise", "fewest", "most"), [(0.001, 10, 10), (0.05, 11, 29), (0.5, 30, 30)])
@@ -74,8 +74,8 @@ def test_there_are_more_rounds_where_a_ratio_is_not_known_well(noise: float, few
 def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list[Path]) -> None:
     told: list[tuple[str, int, int]] = []
     report = run_benchmark(
-        [Subject(path=digits_export.path), Subject(path=BUNDLED_CHECKPOINT)],
-        baselines=[Subject(path=Path("absent.pth"), compiled=True)],
+        [Target(path=digits_export.path), Target(path=BUNDLED_CHECKPOINT)],
+        baselines=[Target(path=Path("absent.pth"), compiled=True)],
         batch_sizes=(4, 1, 4),
         rounds=3,
         files=Files(paths=tuple(digit_images), batch=4, workers=1),
@@ -105,34 +105,34 @@ def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list
 
 def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"):
-        run_benchmark([Subject(path=tmp_path / "absent.onnx")])
+        run_benchmark([Target(path=tmp_path / "absent.onnx")])
 
 
 def test_files_that_cannot_be_read_are_told_before_anything_is_timed(digits_export: Export) -> None:
     phases: list[str] = []
     with pytest.raises(UsageError, match=r"none of the 1 files can be read · absent"):
         run_benchmark(
-            [Subject(path=digits_export.path)],
+            [Target(path=digits_export.path)],
             files=Files(paths=(Path("absent"),), batch=1, workers=1),
             progress=lambda phase, *_: phases.append(phase),
         )
     assert phases[-1] == "files to records: warming up"
 
 
-@pytest.mark.parametrize("wrong", [{"subjects": []}, {"batch_sizes": ()}, {"batch_sizes": (0, 1)}, {"rounds": 0}])
+@pytest.mark.parametrize("wrong", [{"targets": []}, {"batch_sizes": ()}, {"batch_sizes": (0, 1)}, {"rounds": 0}])
 def test_nothing_to_time_is_refused(wrong: dict[str, object], digits_export: Export) -> None:
-    arguments: dict[str, object] = {"subjects": [Subject(path=digits_export.path)], **wrong}
+    arguments: dict[str, object] = {"targets": [Target(path=digits_export.path)], **wrong}
     with pytest.raises(UsageError, match="there is nothing to time"):
         run_benchmark(**arguments)  # type: ignore[arg-type]
 
 
 def test_the_baselines_are_made_from_the_same_checkpoint(digits_export: Export, tmp_path: Path) -> None:
-    eager, compiled, straight = baselines_of(digits_export.path, tmp_path)
+    eager, compiled, unlowered = baselines_of(digits_export.path, tmp_path)
     assert (eager.path, eager.compiled) == (BUNDLED_CHECKPOINT, False)
     assert (compiled.path, compiled.compiled) == (BUNDLED_CHECKPOINT, True)
-    assert straight.path == tmp_path / "smlpnet_digits-straight.onnx"
+    assert unlowered.path == tmp_path / "smlpnet_digits-unlowered.onnx"
     batch = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
-    with open_runner(straight.path) as runner, open_runner(digits_export.path) as lowered:
+    with open_runner(unlowered.path) as runner, open_runner(digits_export.path) as lowered:
         np.testing.assert_allclose(runner.infer(batch), lowered.infer(batch), atol=1e-4)
     assert baselines_of(BUNDLED_CHECKPOINT, tmp_path)[0].compiled
 

@@ -12,9 +12,9 @@ from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.evaluation.parity import Gates, ParityReport, check_half_range, compare
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.pipeline.export import Export, verify_artifact
-from smlp_deploy.pipeline.precision import bundled_images
-from smlp_deploy.runners.base import FloatArray
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 IMAGES = bundled_images()[:3]

@@ -8,7 +8,7 @@ import pytest
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
-from smlp_deploy.runners.base import FloatArray
+from smlp_deploy.images.batches import FloatArray
 
 REFERENCE: FloatArray = np.eye(10, dtype=np.float32)[np.arange(100) % 10]
 # Rows whose best class each layer spoils.

@@ -10,15 +10,15 @@ import pytest
 from onnx import numpy_helper
 
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.evaluation.worker import Subject, TimedProcess, _Session
+from smlp_deploy.evaluation.worker import Target, TimedProcess, _Session
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.pipeline.export import Export
-from smlp_deploy.runners.base import FloatArray
 from tests.support.fakes import FakeRunner, quadrant_means
 
 
 @pytest.fixture
 def process(digits_export: Export) -> TimedProcess:
-    return TimedProcess(Subject(path=digits_export.path))
+    return TimedProcess(Target(path=digits_export.path))
 
 
 def test_a_model_is_timed_in_its_own_process(
@@ -50,7 +50,7 @@ def test_a_model_is_timed_in_its_own_process(
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
     with (
-        TimedProcess(Subject(path=tmp_path / "absent.onnx")) as process,
+        TimedProcess(Target(path=tmp_path / "absent.onnx")) as process,
         pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"),
     ):
         process.load()
@@ -70,7 +70,7 @@ def test_a_model_that_overflows_is_not_timed(digits_export: Export, tmp_path: Pa
     weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), 3e38), weight.name))
     path = tmp_path / "overflows.onnx"
     onnx.save(model, path)
-    with TimedProcess(Subject(path=path)) as process:
+    with TimedProcess(Target(path=path)) as process:
         process.load()
         with pytest.raises(SmlpError, match=r"its output has NaN or infinite values.* · .*overflows\.onnx"):
             process.first(1)
@@ -101,7 +101,7 @@ class TimesOnGpu(FakeRunner):
 
 
 def test_a_turn_on_a_gpu_is_timed_twice() -> None:
-    session = _Session(Subject(path=Path("x.engine")), 0)
+    session = _Session(Target(path=Path("x.engine")), 0)
     session._runner = TimesOnGpu(quadrant_means)
     turn = session.turn(2, 0)
     assert turn.gpu_runs == (0.002,)

@@ -9,11 +9,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.exporters.half import to_half
+from smlp_deploy.graphs.edit import emulate_bf16
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import lower
 from smlp_deploy.pipeline.export import Export
-from smlp_deploy.runners.base import FloatArray
-from smlp_deploy.runners.onnxruntime import emulate_bf16
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 

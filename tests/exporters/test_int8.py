@@ -18,8 +18,9 @@ from scripts.digits import Digits, load_digits
 from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
 from smlp_deploy.evaluation.sensitivity import choose, measure_sensitivity
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.int8 import METHODS, CalibrationTable, FloatArray, calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.int8 import METHODS, CalibrationTable, calibrate, quantize, quantized_layers
 from smlp_deploy.exporters.onnx import export_onnx
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe

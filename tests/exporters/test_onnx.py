@@ -68,7 +68,7 @@ def test_everything_needed_is_inside(model: onnx.ModelProto, digits: Checkpoint,
     assert prop.key == METADATA_KEY
     metadata = ModelMetadata.from_json(prop.value, where="test")
     assert metadata.labels == tuple("0123456789")
-    assert metadata.preprocessing == digits.card.preprocessing
+    assert metadata.preprocessing == digits.metadata.preprocessing
     assert metadata.config == digits.config
     assert metadata.checkpoint_sha256 == digits.sha256
     assert metadata.libraries.keys() == {"smlp-deploy", "torch", "onnx", "onnxscript"}

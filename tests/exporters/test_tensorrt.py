@@ -14,7 +14,7 @@ from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters import tensorrt
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
-from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_alone, find_flavour
+from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_alone, find_backend
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.pipeline.export import Export
 from tests.support.onnx_session import VERSIONS, StandIn
@@ -157,18 +157,18 @@ class TestFlavours:
     def test_auto_takes_rtx_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
         monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
-        assert find_flavour("auto") == "tensorrt-rtx"
+        assert find_backend("auto") == "tensorrt-rtx"
 
     def test_auto_takes_tensorrt_with_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: GpuDevice(name="L4", architecture="sm89", driver=12080))
         monkeypatch.setattr(tensorrt, "find_spec", lambda name: object())
-        assert find_flavour("auto") == "tensorrt"
+        assert find_backend("auto") == "tensorrt"
 
     @pytest.mark.parametrize("target", ["auto", "tensorrt", "tensorrt-rtx"])
     def test_none_installed_names_the_extra(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
         monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
         with pytest.raises(MissingDependencyError, match=r'not installed.*pip install "smlp-deploy\[rtx\]"'):
-            find_flavour(target)
+            find_backend(target)
 
     def test_sm75_only_by_itself(self) -> None:
         check_alone(["sm75"])

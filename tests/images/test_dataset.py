@@ -8,7 +8,7 @@ from PIL import Image
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.accuracy import evaluate
-from smlp_deploy.images.dataset import Sample, find_samples, imagenet_synsets, read_mapping
+from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets, read_mapping
 from smlp_deploy.models.description import imagenet_labels
 from tests.support.fakes import FakeRunner, quadrant_means
 
@@ -28,7 +28,7 @@ def dataset(folder: Path, *names: str) -> Path:
 
 
 def found(folder: Path, labels: tuple[str, ...] = ANIMALS, **options: Mapping[str, str] | tuple[str, ...]) -> list[str]:
-    samples = find_samples(folder, labels, **options)  # type: ignore[arg-type]
+    samples = find_labelled_images(folder, labels, **options)  # type: ignore[arg-type]
     return [f"{sample.path.parent.name} {sample.label} {sample.named_by}" for sample in samples]
 
 
@@ -50,9 +50,9 @@ class TestFolders:
         folder = dataset(tmp_path, "n01443537", "n01440764")
         assert found(folder, labels, synsets=synsets) == ["n01440764 0 synset", "n01443537 1 synset"]
         with pytest.raises(UsageError, match="did you mean 'n01443537'"):
-            find_samples(dataset(tmp_path, "n0144353"), labels, synsets=synsets)
+            find_labelled_images(dataset(tmp_path, "n0144353"), labels, synsets=synsets)
         with pytest.raises(UsageError, match=r"'1000' is not the index .* · use one of the model's, counted from 0"):
-            find_samples(dataset(tmp_path / "indices", "0", "1000"), labels, synsets=synsets)
+            find_labelled_images(dataset(tmp_path / "indices", "0", "1000"), labels, synsets=synsets)
 
     def test_a_mapping_renames_what_differs(self, tmp_path: Path) -> None:
         folder = dataset(tmp_path, "Katze", "dog")
@@ -60,7 +60,7 @@ class TestFolders:
 
     def test_an_unknown_folder_is_named_with_the_closest_label(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"'dgo' is not the label of .* · .*/dgo · did you mean 'dog'\?"):
-            find_samples(dataset(tmp_path, "cat", "dgo"), ANIMALS)
+            find_labelled_images(dataset(tmp_path, "cat", "dgo"), ANIMALS)
 
     @pytest.mark.parametrize(
         ("folders", "labels", "reason"),
@@ -74,12 +74,12 @@ class TestFolders:
         self, tmp_path: Path, folders: tuple[str, ...], labels: tuple[str, ...], reason: str
     ) -> None:
         with pytest.raises(UsageError, match=reason):
-            find_samples(dataset(tmp_path, *folders), labels)
+            find_labelled_images(dataset(tmp_path, *folders), labels)
 
     def test_images_lie_at_any_depth_and_an_empty_class_is_reported(self, tmp_path: Path) -> None:
         picture(tmp_path / "cat" / "deep" / "er" / "x.png")
         (tmp_path / "dog").mkdir()
-        samples = find_samples(tmp_path, ANIMALS)
+        samples = find_labelled_images(tmp_path, ANIMALS)
         assert [sample.path.relative_to(tmp_path).as_posix() for sample in samples] == ["cat/deep/er/x.png", "dog"]
         result = evaluate([FakeRunner(quadrant_means)], samples)
         assert result.records[1].error == "is a directory without images"
@@ -87,7 +87,7 @@ class TestFolders:
     def test_a_folder_called_like_a_list_is_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dataset(tmp_path / "@data", "cat")
         monkeypatch.chdir(tmp_path)
-        assert [str(sample.path) for sample in find_samples(Path("@data"), ANIMALS)] == ["@data/cat/a.png"]
+        assert [str(sample.path) for sample in find_labelled_images(Path("@data"), ANIMALS)] == ["@data/cat/a.png"]
 
 
 class TestCsv:
@@ -95,8 +95,8 @@ class TestCsv:
     def test_paths_are_relative_to_the_file(self, tmp_path: Path, head: str) -> None:
         rows = ["cat,in/a.png,x", "3,b.png,y"] if "note" in head else ["in/a.png,cat", "b.png,3"]
         (tmp_path / "set.csv").write_text("\r\n".join([head, *rows]), encoding="utf-8")
-        samples = find_samples(tmp_path / "set.csv", ANIMALS)
-        assert samples == (Sample(tmp_path / "in/a.png", 0), Sample(tmp_path / "b.png", 2))
+        samples = find_labelled_images(tmp_path / "set.csv", ANIMALS)
+        assert samples == (LabelledImage(tmp_path / "in/a.png", 0), LabelledImage(tmp_path / "b.png", 2))
 
     @pytest.mark.parametrize(
         ("text", "reason"),
@@ -113,11 +113,11 @@ class TestCsv:
     def test_what_cannot_be_used_names_the_row(self, tmp_path: Path, text: str, reason: str) -> None:
         (tmp_path / "set.csv").write_text(text)
         with pytest.raises(UsageError, match=reason):
-            find_samples(tmp_path / "set.csv", ANIMALS)
+            find_labelled_images(tmp_path / "set.csv", ANIMALS)
 
     def test_no_such_file(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="no such file"):
-            find_samples(tmp_path / "absent", ANIMALS)
+            find_labelled_images(tmp_path / "absent", ANIMALS)
 
 
 class TestMapping:

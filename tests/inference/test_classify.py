@@ -10,12 +10,12 @@ from PIL import Image
 
 from smlp_deploy import Classifier
 from smlp_deploy.errors import UsageError
+from smlp_deploy.images import batches
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import load_image
-from smlp_deploy.inference import classify
 from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.pipeline.export import Export
-from smlp_deploy.runners.base import FloatArray
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 
@@ -141,7 +141,7 @@ def test_decoding_goes_on_while_the_network_runs(tmp_path: Path, monkeypatch: py
         return quadrant_means(images)
 
     finished: list[bool] = []
-    monkeypatch.setattr(classify, "load_image", counted)
+    monkeypatch.setattr(batches, "load_image", counted)
     predictions = list(Classifier(FakeRunner(waits_for_two_more_batches)).classify(paths, batch_size=2))
     assert [prediction.error for prediction in predictions] == [None] * 8
 

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from smlp_deploy.evaluation.accuracy import Answer, ImageRecord
+from smlp_deploy.evaluation.accuracy import Answer, ImageRecord, image_writer, read_images
 from smlp_deploy.inference.classify import Prediction, Score
-from smlp_deploy.inference.records import csv_writer, image_writer, jsonl_writer, read_images
+from smlp_deploy.inference.records import csv_writer, jsonl_writer
 
 ODD = 'a "b",\n\t\x1b[31m図 .jpg'
 UNDECODABLE = os.fsdecode(b"\xff\xfe.jpg")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.inference.classify import Prediction, Score
-from smlp_deploy.inference.resume import RecordFile, RunIdentity
+from smlp_deploy.inference.records import RunIdentity
+from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.pipeline.export import Export
 
 ODD_NAMES = [os.fsdecode(b"\xff.jpg"), 'a "b",\n\t\x1b.jpg', "c\r\nd.jpg", "\n", "図.jpg", "'", '"', "e,f"]

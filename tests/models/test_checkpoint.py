@@ -88,15 +88,15 @@ def test_safetensors_carry_labels_and_preprocessing(tmp_path: Path, weights: dic
     save_file(weights, path, metadata={METADATA_KEY: json.dumps(card)})
     checkpoint = load_checkpoint(path)
     assert_holds(checkpoint, weights)
-    assert checkpoint.card.labels == tuple("abcdefghij")
-    assert checkpoint.card.preprocessing is not None
-    assert checkpoint.card.preprocessing.mean == (0.5, 0.5, 0.5)
-    assert checkpoint.card.preprocessing.image_size == CONFIG.image_size
+    assert checkpoint.metadata.labels == tuple("abcdefghij")
+    assert checkpoint.metadata.preprocessing is not None
+    assert checkpoint.metadata.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert checkpoint.metadata.preprocessing.image_size == CONFIG.image_size
 
 
 def test_a_json_beside_the_file_does_the_same(micro_pth: Path) -> None:
     micro_pth.with_suffix(".json").write_text(json.dumps({"labels": list("abcdefghij")}))
-    assert load_checkpoint(micro_pth).card.labels == tuple("abcdefghij")
+    assert load_checkpoint(micro_pth).metadata.labels == tuple("abcdefghij")
 
 
 def test_a_damaged_json_beside_the_file_is_an_error(micro_pth: Path) -> None:

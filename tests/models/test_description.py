@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy.errors import ConfigError, UsageError
-from smlp_deploy.metadata import IMAGENET_MEAN, ModelCard
+from smlp_deploy.metadata import IMAGENET_MEAN, CheckpointMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe, imagenet_labels, read_labels
 
 
 def of_1000_classes(checkpoint: Checkpoint) -> Checkpoint:
-    return replace(checkpoint, config=replace(checkpoint.config, num_classes=1000), card=ModelCard())
+    return replace(checkpoint, config=replace(checkpoint.config, num_classes=1000), metadata=CheckpointMetadata())
 
 
 def test_a_file_that_says_all_is_taken_at_its_word(digits: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
@@ -20,13 +20,13 @@ from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.graphs.file import load_graph, read_metadata, save_graph
-from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.images.defaults import bundled_images
+from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import build as engine
 from smlp_deploy.pipeline.build import Graph, build_engine, check_precision, prepare_graph, verify_engine_layers
 from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_layers
-from smlp_deploy.pipeline.precision import bundled_images
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner
@@ -40,27 +40,27 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     graph = prepare_graph(digits_export.path, "fp16")
     assert graph.parity is not None
     assert graph.parity.passed
-    result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
-    card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
+    result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+    manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
-    assert card.engine_sha256 == sha256_of(result.path)
-    assert (card.onnx_file, card.onnx_sha256) == (digits_export.path.name, sha256_of(digits_export.path))
-    assert card.metadata == graph.metadata
-    assert card.metadata.precision == "fp16"
-    assert card.flavour == "tensorrt-rtx"
-    assert card.profile == SM89.profile
-    assert card.architectures == ("sm89",)
-    assert card.kernels["compute_by_precision"].keys() == {"Half"}
-    assert card.ran_here is (result.parity is not None)
-    assert card.graph_parity is not None
-    assert card.graph_parity["passed"] is True
-    assert card.memory
+    assert manifest.engine_sha256 == sha256_of(result.path)
+    assert (manifest.onnx_file, manifest.onnx_sha256) == (digits_export.path.name, sha256_of(digits_export.path))
+    assert manifest.metadata == graph.metadata
+    assert manifest.metadata.precision == "fp16"
+    assert manifest.backend == "tensorrt-rtx"
+    assert manifest.profile == SM89.profile
+    assert manifest.architectures == ("sm89",)
+    assert manifest.kernels["compute_by_precision"].keys() == {"Half"}
+    assert manifest.ran_here is (result.parity is not None)
+    assert manifest.graph_parity is not None
+    assert manifest.graph_parity["passed"] is True
+    assert manifest.memory
 
 
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
 def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
     graph = prepare_graph(digits_export.path, precision)
-    result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+    result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert result.summary.compute_by_precision.keys() == {element}
 
 
@@ -71,7 +71,7 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     monkeypatch.setattr(engine, "to_half", lambda model, precision: model)
     graph = prepare_graph(digits_export.path, "fp16")
     with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{'Float': 31\}"):
-        build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+        build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
 
 
@@ -82,30 +82,30 @@ class TestWhereTheEngineRuns:
     def graph(self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
         graph = prepare_graph(digits_export.path, "fp16")
         save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
-        monkeypatch.setattr(engine, "check_machine", lambda path, card: None)
+        monkeypatch.setattr(engine, "check_machine", lambda path, manifest: None)
         return graph
 
     def test_it_is_compared_with_its_source(
         self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: OnnxRuntimeRunner(tmp_path / "half.onnx"))
-        result = build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
-        card = EngineCard.from_json(result.card_path.read_text(), where=result.card_path)
-        assert card.ran_here is True
-        assert card.engine_parity is not None
-        assert card.engine_parity["passed"] is True
-        assert card.engine_parity["artifact_sha256"] == sha256_of(result.path)
+        monkeypatch.setattr(TensorRTRunner, "load", lambda path, manifest: OnnxRuntimeRunner(tmp_path / "half.onnx"))
+        result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
+        assert manifest.ran_here is True
+        assert manifest.engine_parity is not None
+        assert manifest.engine_parity["passed"] is True
+        assert manifest.engine_parity["artifact_sha256"] == sha256_of(result.path)
 
     def test_one_that_computes_something_else_is_kept_under_a_failed_name(
         self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with OnnxRuntimeRunner(tmp_path / "half.onnx") as half:
             wrong = FakeRunner(lambda batch: -half.infer(batch), graph.metadata)
-            monkeypatch.setattr(TensorRTRunner, "load", lambda path, card: wrong)
+            monkeypatch.setattr(TensorRTRunner, "load", lambda path, manifest: wrong)
             with pytest.raises(
                 BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
             ):
-                build_engine(graph, tmp_path / "x.engine", SM89, flavour="tensorrt-rtx")
+                build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"half.onnx", "x.engine.failed"}
 
 
@@ -122,13 +122,13 @@ def engine_of(source: Path, folder: Path, precision: str = "fp32", **changes: An
         "metadata": replace(metadata, precision=precision),
         "onnx_file": beside.name,
         "onnx_sha256": sha256_of(beside),
-        "flavour": "tensorrt-rtx",
+        "backend": "tensorrt-rtx",
         "version": TensorRT.load("tensorrt-rtx").version,
         "profile": SM89.profile,
         "architectures": SM89.architectures,
         "ran_here": False,
     }
-    engine_card_path(path).write_text(EngineCard(**values | changes).to_json())
+    engine_manifest_path(path).write_text(EngineManifest(**values | changes).to_json())
     return path
 
 
@@ -150,7 +150,7 @@ class Workshop:
             self.change(model)
             return Engine(plan=model.SerializeToString(), kernels=(), memory=(), timing_cache=None)
 
-        def session(plan: bytes, path: Path, card: EngineCard, **keywords: Any) -> OnnxSession:
+        def session(plan: bytes, path: Path, manifest: EngineManifest, **keywords: Any) -> OnnxSession:
             self.sessions.append(OnnxSession(plan))
             return self.sessions[-1]
 
@@ -379,7 +379,7 @@ def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_p
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(prepare_graph(digits_export.path, None), target, SM89, flavour="tensorrt-rtx", progress=interrupt)
+        build_engine(prepare_graph(digits_export.path, None), target, SM89, backend="tensorrt-rtx", progress=interrupt)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
 

@@ -14,13 +14,13 @@ from onnx import numpy_helper
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
-from smlp_deploy.pipeline.precision import bundled_images
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 

@@ -14,6 +14,7 @@ from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.int8 import quantized_layers, read_table
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.graphs.file import read_metadata, save_graph
+from smlp_deploy.images.defaults import bundled_images, default_images
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.build import build_engine, prepare_graph
 from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
-from smlp_deploy.pipeline.precision import Int8Options, parity_images, quantize_graph
+from smlp_deploy.pipeline.precision import Int8Options, quantize_graph
 from smlp_deploy.runners import open_runner
 
 
@@ -166,15 +167,17 @@ def test_a_table_of_another_checkpoint_is_refused(
 
 
 def test_parity_is_proven_on_images_of_the_kind(metadata: ModelMetadata, digit_images: list[Path]) -> None:
-    assert {path.name[:6] for path in parity_images((), metadata)} == {"digit-"}
-    assert parity_images(digit_images, foreign(metadata)) == digit_images
+    int8 = replace(metadata, precision="int8")
+    assert {path.name[:6] for path in default_images(int8)} == {"digit-"}
+    assert default_images(foreign(int8), digit_images) == digit_images
+    assert default_images(foreign(int8)) == default_images(metadata) == bundled_images()
 
 
 def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) -> None:
     graph = prepare_graph(digits_export.path, "int8")
     assert graph.parity is not None
     assert graph.parity.passed
-    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), flavour="tensorrt-rtx")
+    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), backend="tensorrt-rtx")
     assert result.summary.share("int8") > 0.8
     assert result.summary.compute_by_precision.keys() == {"Int8", "Half"}
 

@@ -36,10 +36,10 @@ from smlp_deploy.evaluation.parity import HalfReport, ParityReport, compare
 from smlp_deploy.evaluation.profile import GraphProfile
 from smlp_deploy.exporters.kernels import Kernel, KernelTensor, summarize
 from smlp_deploy.images import decode as decoding
-from smlp_deploy.images.dataset import Sample
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.dataset import LabelledImage
 from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.reports.page import four_digits, thumbnail
-from smlp_deploy.runners.base import FloatArray
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 HOSTILE = "<script>alert(1)</script>"
@@ -99,7 +99,9 @@ def evaluation(folder: Path) -> Evaluation:
         return logits
 
     of = replace(metadata(), labels=LABELS)
-    samples = [Sample(picture(folder, i), i) for i in range(4)] + [Sample(folder / f"absent {HOSTILE}", 0)]
+    samples = [LabelledImage(picture(folder, i), i) for i in range(4)] + [
+        LabelledImage(folder / f"absent {HOSTILE}", 0)
+    ]
     return evaluate([FakeRunner(answering(0, 2, 1, 3), of), FakeRunner(second, of)], samples)
 
 

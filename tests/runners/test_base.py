@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile
-from smlp_deploy.runners.base import FloatArray, in_batches
+from smlp_deploy.runners.base import in_batches
 from tests.support.fakes import quadrant_means
 
 

@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.runners.base import FloatArray
 from smlp_deploy.runners.pytorch import CompiledRunner, HalfRunner, PyTorchRunner, RecordingRunner
 
 

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smlp_deploy.artifacts import engine_card_path
+from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice, find_gpu
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
 from smlp_deploy.files import sha256_of
-from smlp_deploy.metadata import BatchProfile, EngineCard
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.runners import open_runner, tensorrt
-from smlp_deploy.runners.base import FloatArray
 from smlp_deploy.runners.tensorrt import (
     TensorRTRunner,
     TracingTensorRTRunner,
     check_machine,
     create_context,
-    read_card,
+    read_manifest,
     runtime_cache_path,
     time_executions,
 )
@@ -34,26 +34,26 @@ from tests.support.onnx_session import VERSIONS, StandIn
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
 
-def card_of(path: Path, **changes: Any) -> EngineCard:
+def card_of(path: Path, **changes: Any) -> EngineManifest:
     values: dict[str, Any] = {
         "engine_sha256": sha256_of(path),
         "metadata": metadata(),
         "onnx_file": "x.onnx",
         "onnx_sha256": "0" * 64,
-        "flavour": "tensorrt-rtx",
+        "backend": "tensorrt-rtx",
         "version": "1.7.1.116",
         "profile": BatchProfile(min=2, opt=3, max=4),
         "architectures": ("sm89",),
         "ran_here": False,
     }
-    return EngineCard(**values | changes)
+    return EngineManifest(**values | changes)
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
     path = tmp_path / "x.engine"
     path.write_bytes(b"an engine")
-    engine_card_path(path).write_text(card_of(path).to_json())
+    engine_manifest_path(path).write_text(card_of(path).to_json())
     return path
 
 
@@ -74,7 +74,7 @@ class Buffers:
 def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
     session = Buffers()
     batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    with TensorRTRunner(engine, read_card(engine), session) as runner:
+    with TensorRTRunner(engine, read_manifest(engine), session) as runner:
         first = runner.infer(batch)
         runner.infer(batch * 2)
         assert runner.metadata == metadata()
@@ -97,7 +97,7 @@ class TracedBuffers(Buffers):
 def test_traced_batches_fit_the_profile_and_values_are_copies(engine: Path) -> None:
     session = TracedBuffers()
     batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    with TracingTensorRTRunner(engine, read_card(engine), session) as runner:
+    with TracingTensorRTRunner(engine, read_manifest(engine), session) as runner:
         first = runner.trace(batch)
         runner.trace(batch * 2)
         assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
@@ -121,16 +121,16 @@ def test_an_engine_that_the_json_is_not_about_is_never_loaded(engine: Path) -> N
 
 
 def test_a_missing_or_damaged_json(engine: Path) -> None:
-    card = engine_card_path(engine)
-    card.write_text('{"schema": 1}')
+    manifest = engine_manifest_path(engine)
+    manifest.write_text('{"schema": 1}')
     with pytest.raises(ConfigError, match="metadata is damaged"):
-        read_card(engine)
-    card.write_bytes(b"\xff\xfe")
+        read_manifest(engine)
+    manifest.write_bytes(b"\xff\xfe")
     with pytest.raises(ArtifactError, match=r"is not UTF-8 text · .*x\.engine\.json"):
-        read_card(engine)
-    card.unlink()
+        read_manifest(engine)
+    manifest.unlink()
     with pytest.raises(ArtifactError, match=r"no such file · .*x\.engine\.json · build the engine again"):
-        read_card(engine)
+        read_manifest(engine)
 
 
 def test_a_truncated_engine_is_never_loaded(engine: Path) -> None:
@@ -140,15 +140,15 @@ def test_a_truncated_engine_is_never_loaded(engine: Path) -> None:
 
 
 def test_only_regular_files_of_sensible_size_are_read(engine: Path) -> None:
-    card = engine_card_path(engine)
-    with card.open("wb") as file:
+    manifest = engine_manifest_path(engine)
+    with manifest.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(ArtifactError, match=r"is larger than 4194304 bytes · .*x\.engine\.json"):
-        read_card(engine)
+        read_manifest(engine)
     engine.unlink()
     os.mkfifo(engine)
     with pytest.raises(ArtifactError, match=r"is not a regular file · .*x\.engine "):
-        read_card(engine)
+        read_manifest(engine)
 
 
 def test_an_engine_that_cannot_be_read_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_an_engine_that_cannot_be_read_is_one_clear_line(engine: Path, monkeypat
 
     monkeypatch.setattr(tensorrt, "sha256_of", refused)  # a real one would not stop root
     with pytest.raises(ArtifactError, match=r"cannot read it: Permission denied · .*x\.engine"):
-        read_card(engine)
+        read_manifest(engine)
 
 
 class TestTheMachine:
@@ -167,7 +167,7 @@ class TestTheMachine:
 
     def test_another_flavour_names_the_extra(self, engine: Path) -> None:
         with pytest.raises(MissingDependencyError, match=r"tensorrt not installed.*smlp-deploy\[gpu\]"):
-            check_machine(engine, card_of(engine, flavour="tensorrt", version="11.4"))
+            check_machine(engine, card_of(engine, backend="tensorrt", version="11.4"))
 
     def test_another_major_version_is_refused(self, engine: Path) -> None:
         with pytest.raises(MissingDependencyError, match=r"built by tensorrt-rtx 2\.0, installed is 1\."):
@@ -184,19 +184,19 @@ class TestTheMachine:
     def test_a_hardware_compatible_engine_is_for_ampere_and_later(
         self, engine: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        card = card_of(engine, architectures=("sm80",), options={"hardware_compatible": True})
-        check_machine(engine, card)
+        manifest = card_of(engine, architectures=("sm80",), options={"hardware_compatible": True})
+        check_machine(engine, manifest)
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, architecture="sm75"))
         with pytest.raises(ArtifactError, match="built for sm80, this GPU is sm75"):
-            check_machine(engine, card)
+            check_machine(engine, manifest)
 
     def test_an_engine_that_is_replaced_after_the_check_is_not_loaded(
         self, engine: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        card = read_card(engine)
+        manifest = read_manifest(engine)
         engine.write_bytes(b"an engine of a stranger")
         with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
-            TensorRTRunner.load(engine, card)
+            TensorRTRunner.load(engine, manifest)
 
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
@@ -206,7 +206,7 @@ class TestTheMachine:
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_a_second_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
         with pytest.raises(ArtifactError, match=r"does not load it on this GPU · .*x\.engine · it was built for sm89"):
-            TracingTensorRTRunner.load_plan(b"another engine", engine, read_card(engine))
+            TracingTensorRTRunner.load_plan(b"another engine", engine, read_manifest(engine))
 
 
 class TestExecutionContexts:
@@ -257,11 +257,11 @@ class TestExecutionContexts:
 
     def test_the_cache_is_of_one_engine_gpu_and_driver(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: L4)
-        card = card_of(engine)
-        path = runtime_cache_path(card)
-        assert path.name == f"{card.engine_sha256[:32]}-NVIDIA-L4-12080.cache"
+        manifest = card_of(engine)
+        path = runtime_cache_path(manifest)
+        assert path.name == f"{manifest.engine_sha256[:32]}-NVIDIA-L4-12080.cache"
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, driver=13000))
-        assert runtime_cache_path(card) != path
+        assert runtime_cache_path(manifest) != path
 
 
 class Runtime:
@@ -305,6 +305,6 @@ def test_the_gpu_is_timed_between_two_events() -> None:
 
 def test_a_batch_that_must_be_split_is_not_timed_on_the_gpu(engine: Path) -> None:
     session = Buffers()
-    with TensorRTRunner(engine, read_card(engine), session) as runner:
+    with TensorRTRunner(engine, read_manifest(engine), session) as runner:
         assert runner.gpu_seconds(np.zeros((5, 3, 8, 8), np.float32), runs=1) == []
     assert session.sizes == []

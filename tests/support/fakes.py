@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import ModelMetadata, Preprocessing, SMLPNetConfig
-from smlp_deploy.runners.base import FloatArray
 
 
 def metadata(*, classes: int = 4, image_size: int = 8, batch: int | None = None) -> ModelMetadata:

@@ -1,0 +1,150 @@
+"""Changes to ONNX graphs that are run but never shipped: bf16 emulated in fp32, and more outputs to look inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from smlp_deploy.errors import ArtifactError
+from smlp_deploy.metadata import SMLPNetConfig, TracePoint, trace_points
+
+
+def emulate_bf16(model: ModelProto) -> ModelProto:
+    """A bf16 graph as an fp32 graph in which every bf16 value is rounded to bf16; `model` is changed in place."""
+    graph = model.graph
+    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        for i, name in enumerate(node.output):
+            if name in narrow:
+                nodes += _rounding(node, i, name)
+    graph.ClearField("node")
+    graph.ClearField("value_info")
+    graph.node.extend(nodes)
+    return model
+
+
+def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
+    """Nodes that round one output of `node`, which is given another name in their favour; a Cast rounds by itself."""
+    if node.op_type == "Cast":
+        node.output[output] = f"{name}_rounded"
+        return [helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT)]
+    node.output[output] = f"{name}_unrounded"
+    return [
+        helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_rounded"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT),
+    ]
+
+
+def add_trace_outputs(graph: GraphProto, config: SMLPNetConfig, path: Path) -> None:
+    """Let the values at the points of `trace_points` come out of a graph too, in float32, by the points' names.
+
+    Args:
+        graph: of a file that `smlp export` wrote, in any precision, or made from it; changed in place.
+        config: the network's shape.
+        path: the file.
+
+    Raises:
+        ArtifactError: its nodes do not have the names that `smlp export` gives.
+    """
+    for point in trace_points(config):
+        add_output(graph, _traced_value(graph, point, path), point.name)
+
+
+@dataclass(frozen=True)
+class Int8Layer:
+    """A layer of an int8 graph.
+
+    Attributes:
+        name: of its node.
+        output: the value that it computes.
+        weight: name of its weight in the fp32 graph.
+        values: that weight as int8 has it, in float32.
+        scale: of the activation that it reads.
+    """
+
+    name: str
+    output: str
+    weight: str
+    values: NDArray[np.float32]
+    scale: float
+
+
+def int8_layers(graph: GraphProto) -> list[Int8Layer]:
+    """The nodes that read a quantized weight and a quantized activation, in the order of the graph."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    pairs = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    layers = []
+    for node in graph.node:
+        read = [pairs[name] for name in node.input if name in pairs]
+        constant = [pair for pair in read if pair.input[0] in weights]
+        if len(read) != 2 or len(constant) != 1 or not all(pair.input[1] in weights for pair in read):
+            continue
+        (weight,), (activation,) = constant, [pair for pair in read if pair is not constant[0]]
+        narrow, scale = (numpy_helper.to_array(weights[name]).astype(np.float32) for name in weight.input[:2])
+        by_row = scale.reshape(-1, *[1] * (narrow.ndim - 1))  # one scale, or one for each row
+        layers.append(
+            Int8Layer(
+                name=node.name,
+                output=node.output[0],
+                weight=weight.input[0].removesuffix("_int8"),
+                values=narrow * by_row,
+                scale=float(numpy_helper.to_array(weights[activation.input[1]])),
+            )
+        )
+    return layers
+
+
+def add_int8_copy(graph: GraphProto, node: NodeProto, layer: Int8Layer) -> str:
+    """Put a copy of a layer's fp32 node beside it that computes with int8 values; the value that it computes."""
+    name = f"{layer.weight}_copy"
+    scale, zero_point, weight = (f"{name}_{part}" for part in ("scale", "zero_point", "weight"))
+    for constant, value in (
+        (scale, np.float32(layer.scale)),
+        (zero_point, np.int8(0)),
+        (weight, layer.values),
+    ):
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), constant))
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.name, copy.output[0] = name, name
+    for i, read in enumerate(node.input[:2]):
+        if read == layer.weight:
+            copy.input[i] = weight
+        else:
+            quantized, copy.input[i] = f"{name}_quantized", f"{name}_dequantized"
+            graph.node.append(helper.make_node("QuantizeLinear", [read, scale, zero_point], [quantized]))
+            graph.node.append(helper.make_node("DequantizeLinear", [quantized, scale, zero_point], [copy.input[i]]))
+    graph.node.append(copy)
+    return name
+
+
+def add_output(graph: GraphProto, value: str, name: str) -> None:
+    """Let `value`, of any precision, come out of the graph in float32."""
+    graph.node.append(helper.make_node("Cast", [value], [name], to=TensorProto.FLOAT))
+    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+
+
+def _traced_value(graph: GraphProto, point: TracePoint, path: Path) -> str:
+    """The value of a graph at a point: an embedding's convolution, or one of a block's two residual sums."""
+    if point.kind == "embedding":
+        found = [n for n in graph.node if n.op_type == "Conv" and n.name.startswith(f"embeddings.{point.index}/")]
+        position, count = 0, 1
+    else:
+        weights = {tensor.name for tensor in graph.initializer}
+        adds = (n for n in graph.node if n.op_type == "Add" and n.name.startswith(f"blocks.{point.index}/"))
+        found = [node for node in adds if weights.isdisjoint(node.input)]
+        position, count = (0 if point.kind == "tokens" else 1), 2
+    if len(found) != count:
+        raise ArtifactError(
+            f"cannot be looked into: no {point.name} in it", where=path, fix="use a file that smlp export wrote"
+        )
+    return str(found[position].output[0])
