@@ -1,11 +1,10 @@
-"""What people see: tables on stdout, everything else on stderr."""
+"""What people see beside the results: notes, progress and errors, on stderr; and the console of stdout."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -18,27 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from smlp_deploy.errors import printable
-from smlp_deploy.evaluation.layers import DivergenceReport
-from smlp_deploy.evaluation.parity import ParityReport
-from smlp_deploy.evaluation.sensitivity import SensitivityReport
-from smlp_deploy.exporters.kernels import KernelSummary
-from smlp_deploy.inference.classify import Prediction
-from smlp_deploy.models.variants import OFFICIAL_URL, Variant, mac_count, parameter_count
-
-if TYPE_CHECKING:
-    from smlp_deploy.doctor import Finding
-    from smlp_deploy.evaluation.accuracy import Evaluation
-    from smlp_deploy.evaluation.benchmark import Benchmark, Ratio
-    from smlp_deploy.evaluation.profile import GraphProfile
-
-_LABELS_SHOWN = 5
-_LAYERS_SHOWN = 10
-_CONFUSIONS_SHOWN = 5
-_STATUS_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 class _Settings:
@@ -57,16 +38,16 @@ def be_quiet() -> None:
 
 
 def note(message: str) -> None:
-    _stderr().print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
+    stderr().print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
 
 
 def say(message: str) -> None:
-    _stderr().print(Text(printable(message)), soft_wrap=True)
+    stderr().print(Text(printable(message)), soft_wrap=True)
 
 
 def suggest(*command: object) -> None:
     """The next useful command, ready to paste, for whoever sits at a terminal."""
-    console = _stderr()
+    console = stderr()
     if console.is_terminal:
         console.print(Text(f"next: {printable(shlex.join(map(str, command)))}", style="dim"), soft_wrap=True)
 
@@ -75,7 +56,8 @@ def show_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {message}", style="red"))
 
 
-def _stderr() -> Console:
+def stderr() -> Console:
+    """The console of everything else; silent after `be_quiet`."""
     return Console(stderr=True, highlight=False, quiet=_Settings.quiet)
 
 
@@ -117,312 +99,11 @@ def _description() -> TextColumn:
 
 
 def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
-    console = _stderr()
+    console = stderr()
     wanted = enabled and console.is_terminal and not console.is_dumb_terminal and not _Settings.quiet
     return Progress(*columns, console=console, transient=True, disable=not wanted)
 
 
-def show_variants(variants: Mapping[str, Variant]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("variant", "parameters", "MACs at 224", "paper top-1", "official weights"):
-        table.add_column(heading, justify="right" if heading[0] in "pM" else "left", no_wrap=True)
-    for variant in variants.values():
-        table.add_row(
-            variant.name,
-            f"{parameter_count(variant.config) / 1e6:.1f} M",
-            f"{mac_count(variant.config) / 1e9:.2f} G",
-            f"{variant.paper_top1} %",
-            variant.weights_file or "never released",
-        )
-    console = _stdout()
-    console.print(table)
-    console.print(f"official weights: {OFFICIAL_URL}", soft_wrap=True)
-
-
-def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
-    """Writes one line per prediction as it comes: the file, its best class, and the runners-up."""
-    console = Console(file=stream, highlight=False)
-    path_width = max(20, min(44, console.width // 2 - 2))
-    console.print(Text(f"{'image':<{path_width}}  best classes", style="bold"))
-
-    def write(prediction: Prediction) -> None:
-        path = printable(prediction.path)
-        if len(path) > path_width:
-            path = "…" + path[1 - path_width :]
-        line = Text(f"{path:<{path_width}}  ")
-        if prediction.error is not None:
-            line.append(f"error: {printable(prediction.error)}", style="red")
-            console.print(line, soft_wrap=True)
-            return
-        best, *others = prediction.scores
-        line.append(f"{printable(best.label)} {best.probability:.1%}", style="bold")
-        line.append("".join(f"  {printable(score.label)} {score.probability:.1%}" for score in others), style="dim")
-        console.print(
-            line, no_wrap=True, overflow="ellipsis" if console.is_terminal else "ignore", crop=console.is_terminal
-        )
-
-    return write
-
-
-def show_parity(report: ParityReport, *, stderr: bool) -> None:
-    """The report's gates as a table, and what failed."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("gate", "", "measured", "limit"):
-        table.add_column(heading)
-    for gate in report.gates:
-        measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
-        verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
-        table.add_row(gate.name, verdict, measured, gate.limit)
-    console = _stderr() if stderr else _stdout()
-    console.print(table)
-    for gate in report.failures:
-        console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
-    for reason in report.unreadable:
-        console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
-
-
-def show_divergence(report: DivergenceReport) -> None:
-    """The growth of the error from point to point, on stdout."""
-    console = _stdout()
-    console.print(Text(f"{printable(report.candidate)} against {printable(report.reference)}, {report.images} images"))
-    table = Table(box=None, pad_edge=False)
-    for heading in ("after", "error", "SQNR dB", "growth", "worst image", ""):
-        numeric = heading in ("error", "SQNR dB", "growth")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    for point in report.points:
-        growth = "" if point.growth is None else ">x99" if point.growth > 99 else f"x{point.growth:.2g}"
-        verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
-        image = f"{printable(point.worst_image)[:8]} {point.worst_error:.1e}"
-        table.add_row(Text(point.name), f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, Text(image), verdict)
-    console.print(table)
-    if report.layers:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("int8 layer", "own SQNR dB", "in the network"):
-            table.add_column(heading, justify="left" if heading == "int8 layer" else "right", no_wrap=True)
-        for layer in report.layers[:_LAYERS_SHOWN]:
-            table.add_row(Text(printable(layer.name)), f"{layer.own_sqnr_db:.1f}", f"{layer.sqnr_db:.1f}")
-        console.print(table)
-        shown = min(_LAYERS_SHOWN, len(report.layers))
-        console.print(f"the {shown} with the most noise of their own, of {len(report.layers)} int8 layers")
-    for reason in report.unreadable:
-        console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
-
-
-def show_evaluation(report: Evaluation) -> None:
-    """Each model's figures, each pair's, and the first model's confusions, on stdout."""
-    console = _stdout()
-    console.print(f"{report.evaluated} images, {len(report.unreadable)} unreadable; classes named by {report.named_by}")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "model", "top-1 %", "95%", "top-5 %", "loss", "ECE"):
-        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
-    for number, model in enumerate(report.models, start=1):
-        interval = f"{100 * model.top1.low:.1f}-{100 * model.top1.high:.1f}"
-        loss, ece = ("" if v is None else f"{v:.4f}" for v in (model.loss, model.calibration_error))
-        top1, top5 = (f"{100 * share.value:.2f}" for share in (model.top1, model.top5))
-        table.add_row(str(number), Text(printable(model.name)), top1, interval, top5, loss, ece)
-    console.print(table)
-    if report.pairs:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("models", "agree on", "only first right", "only second right", "McNemar p"):
-            table.add_column(heading, justify="left" if heading == "models" else "right")
-        for pair in report.pairs:
-            models = f"{pair.first + 1} and {pair.second + 1}"
-            agree = f"{100 * pair.agreement.value:.2f}%"
-            table.add_row(models, agree, str(pair.only_first), str(pair.only_second), f"{pair.p_value:.3g}")
-        console.print(table)
-    for confusion in report.models[0].confusions[:_CONFUSIONS_SHOWN]:
-        label, predicted = (printable(report.labels[index]) for index in (confusion.label, confusion.predicted))
-        console.print(Text(f"{label} taken for {predicted}: {confusion.count}"), soft_wrap=True)
-    for record in report.unreadable[:_CONFUSIONS_SHOWN]:
-        console.print(Text(f"unreadable: {printable(record.path)}: {printable(record.error or '')}"), soft_wrap=True)
-
-
-def show_benchmark(report: Benchmark) -> None:
-    """Each model's start, its times by batch size, and files to records if measured, on stdout."""
-    console = _stdout()
-    console.print(_models_table(report))
-    console.print(_batches_table(report))
-    for number, model in enumerate(report.models, start=1):
-        for timing in model.batches:
-            if timing.gpu_median is not None:
-                found = f"{_four_digits(1000 * timing.gpu_median)} ms by CUDA events, without transfers"
-                console.print(f"{number} at batch {timing.batch}: {found}")
-    if any(model.end_to_end for model in report.models):
-        console.print(_end_to_end_table(report))
-    unstable = {f"{i} at batch {b.batch}" for i, m in enumerate(report.models, 1) for b in m.batches if not b.stable}
-    if unstable:
-        console.print(Text(f"not stable when timing began: {', '.join(sorted(unstable))}", style="yellow"))
-    for reason in report.left_out:
-        console.print(Text(f"left out: {printable(reason)}", style="yellow"), soft_wrap=True)
-    console.print("ratio: times as fast as 1, median over the rounds, with its 95% interval")
-
-
-def _models_table(report: Benchmark) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "model", "load s", "first s", "peak MB"):
-        table.add_column(heading, justify="left" if heading in ("", "model") else "right", no_wrap=heading != "model")
-    for number, model in enumerate(report.models, start=1):
-        peak = "" if model.peak_memory is None else f"{model.peak_memory / 1e6:.0f}"
-        name = Text(printable(model.name), overflow="fold")
-        table.add_row(str(number), name, f"{model.load:.3g}", f"{model.first:.3g}", peak)
-    return table
-
-
-def _batches_table(report: Benchmark) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("batch", "", "median ms", "p90", "p95", "p99", "images/s", "ratio", "95%"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for of_size in zip(*(model.batches for model in report.models), strict=True):
-        for number, timing in enumerate(of_size, start=1):
-            times = (_four_digits(1000 * t) for t in (timing.median, timing.p90, timing.p95, timing.p99))
-            size = str(timing.batch) if number == 1 else ""
-            table.add_row(size, str(number), *times, _four_digits(timing.images_per_second), *_ratio(timing.ratio))
-    return table
-
-
-def _end_to_end_table(report: Benchmark) -> Table:
-    first = report.models[0].end_to_end
-    assert first is not None
-    title = (
-        f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} threads decode"
-    )
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for heading in ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for number, model in enumerate(report.models, start=1):
-        if (end := model.end_to_end) is not None:
-            seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
-            table.add_row(str(number), _four_digits(end.images_per_second), *seconds, *_ratio(end.ratio))
-    return table
-
-
-def _four_digits(value: float) -> str:
-    """Four digits, and no powers of ten."""
-    return f"{float(f'{value:.4g}'):.10g}"
-
-
-def _ratio(ratio: Ratio | None) -> tuple[str, str]:
-    if ratio is None:
-        return "1", ""
-    return f"{ratio.value:.2f}", "" if ratio.low is None else f"{ratio.low:.2f}-{ratio.high:.2f}"
-
-
-def show_findings(findings: Sequence[Finding]) -> None:
-    """What works and what does not, and how to mend it, on stdout: a line each, or a table where a person looks."""
-    console = _stdout()
-    lines = [(f.status, printable(f.name), printable(f.detail)) for f in findings]
-    fixes = [f.fix and f"try: {printable(f.fix)}" for f in findings]
-    if console.is_terminal:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(no_wrap=True)
-        for (status, name, detail), fix in zip(lines, fixes, strict=True):
-            table.add_row(Text(status, style=_STATUS_STYLES[status]), Text(name), Text(detail))
-            if fix:
-                table.add_row("", "", Text(fix, style="dim"))
-        console.print(table)
-        return
-    width = max(len(name) for _, name, _ in lines)
-    for (status, name, detail), fix in zip(lines, fixes, strict=True):
-        console.print(f"{status:<7} {name:<{width}}  {detail}", markup=False, soft_wrap=True)
-        if fix:
-            console.print(f"{'':<7} {'':<{width}}  {fix}", markup=False, soft_wrap=True)
-
-
-def show_sensitivity(report: SensitivityReport) -> None:
-    """The int8 layers that do most harm, and what was chosen for each, on stderr."""
-    table = Table(box=None, pad_edge=False, title=f"int8 alone, top-1 {report.measure} lost on {report.inputs} images")
-    for heading in ("layer", "points", "error", "choice"):
-        table.add_column(heading, justify="right" if heading in ("points", "error") else "left")
-    for layer in report.layers[: max(_LAYERS_SHOWN, len(report.left_out))]:
-        table.add_row(layer.layer, f"{layer.drop:.2f}", f"{layer.error:.1e}", layer.precision)
-    _stderr().print(table)
-    chosen = (
-        f"{len(report.layers) - len(report.left_out)} layers in int8, {len(report.left_out)} left in half precision"
-    )
-    say(f"{chosen}: {report.whole_drop:.2f} points lost, {report.max_drop:g} allowed")
-
-
-def show_kernels(summary: KernelSummary) -> None:
-    """An engine's kernels in three lines on stderr."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in summary.by_kind.items())
-    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
-    say(f"{summary.count} kernels at batch {summary.batch}: {kinds}")
-    say(f"convolutions and matrix products: {compute}")
-    say(f"{summary.bytes_per_image / 1e6:.1f} MB read and written per image (estimate, from the kernels' shapes)")
-
-
-def show_profile(profile: GraphProfile, *, top: int) -> None:
-    """The kernels that move most, totals, and the roofline estimate, on stdout."""
-    from smlp_deploy.evaluation.profile import roofline  # loads onnx, which a table of predictions does not need
-
-    console = _stdout()
-    summary = profile.summary
-    console.print(
-        f"{profile.source}: {profile.precision}, batch {summary.batch}, {profile.architecture}", soft_wrap=True
-    )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("MB", "precision", "kernel", "writes", "ONNX nodes"):
-        table.add_column(heading, justify="right" if heading == "MB" else "left", no_wrap=heading != "ONNX nodes")
-    for kernel in sorted(profile.kernels, key=lambda kernel: -kernel.nbytes)[:top]:
-        written = "x".join(str(size) for size in kernel.outputs[0].shape) if kernel.outputs else ""
-        nodes = Text(", ".join(kernel.nodes))
-        table.add_row(f"{kernel.nbytes / 1e6:.2f}", kernel.precision, kernel.kind, written, nodes)
-    console.print(table)
-    total = summary.bytes_per_image * summary.batch / 1e6
-    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
-    console.print(f"{summary.count} kernels, {total:.0f} MB read and written; convolutions and products: {compute}")
-    estimates = Table(box=None, pad_edge=False, title="at best (an estimate, nothing was run)", title_justify="left")
-    for heading in ("GPU", "us/image", "bound by", "GB/s", "T/s"):
-        estimates.add_column(heading, justify="left" if heading in ("GPU", "bound by") else "right")
-    for estimate in roofline(profile):
-        gpu = estimate.gpu
-        peak = f"{gpu.peak[profile.precision]:g}"
-        estimates.add_row(gpu.name, f"{estimate.microseconds:.3g}", estimate.bound, f"{gpu.bandwidth:g}", peak)
-    console.print(estimates)
-
-
-def show_comparison(first: GraphProfile, second: GraphProfile) -> None:
-    """The totals of two profiles side by side, on stdout."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", Text(str(first.source)), Text(str(second.source)), "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    kinds = sorted({*first.summary.by_kind, *second.summary.by_kind})
-    rows = [
-        ("kernels", first.summary.count, second.summary.count),
-        ("KB per image", first.summary.bytes_per_image // 1000, second.summary.bytes_per_image // 1000),
-        *((kind, first.summary.by_kind.get(kind, 0), second.summary.by_kind.get(kind, 0)) for kind in kinds),
-    ]
-    for name, one, other in rows:
-        table.add_row(name, str(one), str(other), f"{other / one:.2f}" if one else "")
-    _stdout().print(table)
-
-
-def show_facts(facts: Mapping[str, Any]) -> None:
-    """Nested facts as two columns on stdout; long lists are cut."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in _flatten(facts):
-        table.add_row(key, Text(printable(_fact_text(value))))
-    _stdout().print(table)
-
-
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in facts.items():
-        if isinstance(value, Mapping) and key != "operators":
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _fact_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {count}" for name, count in value.items())
-    if isinstance(value, list | tuple):
-        shown = ", ".join(str(item) for item in value[:_LABELS_SHOWN])
-        return shown + (f", … ({len(value)} in all)" if len(value) > _LABELS_SHOWN else "")
-    return "none" if value is None else str(value)
-
-
-def _stdout() -> Console:
+def stdout() -> Console:
+    """The console of results."""
     return Console(highlight=False)

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
-from smlp_deploy.images.dataset import LabelledImage
+from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets
 from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, infer_each
-from smlp_deploy.inference.resume import Written, read_lines, run_versions, sha256_of_json
-from smlp_deploy.interrupts import StopRequest
+from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
+from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
+from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner
 
 logger = logging.getLogger(__name__)
@@ -255,6 +257,60 @@ def evaluate(
             kept.discard()
         raise UsageError(f"none of the {len(samples)} images can be read: {records[0].error}", where=samples[0].path)
     return _summary(runners, samples, records)
+
+
+def evaluate_dataset(
+    models: Sequence[Path],
+    dataset: Path,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    workers: int | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Open models, find a dataset's images, and evaluate; see `evaluate`.
+
+    Args:
+        models: artifacts and checkpoints with the same labels and preprocessing.
+        dataset: a folder with one folder per class, or a CSV file; see `find_labelled_images`.
+        mapping: what the dataset calls a class -> its label.
+        batch_size: images per run of a network.
+        workers: decoding threads; by default one per core.
+        output: the JSON report; until it is there each image's answers are kept beside it, and Ctrl-C and SIGTERM stop
+            behind a whole batch. None to write nothing.
+        resume: continue an interrupted run with the same output, if there is one.
+        progress: told of the images done.
+
+    Raises:
+        UsageError: the models, the dataset, the mapping or an interrupted run do not fit together.
+        StoppedError: a signal came.
+        SmlpError: a file cannot be used.
+    """
+    tell = progress or (lambda what, done, total: None)
+    with ExitStack() as stack:
+        runners = [stack.enter_context(open_runner(path)) for path in models]
+        metadata = runners[0].metadata
+        synsets = imagenet_synsets(metadata.labels)
+        samples = find_labelled_images(dataset, metadata.labels, synsets=synsets, mapping=mapping)
+        stop, kept = None, None
+        if output is not None:
+            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size)
+            stop = stack.enter_context(put_off(again=True))
+            kept = stack.enter_context(RecordFile[ImageRecord].open(output, identity, resume=resume))
+        report = evaluate(
+            runners,
+            samples,
+            batch_size=batch_size,
+            workers=workers,
+            progress=lambda done, total: tell("images", done, total),
+            kept=kept,
+            stop=stop,
+        )
+        if kept is not None:
+            kept.conclude(report.to_json())
+    return report
 
 
 def _keep(batch: Iterable[ImageRecord], kept: Kept) -> None:

@@ -1,6 +1,6 @@
 """Proof that two runners compute the same function: real images and seeded noise through both, compared by gates.
 
-`compare` measures and judges; it never prints. What it measures is relative to the spread of the reference's logits,
+`prove` measures and judges; it never prints. What it measures is relative to the spread of the reference's logits,
 because a difference means nothing without their scale.
 """
 
@@ -17,9 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.errors import ImageError
-from smlp_deploy.images.batches import FloatArray
-from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.base import Runner
 
@@ -157,7 +155,7 @@ class ParityReport:
         return json.dumps(_without_nan({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False) + "\n"
 
 
-def compare(
+def prove(
     reference: Runner,
     candidate: Runner,
     image_paths: Sequence[Path],
@@ -274,14 +272,14 @@ class _Samples:
         self.unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[_Sample]:
-        for path in self._paths:
-            try:
-                sample = load_image(path, self._metadata.preprocessing)
-            except ImageError as error:
-                self.unreadable.append(f"{path}: {error}")
+        preprocessing = self._metadata.preprocessing
+        batches = decoded_batches(self._paths, preprocessing, batch_size=LARGEST_BATCH, workers=available_cores())
+        for path, content in itertools.chain.from_iterable(batches):
+            if isinstance(content, str):
+                self.unreadable.append(f"{path}: {content}")
                 continue
             self.images += 1
-            yield path.name, sample
+            yield Path(path).name, content
         rng = np.random.default_rng(NOISE_SEED)
         size = self._metadata.config.image_size
         for _ in range(max(MIN_NOISE, self.largest_batch - self.images)):

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from smlp_deploy.errors import UsageError
 from smlp_deploy.exporters.kernels import Kernel, KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, find_backend
-from smlp_deploy.graphs.file import load_graph, read_metadata
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.variants import mac_count
 
@@ -114,25 +113,22 @@ def profile_graph(source: Path, *, batch: int = 8, architecture: str = DEFAULT_A
     """Compile an ONNX file for one batch size with TensorRT-RTX and list its kernels.
 
     Raises:
-        ArtifactError, BuildError: the file cannot be read, or TensorRT cannot take it.
-        UsageError: smlp-deploy did not write the file, or the architecture is unknown.
+        ArtifactError, BuildError: the file cannot be read, smlp-deploy did not write it, or TensorRT cannot take it.
+        UsageError: the architecture is unknown.
         MissingDependencyError: TensorRT-RTX is not installed.
     """
     tensorrt = TensorRT.load(find_backend("tensorrt-rtx"))
     tensorrt.check_architectures([architecture])
-    model = load_graph(source)
-    metadata = read_metadata(model, source)
-    if metadata is None:
-        raise UsageError("smlp-deploy did not write it", where=source, fix="export the checkpoint with smlp export")
+    graph = Graph.read(source)
     options = BuildOptions(profile=BatchProfile.fixed(batch), architectures=(architecture,))
-    kernels = tensorrt.kernels(model.SerializeToString(), options)
+    kernels = tensorrt.kernels(graph.content, options)
     return GraphProfile(
         source=source,
-        precision=metadata.precision,
+        precision=graph.metadata.precision,
         architecture=architecture,
         kernels=kernels,
         summary=summarize(kernels, batch=batch),
-        macs=mac_count(metadata.config),
+        macs=mac_count(graph.metadata.config),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -23,8 +23,11 @@ from smlp_deploy.images.batches import FloatArray, decoded_batches
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.records import FORMATS
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners import open_compiled, open_runner
+from smlp_deploy.runners import open_compiled, open_graph, open_runner
 from smlp_deploy.runners.base import GpuTimer, Runner
+
+if TYPE_CHECKING:
+    from smlp_deploy.graphs.file import Graph
 
 _SEED = 2109
 
@@ -37,11 +40,13 @@ class Target:
         path: an artifact or checkpoint.
         provider: what ONNX Runtime runs an ONNX file on; None for its default, and for other files.
         compiled: a checkpoint goes through `torch.compile`.
+        graph: what to run in ONNX Runtime, where there is no file of it.
     """
 
     path: Path
     provider: str | None = None
     compiled: bool = False
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +174,14 @@ def _serve(connection: Connection, target: Target, started: float) -> None:
                 connection.send(({"what": f"{type(error).__name__}: {lines[0]}", "where": None, "fix": None}, None))
 
 
+def _open(target: Target) -> Runner:
+    if target.compiled:
+        return open_compiled(target.path)
+    if target.graph is not None:
+        return open_graph(target.graph, provider=target.provider)
+    return open_runner(target.path, provider=target.provider)
+
+
 class _Session:
     """What `TimedProcess` asks, on the other side."""
 
@@ -184,8 +197,7 @@ class _Session:
         return self._runner
 
     def load(self) -> Loaded:
-        path = self._target.path
-        opened = open_compiled(path) if self._target.compiled else open_runner(path, provider=self._target.provider)
+        opened = _open(self._target)
         # The clock of all processes, because this one's own began after its start.
         seconds = time.time() - self._started
         self._runner = opened

@@ -31,7 +31,8 @@ from onnxruntime.quantization import calibrate as calibrators
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.files import read_text
-from smlp_deploy.graphs.file import INPUT_NAME, read_metadata
+from smlp_deploy.graphs.check import read_metadata
+from smlp_deploy.graphs.file import INPUT_NAME
 from smlp_deploy.images.batches import FloatArray
 
 METHODS = ("minmax", "entropy", "percentile")

@@ -1,4 +1,4 @@
-"""The trained network to an fp32 ONNX file: lowered, traced, cleaned of what belongs to this machine, and checked."""
+"""The trained network to an fp32 ONNX graph: lowered, traced, cleaned of what belongs to this machine, and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.graphs.file import INPUT_NAME, OUTPUT_NAME, save_graph
+from smlp_deploy.graphs.file import INPUT_NAME, OUTPUT_NAME, Graph
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.lowering import lower
 from smlp_deploy.models.smlpnet import SMLPNet
@@ -26,35 +26,39 @@ OPSETS = range(18, 24)
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 
-def export_unlowered(network: SMLPNet, metadata: ModelMetadata, path: Path) -> None:
-    """Write `network` as `torch.onnx.export` makes it, not lowered: what the lowered graph is measured against."""
+def export_unlowered(network: SMLPNet, metadata: ModelMetadata, *, path: Path) -> Graph:
+    """`network` as `torch.onnx.export` makes it, not lowered: the baseline that the lowered graph is measured against.
+
+    Args:
+        network: the trained network, float32.
+        metadata: what the graph is to carry.
+        path: the file that it would become, for its name.
+    """
     model = _trace(network, image_size=network.config.image_size, batch=metadata.batch, opset=DEFAULT_OPSET)
-    save_graph(model, metadata, path)
+    return Graph.of(model, metadata, path=path)
 
 
-def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset: int = DEFAULT_OPSET) -> ModelMetadata:
-    """Write the lowered form of `network` as an ONNX file: `images` N, 3, S, S float32 to `logits` N, classes.
+def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset: int = DEFAULT_OPSET) -> Graph:
+    """The lowered form of `network` as an fp32 graph: `images` N, 3, S, S float32 to `logits` N, classes.
 
     The same weights and metadata give the same bytes. N is any number, unless `metadata.batch` fixes it.
 
     Args:
         network: the trained network, float32.
-        metadata: what the file is to carry; the exporting libraries' versions are added.
-        path: overwritten.
+        metadata: what the graph is to carry; its precision becomes fp32, the exporting libraries' versions are added.
+        path: the file that it is to become; nothing is written.
         opset: version of ONNX's default operator set.
 
-    Returns:
-        The metadata as written.
-
     Raises:
+        ArtifactError: a weight is not finite once it is folded.
         SmlpError: the exporter made no valid graph, which is this tool's fault or torch's.
     """
     libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
-    metadata = replace(metadata, libraries={**metadata.libraries, **libraries})
+    metadata = replace(metadata, precision="fp32", libraries={**metadata.libraries, **libraries})
     try:
         model = _trace(lower(network), image_size=network.config.image_size, batch=metadata.batch, opset=opset)
         _clean(model)
-        save_graph(model, metadata, path)
+        return Graph.of(model, metadata, path=path)
     except (
         torch.onnx.errors.OnnxExporterError,
         onnx.checker.ValidationError,
@@ -63,7 +67,6 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset:
         raise SmlpError(
             f"export at opset {opset} failed: {str(error).splitlines()[0]}", fix=f"try --opset {DEFAULT_OPSET}"
         ) from error
-    return metadata
 
 
 def _trace(network: nn.Module, *, image_size: int, batch: int | None, opset: int) -> onnx.ModelProto:

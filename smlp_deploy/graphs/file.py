@@ -1,21 +1,111 @@
-"""ONNX files as values: reading, checking, writing, and the metadata inside. Needs onnx, but not torch."""
+"""ONNX graphs as values: read once, passed on, and written once. Needs onnx, but not torch."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import onnx
 from onnx import ModelProto
 
-from smlp_deploy.graphs.check import as_text, check_classifier, check_graph, read_metadata, read_onnx, value_text
+from smlp_deploy.errors import ArtifactError
+from smlp_deploy.files import write_bytes
+from smlp_deploy.graphs.check import (
+    OnnxFile,
+    as_text,
+    check_classifier,
+    check_graph,
+    parse_onnx,
+    read_onnx,
+    value_text,
+)
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
-
-__all__ = ["GraphFacts", "ModelProto", "graph_facts", "load_graph", "read_metadata", "save_graph"]
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """An ONNX graph that was checked, with its metadata; what is run, hashed and written are the bytes it holds.
+
+    Attributes:
+        path: the file it was read from, or that it is to become; it gives the graph its name and is not opened again.
+        content: the bytes of the ONNX file.
+        structure: the graph without the values of its larger weights; not to be changed.
+        metadata: what stands inside.
+    """
+
+    path: Path
+    content: bytes
+    structure: ModelProto
+    metadata: ModelMetadata
+
+    @classmethod
+    def of(cls, model: ModelProto, metadata: ModelMetadata, *, path: Path) -> Self:
+        """A graph that was made here; the same model and metadata give the same bytes.
+
+        Args:
+            model: the graph; the metadata is put into it.
+            metadata: of the graph.
+            path: the file that it is to become.
+
+        Raises:
+            onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is not valid.
+            ArtifactError: it does not compute what its metadata says, or a weight is not finite.
+        """
+        onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json()})
+        onnx.checker.check_model(model, full_check=True)
+        file = parse_onnx(model.SerializeToString(deterministic=True), path)
+        try:
+            return cls._checked(file)
+        except ArtifactError as error:  # weights that overflow when they are folded, for one
+            raise ArtifactError(error.what, where=path, fix="nothing was written; check the checkpoint") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an ONNX file that smlp-deploy wrote, once; it is checked before anything is computed with it.
+
+        Raises:
+            ArtifactError: no such file, not an ONNX file, one of another tool, or one that is refused.
+            ConfigError: its metadata is damaged.
+        """
+        return cls._checked(read_onnx(path))
+
+    @classmethod
+    def _checked(cls, file: OnnxFile) -> Self:
+        check_graph(file)
+        metadata = file.metadata()
+        if metadata is None:
+            raise ArtifactError(
+                "has no labels and preprocessing inside: smlp-deploy did not write it",
+                where=file.path,
+                fix="export the checkpoint with smlp export",
+            )
+        check_classifier(file, metadata)
+        return cls(path=file.path, content=file.content, structure=file.structure, metadata=metadata)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the bytes, as 64 hexadecimal digits."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def model(self) -> ModelProto:
+        """The whole graph with its weights, which the caller may change."""
+        model: ModelProto = ModelProto.FromString(self.content)
+        return model
+
+    def save(self, path: Path | None = None) -> None:
+        """Write the file, whole or not at all; by default where the graph says.
+
+        Raises:
+            SmlpError: it cannot be written there.
+        """
+        write_bytes(path or self.path, self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,32 +129,6 @@ class GraphFacts:
     outputs: tuple[str, ...]
     operators: dict[str, int]
     weight_bytes: int
-
-
-def load_graph(path: Path) -> ModelProto:
-    """Read an ONNX file that is to be computed with: checked first, against its metadata too if it has any.
-
-    Raises:
-        ArtifactError: no such file, not an ONNX file, or one that is refused.
-        ConfigError: its metadata is damaged.
-    """
-    file = read_onnx(path)
-    check_graph(file)
-    metadata = file.metadata()
-    if metadata is not None:
-        check_classifier(file, metadata)
-    return file.model()
-
-
-def save_graph(model: ModelProto, metadata: ModelMetadata, path: Path) -> None:
-    """Write `model` with `metadata` inside, checked with full shape inference; the same model gives the same bytes.
-
-    Raises:
-        onnx.checker.ValidationError, onnx.shape_inference.InferenceError: the graph is not valid.
-    """
-    onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json()})
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def graph_facts(path: Path) -> GraphFacts:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from smlp_deploy.files import sha256_of
 from smlp_deploy.inference.classify import Prediction
-from smlp_deploy.inference.resume import Written, read_lines
+from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
+from smlp_deploy.interrupts import StopRequest
+from smlp_deploy.metadata import ModelMetadata
 
 Write = Callable[[Prediction], None]
 
@@ -124,6 +127,22 @@ class RunIdentity:
     topk: int
     batch_size: int
 
+    @classmethod
+    def of(
+        cls, model: Path, metadata: ModelMetadata, *, provider: str, kind: str, topk: int, batch_size: int
+    ) -> RunIdentity:
+        """That of a run of the model in a file, which is read for its hash."""
+        return cls(
+            versions=run_versions(),
+            model=sha256_of(model),
+            labels=sha256_of_json(metadata.labels),
+            preprocessing=asdict(metadata.preprocessing),
+            provider=provider,
+            format=kind,
+            topk=topk,
+            batch_size=batch_size,
+        )
+
     def writer(self, stream: TextIO, *, header: bool) -> Callable[[Prediction], None]:
         return FORMATS[self.format].writer(stream, topk=self.topk, header=header)
 
@@ -148,3 +167,41 @@ class RecordStream:
 
     def skip(self, paths: Iterator[Path]) -> None:
         """There is nothing to skip."""
+
+
+def write_records(
+    predictions: Iterable[Prediction],
+    sink: RecordFile[Prediction] | RecordStream,
+    stop: StopRequest,
+    *,
+    batch_size: int,
+    advance: Callable[[], None],
+) -> tuple[int, int]:
+    """Write predictions in whole batches, until there are no more or a signal came.
+
+    Args:
+        predictions: what is written.
+        sink: where to.
+        stop: looked at after each batch.
+        batch_size: predictions of a batch.
+        advance: called after each prediction.
+
+    Returns:
+        How many records there are, those of an interrupted run included, and how many of them failed.
+
+    Raises:
+        StoppedError: a signal came.
+    """
+    done, failed = sink.done, sink.failed
+    for prediction in predictions:
+        sink.write(prediction)
+        advance()
+        done += 1
+        failed += prediction.error is not None
+        if done % batch_size == 0:
+            sink.flush()
+            if stop:
+                break
+    sink.flush()
+    stop.report(done, partial=sink.partial)
+    return done, failed

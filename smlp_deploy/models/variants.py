@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.metadata import SMLPNetConfig
@@ -69,6 +70,17 @@ def find_variant(name: str) -> Variant:
             fix=f"did you mean {close[0]}?" if close else f"variants: {', '.join(VARIANTS)}",
         )
     return VARIANTS[name]
+
+
+def variant_facts(variant: Variant) -> dict[str, Any]:
+    """What is known of a variant, ready for JSON."""
+    return {
+        "name": variant.name,
+        "parameters": parameter_count(variant.config),
+        "macs": mac_count(variant.config),
+        "paper_top1": variant.paper_top1,
+        "weights_url": variant.weights_url,
+    }
 
 
 def variant_of(config: SMLPNetConfig) -> Variant | None:

@@ -1,24 +1,23 @@
-"""From an fp32 graph to an int8 one, with as few layers left in half precision as accuracy asks for."""
+"""From an fp32 graph to one of another precision; for int8, with as few layers left in half as accuracy asks for."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.errors import ImageError, UsageError
+from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import CalibrationTable, calibrate, quantize, quantized_layers
-from smlp_deploy.graphs.file import ModelProto, save_graph
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.graphs.file import Graph
+from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.defaults import calibration_images
-from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -53,32 +52,76 @@ class Int8Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """An int8 graph inside fp16, with what it was made by.
+class Quantization:
+    """What makes an int8 graph of an fp32 graph.
 
     Attributes:
-        model: the graph.
-        metadata: what it carries.
         table: the ranges of its tensors.
-        sensitivity: each layer's harm and choice, if that was asked for.
+        per_channel: see `Int8Options`.
+        sensitivity: each layer's sensitivity and choice, if that was asked for.
         images: those it was calibrated on.
     """
 
-    model: ModelProto
-    metadata: ModelMetadata
     table: CalibrationTable
-    sensitivity: SensitivityReport | None
-    images: tuple[Path, ...]
+    per_channel: bool
+    sensitivity: SensitivityReport | None = None
+    images: tuple[Path, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the layers that stay in half precision."""
+        return self.sensitivity.left_out if self.sensitivity else ()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """How the graph was made, for its metadata."""
+        return {
+            "method": self.table.method,
+            "images": self.table.images,
+            "weights": "per channel" if self.per_channel else "per tensor",
+            "layers_in_half": list(self.left_out),
+        }
 
 
-def quantize_graph(
-    model: ModelProto, metadata: ModelMetadata, options: Int8Options, *, progress: Progress | None = None
-) -> Quantized:
-    """Calibrate, measure which layers to leave in half precision if asked to, quantize, and narrow the rest to fp16.
+def to_precision(
+    graph: Graph, precision: str, *, quantization: Quantization | None = None, path: Path | None = None
+) -> Graph:
+    """A graph in another precision; in its own precision it is the graph itself.
 
     Args:
-        model: the fp32 graph.
-        metadata: of that graph.
+        graph: in fp32, or in `precision` already.
+        precision: "fp32", "fp16", "bf16" or "int8".
+        quantization: for int8, from `plan_quantization` on the same graph.
+        path: the file that it is to become; by default that of the graph.
+
+    Raises:
+        UsageError: the graph is in another 16-bit precision or int8 already.
+        ArtifactError: a weight is beyond the range of the precision, or the calibration table does not fit the graph.
+    """
+    if precision == graph.metadata.precision:
+        return graph
+    if graph.metadata.precision != "fp32":
+        raise UsageError(
+            f"the graph is {graph.metadata.precision} and decides the precision of its engine, "
+            f"{precision} was asked for",
+            where=graph.path,
+            fix="give the fp32 file",
+        )
+    metadata = replace(graph.metadata, precision=precision)
+    model = graph.model()
+    if precision == "int8":
+        assert quantization is not None, "int8 needs a quantization"
+        metadata = replace(metadata, quantization=quantization.facts)
+        model = quantize(model, quantization.table, per_channel=quantization.per_channel, exclude=quantization.left_out)
+    half = to_half(model, "fp16" if precision == "int8" else precision)
+    return Graph.of(half, metadata, path=path or graph.path)
+
+
+def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress | None = None) -> Quantization:
+    """Calibrate an fp32 graph, and find the layers to leave in half precision if asked to.
+
+    Args:
+        graph: in fp32.
         options: how to do it.
         progress: told of each step.
 
@@ -87,37 +130,29 @@ def quantize_graph(
         ArtifactError: the calibration table does not fit the graph.
     """
     tell = progress or (lambda what, done, total: None)
-    images = options.images or calibration_images(metadata)
+    images = options.images or calibration_images(graph.metadata)
     samples: FloatArray | None = None
     table = options.table
     if table is None or options.max_drop is not None:
-        samples, images = _load(images, metadata)
+        samples, images = _load(images, graph.metadata)
     if table is None:
         assert samples is not None
-        size = metadata.batch or _BATCH
-        # A graph of one batch size is calibrated on whole batches: padding would falsify the ranges.
-        total = len(samples) // size * size if metadata.batch else len(samples)
-        batches = (samples[at : at + size] for at in range(0, total, size))
-        table = calibrate(model, batches, method=options.method, progress=lambda done: tell("calibrating", done, total))
-    sensitivity = None
-    if options.max_drop is not None:
-        assert samples is not None
-        sensitivity = _measure(model, metadata, options, table, samples, _labels(images, metadata), tell)
-    left_out = sensitivity.left_out if sensitivity else ()
-    narrow = to_half(quantize(model, table, per_channel=options.per_channel, exclude=left_out), "fp16")
-    made = {
-        "method": table.method,
-        "images": table.images,
-        "weights": "per channel" if options.per_channel else "per tensor",
-        "layers_in_half": list(left_out),
-    }
-    return Quantized(
-        model=narrow,
-        metadata=replace(metadata, precision="int8", quantization=made),
-        table=table,
-        sensitivity=sensitivity,
-        images=images,
-    )
+        table = _calibrate(graph, samples, options.method, tell)
+    found = Quantization(table=table, per_channel=options.per_channel, images=images)
+    if options.max_drop is None:
+        return found
+    assert samples is not None
+    labels = _labels(images, graph.metadata)
+    return replace(found, sensitivity=_measure(graph, found, options.max_drop, samples, labels, tell))
+
+
+def _calibrate(graph: Graph, samples: FloatArray, method: str, tell: Progress) -> CalibrationTable:
+    batch = graph.metadata.batch
+    size = batch or _BATCH
+    # A graph of one batch size is calibrated on whole batches: padding would falsify the ranges.
+    total = len(samples) // size * size if batch else len(samples)
+    batches = (samples[at : at + size] for at in range(0, total, size))
+    return calibrate(graph.model(), batches, method=method, progress=lambda done: tell("calibrating", done, total))
 
 
 def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, tuple[Path, ...]]:
@@ -132,17 +167,23 @@ def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, 
         logger.warning("%d of the %d calibration images are used, evenly chosen", MOST_IMAGES, len(images))
         images = [images[i * len(images) // MOST_IMAGES] for i in range(MOST_IMAGES)]
     samples, readable = [], []
-    for path in images:
-        try:
-            samples.append(load_image(path, metadata.preprocessing))
+    for path, content in _decoded(images, metadata):
+        if isinstance(content, str):
+            logger.warning("not calibrated on %s: %s", path, content)
+        else:
+            samples.append(content)
             readable.append(path)
-        except ImageError as error:
-            logger.warning("not calibrated on %s: %s", path, error)
     if not samples:
         raise UsageError("none of the calibration images can be read", where="--calibration-data")
     if len(samples) < ENOUGH_IMAGES:
         logger.warning("only %d calibration images; %d or more are better", len(samples), ENOUGH_IMAGES)
     return np.stack(samples), tuple(readable)
+
+
+def _decoded(images: Sequence[Path], metadata: ModelMetadata) -> Iterator[tuple[Path, FloatArray | str]]:
+    batches = decoded_batches(images, metadata.preprocessing, batch_size=_BATCH, workers=available_cores())
+    contents = (content for batch in batches for _, content in batch)
+    return zip(images, contents, strict=True)
 
 
 def _labels(images: Sequence[Path], metadata: ModelMetadata) -> NDArray[np.int64] | None:
@@ -153,27 +194,26 @@ def _labels(images: Sequence[Path], metadata: ModelMetadata) -> NDArray[np.int64
 
 
 def _measure(
-    model: ModelProto,
-    metadata: ModelMetadata,
-    options: Int8Options,
-    table: CalibrationTable,
+    graph: Graph,
+    quantization: Quantization,
+    max_drop: float,
     samples: FloatArray,
     labels: NDArray[np.int64] | None,
     tell: Progress,
 ) -> SensitivityReport:
-    """Each layer's harm alone, and which layers to leave out."""
-    assert options.max_drop is not None
+    """Each layer's sensitivity, and which layers to leave out."""
+    model = graph.model()
     layers = quantized_layers(model)
 
     def run_without(left_out: Collection[str]) -> FloatArray:
         # As it is shipped: ONNX Runtime on some CPUs cannot run the axial products of a graph that is not narrowed.
-        narrow = to_half(quantize(model, table, per_channel=options.per_channel, exclude=left_out), "fp16")
-        return _logits(narrow, metadata, samples)
+        int8 = quantize(model, quantization.table, per_channel=quantization.per_channel, exclude=left_out)
+        return _logits(Graph.of(to_half(int8, "fp16"), graph.metadata, path=graph.path), samples)
 
     def run_with_only(layer: str) -> FloatArray:
         return run_without([name for name in layers if name != layer])
 
-    reference = _logits(model, metadata, samples)
+    reference = _logits(graph, samples)
     report = measure_sensitivity(
         layers,
         run_with_only,
@@ -181,14 +221,9 @@ def _measure(
         labels=labels,
         progress=lambda done: tell("measuring each layer", done, len(layers)),
     )
-    return choose(report, options.max_drop, run_without, reference_logits=reference, labels=labels)
+    return choose(report, max_drop, run_without, reference_logits=reference, labels=labels)
 
 
-def _logits(model: ModelProto, metadata: ModelMetadata, samples: FloatArray) -> FloatArray:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.onnx"
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        save_graph(copy, metadata, path)
-        with OnnxRuntimeRunner(path) as runner:
-            return np.concatenate([runner.infer(samples[at : at + _BATCH]) for at in range(0, len(samples), _BATCH)])
+def _logits(graph: Graph, samples: FloatArray) -> FloatArray:
+    with OnnxRuntimeRunner(graph) as runner:
+        return np.concatenate([runner.infer(samples[at : at + _BATCH]) for at in range(0, len(samples), _BATCH)])

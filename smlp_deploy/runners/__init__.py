@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require_onnxruntime, require_torch
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.runners.base import Runner, TracingRunner
+from smlp_deploy.runners.base import Runner
+
+if TYPE_CHECKING:
+    from smlp_deploy.graphs.file import Graph
 
 
 def _open_onnx(path: Path, *, provider: str = "cpu") -> Runner:
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(path, provider=provider)
+    return OnnxRuntimeRunner.open(path, provider=provider)
 
 
 def _open_checkpoint(path: Path) -> Runner:
@@ -63,6 +67,14 @@ def open_runner(path: Path, *, provider: str | None = None) -> Runner:
     return _open_onnx(path, provider=provider)
 
 
+def open_graph(graph: Graph, *, provider: str | None = None) -> Runner:
+    """Load a graph into ONNX Runtime; see `open_runner`."""
+    require_onnxruntime()
+    from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(graph, provider=provider or "cpu")
+
+
 def open_compiled(path: Path) -> Runner:
     """Load a checkpoint to run it through `torch.compile`.
 
@@ -77,27 +89,3 @@ def open_compiled(path: Path) -> Runner:
 
     checkpoint = load_checkpoint(path)
     return CompiledRunner(checkpoint, describe(checkpoint))
-
-
-def open_tracer(path: Path) -> TracingRunner:
-    """Load an ONNX file, or a checkpoint as it is deployed, to look into it.
-
-    Raises:
-        UsageError: another kind of file.
-        ArtifactError, CheckpointError: the file cannot be used.
-        MissingDependencyError: its backend is not installed.
-    """
-    if path.suffix.lower() == ".onnx":
-        require_onnxruntime()
-        from smlp_deploy.runners.tracing import TracingOnnxRunner
-
-        return TracingOnnxRunner(path)
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
-        require_torch("to run a checkpoint")
-        from smlp_deploy.models.checkpoint import load_checkpoint
-        from smlp_deploy.models.description import describe
-        from smlp_deploy.runners.pytorch import TracingPyTorchRunner
-
-        checkpoint = load_checkpoint(path)
-        return TracingPyTorchRunner(checkpoint, describe(checkpoint), lowered=True)
-    raise UsageError("cannot be looked into", where=path, fix="give an ONNX file or a checkpoint")

@@ -1,4 +1,4 @@
-"""ONNX files in ONNX Runtime, on the CPU, or on request with its CUDA or TensorRT provider.
+"""ONNX graphs in ONNX Runtime, on the CPU, or on request with its CUDA or TensorRT provider.
 
 ONNX Runtime's CPU provider computes an fp16 graph in fp32, weights rounded, and has no bf16 convolution at all. A bf16
 graph is therefore emulated: computed in fp32, with every value that is bf16 in the graph rounded to bf16.
@@ -7,7 +7,7 @@ graph is therefore emulated: computed in fp32, with every value that is bf16 in 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import onnxruntime
@@ -15,10 +15,11 @@ from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
-from smlp_deploy.graphs.check import OnnxFile, check_classifier, check_graph, check_sizes, read_onnx
+from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray
-from smlp_deploy.metadata import BatchProfile, ModelMetadata
+from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -27,30 +28,20 @@ _ERRORS_ONLY = 3
 
 
 class OnnxRuntimeRunner(Closing):
-    """Runs an ONNX file that `smlp export` wrote.
+    """Runs a graph that `smlp export` made.
 
     Args:
-        path: the file.
+        graph: what to run.
         provider: "cpu", "cuda" or "tensorrt"; another than the one asked for is never taken.
 
     Raises:
-        ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`graphs/check.py`).
+        ArtifactError: ONNX Runtime cannot load it.
         MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
-        ConfigError: its metadata is damaged.
     """
 
-    def __init__(self, path: Path, *, provider: str = "cpu") -> None:
-        wanted = PROVIDERS[provider]
-        if wanted not in onnxruntime.get_available_providers():
-            raise MissingDependencyError(
-                f"the installed ONNX Runtime has no {wanted}",
-                fix='pip install "smlp-deploy[gpu]" in its own environment',
-            )
-        file = read_onnx(path)
-        check_graph(file)
-        self.metadata = _metadata(file)
-        check_classifier(file, self.metadata)
-        session, emulated = _session(self._content(file), path, wanted)
+    def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
+        wanted = _available(provider)
+        session, emulated = _session(self._content(graph), graph.path, wanted)
         # Listing a provider does not start it: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
         if session.get_providers()[0] != wanted:
             raise MissingDependencyError(
@@ -58,19 +49,32 @@ class OnnxRuntimeRunner(Closing):
                 fix="check the NVIDIA driver and CUDA libraries, or use --provider cpu",
             )
         device = f"{provider.upper()}, bf16 emulated" if emulated else provider.upper()
-        self.name = f"onnxruntime ({device}) {path.name}"
-        self._path, self._structure = path, file.structure
-        self._batch_sizes = {self.metadata.batch or 1}
+        self.name = f"onnxruntime ({device}) {graph.path.name}"
+        self.metadata = graph.metadata
+        self._path, self._structure = graph.path, graph.structure
+        self._batch_sizes = {graph.metadata.batch or 1}
         self._session: onnxruntime.InferenceSession | None = session
+
+    @classmethod
+    def open(cls, path: Path, *, provider: str = "cpu") -> Self:
+        """Run a file that `smlp export` wrote.
+
+        Raises:
+            ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`graphs/check.py`).
+            MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
+            ConfigError: its metadata is damaged.
+        """
+        _available(provider)
+        return cls(Graph.read(path), provider=provider)
 
     def infer(self, batch: FloatArray) -> FloatArray:
         if self.metadata.batch is not None:
             return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
         return self._run(batch)
 
-    def _content(self, file: OnnxFile) -> bytes:
-        """What is run of a file that was checked."""
-        return file.content
+    def _content(self, graph: Graph) -> bytes:
+        """What is run of a graph."""
+        return graph.content
 
     def _run(self, batch: FloatArray) -> FloatArray:
         return self._outputs(batch)[0]
@@ -90,15 +94,18 @@ class OnnxRuntimeRunner(Closing):
         self._session = None
 
 
-def _metadata(file: OnnxFile) -> ModelMetadata:
-    metadata = file.metadata()
-    if metadata is None:
-        raise ArtifactError(
-            "has no labels and preprocessing inside: smlp-deploy did not write it",
-            where=file.path,
-            fix="export the checkpoint with smlp export",
+def _available(provider: str) -> str:
+    """ONNX Runtime's name of a provider.
+
+    Raises:
+        MissingDependencyError: the installed ONNX Runtime does not have it.
+    """
+    name = PROVIDERS[provider]
+    if name not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            f"the installed ONNX Runtime has no {name}", fix='pip install "smlp-deploy[gpu]" in its own environment'
         )
-    return metadata
+    return name
 
 
 def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:

@@ -30,7 +30,7 @@ from smlp_deploy.dependencies import (
     require,
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
-from smlp_deploy.files import check_regular, read_text, sha256_of, write_bytes
+from smlp_deploy.files import check_regular, read_file, read_text, sha256_of, write_bytes
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import EngineManifest, trace_points
 from smlp_deploy.runners.base import Closing, in_batches
@@ -38,6 +38,8 @@ from smlp_deploy.runners.base import Closing, in_batches
 logger = logging.getLogger(__name__)
 
 _INPUT, _OUTPUT = "images", "logits"
+MAX_ENGINE_BYTES = 4 << 30
+
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
 
 
@@ -56,6 +58,9 @@ class TensorRTRunner(Closing):
         session: what runs it.
     """
 
+    _keeps_kernels = True
+    """Whether the kernels that TensorRT-RTX compiles are kept for the next time."""
+
     def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
         graphs = " (CUDA graphs)" if manifest.backend == "tensorrt-rtx" else ""
         self.name = f"{manifest.backend}{graphs} {path.name}"
@@ -72,17 +77,26 @@ class TensorRTRunner(Closing):
             ArtifactError: it is not the engine that the JSON beside it is about, or there is no GPU it runs on.
             MissingDependencyError: its backend of TensorRT is not installed, or another major version is.
         """
-        return cls.load(path, read_manifest(path))
+        plan = read_file(path, limit=MAX_ENGINE_BYTES, error=ArtifactError, fix="smlp build-engine makes one")
+        manifest = _manifest_of(path, hashlib.sha256(plan).hexdigest())
+        check_machine(path, manifest)
+        return cls.load(plan, path, manifest)
 
     @classmethod
-    def load(cls, path: Path, manifest: EngineManifest) -> Self:
-        """Load an engine whose facts are known already; otherwise like `open`."""
-        check_machine(path, manifest)
+    def load(cls, plan: bytes, path: Path, manifest: EngineManifest) -> Self:
+        """Load an engine that was read or built already, onto a GPU that `check_machine` passed.
+
+        Args:
+            plan: its bytes.
+            path: its file, for names and messages.
+            manifest: the facts about it.
+
+        Raises:
+            ArtifactError: it does not load here.
+        """
         with ExitStack() as stack:
-            session = _session(
-                _plan(path, manifest), path, manifest, stack=stack, cache_path=lambda: runtime_cache_path(manifest)
-            )
-            runner = cls(path, manifest, session)
+            cache_path = (lambda: runtime_cache_path(manifest)) if cls._keeps_kernels else None
+            runner = cls(path, manifest, _session(plan, path, manifest, stack=stack, cache_path=cache_path))
             runner._stack = stack.pop_all()
         return runner
 
@@ -119,26 +133,11 @@ class TracingTensorRTRunner(TensorRTRunner):
         session: what runs the second.
     """
 
+    _keeps_kernels = False
+
     def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
         super().__init__(path, manifest, session)
         self.name += " (built again to look inside)"
-
-    @classmethod
-    def load_plan(cls, plan: bytes, path: Path, manifest: EngineManifest) -> Self:
-        """Load a second engine that was just built; the kernels it compiles are not kept.
-
-        Args:
-            plan: its bytes.
-            path: the first engine's file.
-            manifest: the facts about the second.
-
-        Raises:
-            ArtifactError: it does not load here.
-        """
-        with ExitStack() as stack:
-            runner = cls(path, manifest, _session(plan, path, manifest, stack=stack, cache_path=None))
-            runner._stack = stack.pop_all()
-        return runner
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
@@ -157,29 +156,30 @@ class TracingTensorRTRunner(TensorRTRunner):
 
 
 def read_manifest(path: Path) -> EngineManifest:
-    """The facts about the engine at `path`, after checking that they are about this very file.
+    """The facts about the engine at `path`, after checking that they are about this very file; it is not loaded.
 
     Raises:
         ArtifactError: one of the two files cannot be read, or the JSON is about another engine.
         ConfigError: the JSON is damaged.
     """
     check_regular(path, error=ArtifactError, fix="smlp build-engine makes one")
-    beside = engine_manifest_path(path)
-    manifest = EngineManifest.from_json(
-        read_text(beside, error=ArtifactError, fix="build the engine again"), where=beside
-    )
     try:
-        _check_sha256(path, manifest, sha256_of(path))
+        sha256 = sha256_of(path)
     except OSError as error:
-        raise ArtifactError(f"cannot read it: {error.strerror}", where=path, fix="mend its permissions") from None
-    return manifest
+        raise ArtifactError(f"cannot read it: {error.strerror}", where=path, fix="make it readable") from None
+    return _manifest_of(path, sha256)
 
 
-def _check_sha256(path: Path, manifest: EngineManifest, sha256: str) -> None:
+def _manifest_of(path: Path, sha256: str) -> EngineManifest:
+    """What the JSON beside an engine says, if it is about the engine with this hash."""
+    beside = engine_manifest_path(path)
+    text = read_text(beside, error=ArtifactError, fix="build the engine again")
+    manifest = EngineManifest.from_json(text, where=beside)
     if manifest.engine_sha256 != sha256:
         raise ArtifactError(
             "is not the engine that the JSON beside it is about, so it is not loaded", where=path, fix="build it again"
         )
+    return manifest
 
 
 def check_machine(path: Path, manifest: EngineManifest) -> None:
@@ -237,13 +237,6 @@ def _session(
             fix=f"it was built for {built_for}; build it again here",
         ) from None
     return session
-
-
-def _plan(path: Path, manifest: EngineManifest) -> bytes:
-    """The engine's bytes, checked as they were read, in case the file was replaced since."""
-    plan = path.read_bytes()
-    _check_sha256(path, manifest, hashlib.sha256(plan).hexdigest())
-    return plan
 
 
 def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""What is inside an ONNX file: the values between its parts, and what int8 does to each layer, in ONNX Runtime."""
+"""What is inside an ONNX graph: the values between its parts, and what int8 does to each layer, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from onnx import GraphProto
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.graphs.check import OnnxFile
 from smlp_deploy.graphs.edit import Int8Layer, add_int8_copy, add_output, add_trace_outputs, int8_layers
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import trace_points
 from smlp_deploy.runners.base import Closing, LayerOutput
@@ -18,16 +18,17 @@ from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 
 class _OpenedRunner(OnnxRuntimeRunner):
-    """Runs an ONNX file in a graph of which more comes out than the logits.
+    """Runs a graph of which more comes out than the logits.
 
     Args:
-        path: the file.
-        extend: adds the outputs to its graph; it is given the path too.
+        graph: what to run.
+        extend: adds the outputs to it; it is given the graph's path too.
+        provider: see `OnnxRuntimeRunner`.
     """
 
-    def __init__(self, path: Path, extend: Callable[[GraphProto, Path], None]) -> None:
+    def __init__(self, graph: Graph, extend: Callable[[GraphProto, Path], None], *, provider: str = "cpu") -> None:
         self._extend = extend
-        super().__init__(path)
+        super().__init__(graph, provider=provider)
 
     def added(self, batch: FloatArray) -> list[FloatArray]:
         """What comes out of the added outputs; a fixed batch size is filled up with zeros."""
@@ -40,44 +41,45 @@ class _OpenedRunner(OnnxRuntimeRunner):
             parts.append([values[: len(part)] for values in outputs])
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
-    def _content(self, file: OnnxFile) -> bytes:
-        model = file.model()
-        self._extend(model.graph, file.path)
+    def _content(self, graph: Graph) -> bytes:
+        model = graph.model()
+        self._extend(model.graph, graph.path)
         return bytes(model.SerializeToString())
 
 
 class TracingOnnxRunner(_OpenedRunner):
-    """Runs an ONNX file that `smlp export` wrote, in any precision, and shows what is inside.
+    """Runs a graph that `smlp export` made, in any precision, and shows what is inside.
 
     Raises:
         ArtifactError: like `OnnxRuntimeRunner`, or its nodes do not have the names that `smlp export` gives.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, self._watch)
+    def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
+        self._config = graph.metadata.config
+        super().__init__(graph, self._watch, provider=provider)
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
         return dict(zip(names, self.added(batch), strict=True))
 
     def _watch(self, graph: GraphProto, path: Path) -> None:
-        add_trace_outputs(graph, self.metadata.config, path)
+        add_trace_outputs(graph, self._config, path)
 
 
 class QuantizedLayers(Closing):
-    """The int8 layers of one ONNX file beside the same layers of the fp32 file it was made from, or could have been.
+    """The int8 layers of one graph beside the same layers of the fp32 graph it was made from, or could have been.
 
-    A layer is found by its weight's name, because the number in a node's name depends on how the file was exported.
+    A layer is found by its weight's name, because the number in a node's name depends on how the graph was exported.
 
     Args:
-        candidate: an int8 file that `smlp export` wrote.
-        reference: an fp32 file of a network of the same shape.
+        candidate: an int8 graph that `smlp export` made.
+        reference: an fp32 graph of a network of the same shape.
 
     Raises:
-        ArtifactError: like `OnnxRuntimeRunner`, or the fp32 file lacks a layer.
+        ArtifactError: like `OnnxRuntimeRunner`, or the fp32 graph lacks a layer.
     """
 
-    def __init__(self, candidate: Path, reference: Path) -> None:
+    def __init__(self, candidate: Graph, reference: Graph) -> None:
         self._layers: list[Int8Layer] = []
         self._deployed = _OpenedRunner(candidate, self._watch_deployed)
         self._reference = _OpenedRunner(reference, self._watch_reference)

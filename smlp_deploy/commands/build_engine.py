@@ -1,0 +1,151 @@
+"""smlp build-engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from smlp_deploy.commands import options as o
+from smlp_deploy.dependencies import require, require_onnxruntime
+from smlp_deploy.errors import UsageError
+from smlp_deploy.metadata import BatchProfile
+
+if TYPE_CHECKING:
+    from smlp_deploy.exporters.tensorrt import BuildOptions
+    from smlp_deploy.pipeline.precision import Int8Options
+
+
+def build_engine(
+    source: o.BuildSourceArgument = None,
+    fp16: o.EngineFp16Option = False,
+    bf16: o.EngineBf16Option = False,
+    int8: o.Int8Option = False,
+    fp32: o.EngineFp32Option = False,
+    calibration_data: o.CalibrationDataOption = None,
+    calibrator: o.CalibratorOption = o.Calibrator.minmax,
+    calibration_table: o.CalibrationTableOption = None,
+    max_drop: o.MaxDropOption = None,
+    min_batch: o.MinBatchOption = None,
+    opt_batch: o.OptBatchOption = None,
+    max_batch: o.MaxBatchOption = None,
+    batch: o.ExactBatchOption = None,
+    target: o.EngineTargetOption = o.EngineTarget.auto,
+    gpu_arch: o.GpuArchOption = None,
+    workspace: o.WorkspaceOption = None,
+    timing_cache: o.TimingCacheOption = None,
+    optimization_level: o.OptimizationLevelOption = None,
+    version_compatible: o.VersionCompatibleOption = False,
+    hardware_compatible: o.HardwareCompatibleOption = False,
+    min_cosine: o.MinCosineOption = None,
+    max_difference: o.MaxDifferenceOption = None,
+    min_top1: o.MinTop1Option = None,
+    output: o.EngineOutputOption = None,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
+    from smlp_deploy.exporters.tensorrt import BuildOptions, find_backend
+
+    if output is not None and output.suffix != ".engine":
+        raise UsageError("an engine's name ends in .engine", where=output)
+    precision = o.choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
+    profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
+    backend = find_backend(target)
+    if hardware_compatible and backend != "tensorrt":
+        raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where="--hardware-compatible")
+    options = BuildOptions(
+        profile=profile,
+        architectures=_architectures(gpu_arch, backend),
+        workspace_gib=workspace,
+        optimization_level=optimization_level,
+        timing_cache=_read_timing_cache(timing_cache, backend),
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    require("ml_dtypes", "onnx", purpose="to convert graphs", extra="export")
+    require_onnxruntime()
+    data = (calibration_data, calibrator, calibration_table)
+    quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
+    bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    _build(source, precision, quantization, options, output, timing_cache, backend=backend, bounds=bounds)
+
+
+def _build(
+    source: str | None,
+    precision: str | None,
+    quantization: Int8Options | None,
+    options: BuildOptions,
+    output: Path | None,
+    timing_cache: Path | None,
+    *,
+    backend: str,
+    bounds: dict[str, float],
+) -> None:
+    """Build what the options were found to mean, and show it."""
+    from smlp_deploy.artifacts import engine_path
+    from smlp_deploy.commands.sources import source_graph
+    from smlp_deploy.commands.tables import show_kernels, show_parity, show_sensitivity
+    from smlp_deploy.commands.terminal import building, say, suggest
+    from smlp_deploy.files import write_bytes
+    from smlp_deploy.pipeline.build import build_engine, prepare_graph
+
+    graph = source_graph(source)
+    with building("reading the graph") as progress:
+        prepared = prepare_graph(graph, precision, bounds=bounds, int8=quantization, progress=progress)
+    if prepared.sensitivity is not None:
+        show_sensitivity(prepared.sensitivity)
+    path = output or engine_path(prepared.graph.metadata)
+    with building("building") as progress:
+        result = build_engine(prepared, path, options, backend=backend, bounds=bounds, progress=progress)
+    if timing_cache is not None and result.timing_cache is not None:
+        write_bytes(timing_cache, result.timing_cache)
+    show_kernels(result.summary)
+    typer.echo(result.path)
+    if result.parity is not None:
+        show_parity(result.parity, on_stderr=True)
+    how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
+    ran = "run here and compared with its ONNX file" if result.parity else "it was not run here"
+    say(f"{how or f'built by {backend} for this GPU'}; {ran}")
+    suggest("smlp", "predict", "--model", result.path, "IMAGES")
+
+
+def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
+    """The batch profile that the options name."""
+    sizes = {name: size for name, size in given.items() if size is not None}
+    if batch is None:
+        return BatchProfile(**sizes)
+    if sizes:
+        raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
+    return BatchProfile.fixed(batch)
+
+
+def _architectures(given: str | None, backend: str) -> tuple[str, ...]:
+    """The GPU architectures to build for ahead of time; none where TensorRT builds for the GPU it finds."""
+    from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, TensorRT
+
+    tensorrt = TensorRT.load(backend)
+    if not tensorrt.ahead_of_time:
+        if given is not None:
+            raise UsageError(
+                f"{backend} builds for this machine's GPU", where="--gpu-arch", fix="--target tensorrt-rtx"
+            )
+        return ()
+    names = tuple(name.strip().lower() for name in given.split(",")) if given else DEFAULT_ARCHITECTURES
+    tensorrt.check_architectures(names)
+    return names
+
+
+def _read_timing_cache(path: Path | None, backend: str) -> bytes | None:
+    """The contents of a timing cache, empty where the file is new."""
+    from smlp_deploy.commands.terminal import note
+    from smlp_deploy.exporters.tensorrt import TensorRT
+
+    if path is None:
+        return None
+    if TensorRT.load(backend).ahead_of_time:
+        note(f"{backend} takes no timings, so the timing cache changes nothing")
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UsageError(f"cannot read the timing cache: {error.strerror}", where=path) from None

@@ -1,0 +1,24 @@
+"""smlp download."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from smlp_deploy.commands.options import QuietOption
+
+
+def download(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="A variant's name; smlp models lists them.")],
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
+    from smlp_deploy.commands.terminal import downloading, suggest
+    from smlp_deploy.models.pretrained import fetch_weights
+    from smlp_deploy.models.variants import find_variant
+
+    with downloading() as progress:
+        path = fetch_weights(find_variant(variant), progress=progress)
+    typer.echo(path)
+    suggest("smlp", "export", variant)

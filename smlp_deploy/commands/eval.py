@@ -1,0 +1,61 @@
+"""smlp eval."""
+
+from __future__ import annotations
+
+from smlp_deploy.commands import options as o
+from smlp_deploy.errors import SmlpError, UsageError
+
+
+def evaluate(
+    dataset: o.DatasetArgument,
+    model: o.ModelsOption = None,
+    mapping: o.MappingOption = None,
+    batch_size: o.BatchSizeOption = 32,
+    workers: o.WorkersOption = None,
+    min_top1: o.MinAccuracyOption = None,
+    output: o.ReportOutputOption = None,
+    resume: o.ResumeOption = False,
+    html: o.HtmlOption = None,
+    as_json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Measure accuracy on labelled images, of several models on the very same decoded images.
+
+    With -o each image's answers are in FILE.partial until the report is there; whatever stops the run, --resume
+    continues it.
+    """
+    from smlp_deploy.commands.output import check_html, show
+    from smlp_deploy.commands.sources import default_model
+    from smlp_deploy.commands.tables import show_evaluation
+    from smlp_deploy.commands.terminal import building, suggest
+    from smlp_deploy.evaluation.accuracy import evaluate_dataset
+    from smlp_deploy.images.dataset import read_mapping
+    from smlp_deploy.reports import evaluation_page
+
+    check_html(html, beside=output)
+    if resume and output is None:
+        raise UsageError("only a report in a file can be continued", where="--resume", fix="add -o report.json")
+    names = read_mapping(mapping) if mapping else None
+    paths = model or [default_model(None, None)]
+    with building("evaluating") as progress:
+        report = evaluate_dataset(
+            paths,
+            dataset,
+            mapping=names,
+            batch_size=batch_size,
+            workers=workers,
+            output=output,
+            resume=resume,
+            progress=progress,
+        )
+    show(
+        as_json=as_json,
+        json_text=report.to_json,
+        table=lambda: show_evaluation(report),
+        html=html,
+        page=lambda: evaluation_page(report),
+    )
+    below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
+    if below:
+        raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
+    suggest("smlp", "benchmark", *paths)

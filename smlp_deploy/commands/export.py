@@ -1,0 +1,82 @@
+"""smlp export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from smlp_deploy.commands import options as o
+from smlp_deploy.errors import UsageError
+
+
+def export(
+    source: o.CheckpointArgument = None,
+    format_: o.FormatOption = o.ExportFormat.onnx,
+    output: o.OnnxOutputOption = None,
+    batch: o.FixedBatchOption = None,
+    precision: o.PrecisionOption = None,
+    fp16: o.Fp16Option = False,
+    bf16: o.Bf16Option = False,
+    int8: o.Int8Option = False,
+    calibration_data: o.CalibrationDataOption = None,
+    calibrator: o.CalibratorOption = o.Calibrator.minmax,
+    calibration_table: o.CalibrationTableOption = None,
+    max_drop: o.MaxDropOption = None,
+    per_channel: o.PerChannelOption = False,
+    opset: o.OpsetOption = 20,
+    ema: o.EmaOption = False,
+    labels: o.LabelsOption = None,
+    mean: o.MeanOption = None,
+    std: o.StdOption = None,
+    crop_pct: o.CropPctOption = None,
+    interpolation: o.InterpolationOption = None,
+    parity_images: o.ParityImagesOption = None,
+    min_cosine: o.MinCosineOption = None,
+    max_difference: o.MaxDifferenceOption = None,
+    min_top1: o.MinTop1Option = None,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
+    from smlp_deploy.commands.sources import export_and_show, load_source
+    from smlp_deploy.commands.terminal import suggest
+    from smlp_deploy.dependencies import require_onnxruntime, require_torch
+
+    require_torch("to export")
+    require_onnxruntime()
+    from smlp_deploy.models.description import describe, read_labels
+
+    names = read_labels(labels) if labels else None
+    prepared = _preprocessing(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    if output is not None and output.suffix != ".onnx":
+        raise UsageError("an ONNX file's name ends in .onnx", where=output)
+    wanted = o.choose_precision(precision, fp16=fp16, bf16=bf16, int8=int8) or "fp32"
+    data = (calibration_data, calibrator, calibration_table)
+    quantize = o.choose_int8(wanted, *data, max_drop=max_drop, per_channel=per_channel)
+    checkpoint = load_source(source, ema=ema)
+    result = export_and_show(
+        checkpoint,
+        describe(checkpoint, labels=names, preprocessing=prepared, batch=batch, precision=wanted),
+        output,
+        opset=opset,
+        images=o.find_given_images(parity_images) if parity_images else None,
+        bounds=o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1),
+        int8=quantize,
+    )
+    typer.echo(result.path)
+    suggest("smlp", "predict", "--model", result.path, "IMAGES")
+
+
+def _preprocessing(
+    *, mean: str | None, std: str | None, crop_pct: float | None, interpolation: str | None
+) -> dict[str, Any]:
+    """The options that were given, as fields of Preprocessing."""
+    given: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            try:
+                red, green, blue = (float(part) for part in text.split(","))
+            except ValueError:
+                raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
+            given[name] = (red, green, blue)
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,30 @@
+"""smlp inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smlp_deploy.commands.options import EmaOption, JsonOption, QuietOption
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, an ONNX file or an engine.")],
+    ema: EmaOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what a file is, from the file itself: configuration, labels, preprocessing, provenance."""
+    from smlp_deploy.commands import output
+    from smlp_deploy.commands.tables import show_facts
+    from smlp_deploy.commands.terminal import suggest
+    from smlp_deploy.inspect_file import inspect_file
+
+    facts = inspect_file(file, ema=ema)
+    output.show(as_json=as_json, json_text=lambda: json.dumps(facts, indent=2), table=lambda: show_facts(facts))
+    if not as_json:
+        is_checkpoint = facts["kind"] == "checkpoint"
+        suggest("smlp", *(("export", file) if is_checkpoint else ("predict", "--model", file, "IMAGES")))

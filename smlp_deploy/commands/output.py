@@ -1,0 +1,67 @@
+"""How a verb shows what it found: a table or JSON on stdout, and a page if one was asked for. Decided here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from smlp_deploy.errors import SmlpError, UsageError
+
+
+def show(
+    *,
+    as_json: bool,
+    json_text: Callable[[], str],
+    table: Callable[[], None],
+    html: Path | None = None,
+    page: Callable[[], str] | None = None,
+) -> None:
+    """Show a result as the options ask for it.
+
+    The page is written before anything goes to stdout, which may be a closed pipe; its failure is raised after.
+
+    Args:
+        as_json: print JSON in place of the table.
+        json_text: makes the JSON.
+        table: prints the table.
+        html: the file to write a page to.
+        page: makes the page, if the verb has one.
+    """
+    failure: SmlpError | None = None
+    if html is not None and page is not None:
+        try:
+            write_page(html, page())
+        except SmlpError as error:
+            failure = error
+    if as_json:
+        typer.echo(json_text().rstrip("\n"))
+    else:
+        table()
+    if failure is not None:
+        raise failure
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, and say where it is."""
+    from smlp_deploy.commands.terminal import say
+    from smlp_deploy.files import write_text
+
+    write_text(path, page)
+    say(f"page written to {path}")
+
+
+def check_html(path: Path | None, *, beside: Path | None = None) -> None:
+    """Check that a page can be written before anything slow is done, and not over the file `beside` it."""
+    if path is None:
+        return
+    from smlp_deploy.files import check_writable
+    from smlp_deploy.reports import require_report
+
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("a page's name ends in .html", where=path)
+    if path == beside:
+        raise UsageError("is to be two files at once", where=path, fix="give the page another name")
+    require_report()
+    check_writable(path)

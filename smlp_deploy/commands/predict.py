@@ -1,0 +1,142 @@
+"""smlp predict."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from smlp_deploy.commands import options as o
+from smlp_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from smlp_deploy.inference.classify import Prediction
+    from smlp_deploy.inference.records import RecordStream, RunIdentity
+    from smlp_deploy.inference.resume import RecordFile
+
+
+def predict(
+    inputs: o.ImagesArgument,
+    model: o.ModelOption = None,
+    provider: o.ProviderOption = None,
+    batch_size: o.BatchSizeOption = 32,
+    topk: o.TopkOption = None,
+    format_: o.RecordFormatOption = None,
+    output: o.RecordsOutputOption = None,
+    resume: o.ResumeOption = False,
+    workers: o.WorkersOption = None,
+    allow_errors: o.AllowErrorsOption = False,
+    html: o.HtmlOption = None,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Classify images; labels and preprocessing are those inside the model. One record per image, in order.
+
+    With -o the records are in FILE.partial until all are there; whatever stops the run, --resume continues it.
+    """
+    from smlp_deploy.commands.output import write_page
+    from smlp_deploy.commands.sources import default_model
+    from smlp_deploy.commands.terminal import counting, say, suggest
+    from smlp_deploy.images.find import find_images
+    from smlp_deploy.inference.classify import Classifier
+    from smlp_deploy.inference.records import RunIdentity, write_records
+    from smlp_deploy.interrupts import put_off
+    from smlp_deploy.reports import IMAGES_SHOWN, predictions_page
+
+    kind = _check(format_, output, html, resume=resume)
+    images = find_images(inputs, o.standard_input())
+    path = default_model(model, provider)
+    first: list[Prediction] = []
+    with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
+        topk = classifier.resolve_topk(topk)
+
+        def identity() -> RunIdentity:
+            return RunIdentity.of(
+                path,
+                classifier.runner.metadata,
+                provider=(provider or o.Provider.cpu).value,
+                kind=kind.value,
+                topk=topk,
+                batch_size=batch_size,
+            )
+
+        with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
+            sink.skip(images)
+            predictions = classifier.classify(stop.before(images), batch_size=batch_size, topk=topk, workers=workers)
+            if html is not None:
+                predictions = _remembering(predictions, first, IMAGES_SHOWN)
+            on_terminal = output is None and sys.stdout.isatty()
+            with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
+                done, failed = write_records(predictions, sink, stop, batch_size=batch_size, advance=advance)
+        if html is not None:
+            write_page(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
+    say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
+    if failed and not allow_errors:
+        raise typer.Exit(1)
+    suggest("smlp", "verify", path)
+
+
+def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None, *, resume: bool) -> o.RecordFormat:
+    """The format of the records, if the options go together."""
+    from smlp_deploy.commands.output import check_html
+
+    kind = _choose_format(given, output)
+    if resume and (output is None or kind is o.RecordFormat.table):
+        raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
+    check_html(html, beside=output)
+    if html is not None and resume:
+        raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
+    return kind
+
+
+def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.RecordFormat:
+    if given is not None:
+        return given
+    if output is None:
+        return o.RecordFormat.table
+    try:
+        return o.RecordFormat(output.suffix.removeprefix("."))
+    except ValueError:
+        raise UsageError(
+            "no format has this suffix", where=output, fix="end it in .jsonl or .csv, or add --format"
+        ) from None
+
+
+def _remembering(predictions: Iterable[Prediction], first: list[Prediction], most: int) -> Iterator[Prediction]:
+    """`predictions`, of which the first are put into a list on the way."""
+    for prediction in predictions:
+        if len(first) < most:
+            first.append(prediction)
+        yield prediction
+
+
+@contextlib.contextmanager
+def _record_sink(
+    output: Path | None, identity: Callable[[], RunIdentity], *, kind: o.RecordFormat, topk: int, resume: bool
+) -> Iterator[RecordFile[Prediction] | RecordStream]:
+    """Where records go: standard output, or a file. Undecodable bytes of file names survive.
+
+    What they depend on is asked only where it is kept, because it takes the hash of the whole model.
+    """
+    from smlp_deploy.commands.tables import predictions_writer
+    from smlp_deploy.files import replacing
+    from smlp_deploy.inference.records import FORMATS, RecordStream
+    from smlp_deploy.inference.resume import RecordFile
+
+    if output is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        if kind is o.RecordFormat.table:
+            yield RecordStream(sys.stdout, predictions_writer(sys.stdout))
+        else:
+            yield RecordStream(sys.stdout, FORMATS[kind].writer(sys.stdout, topk=topk))
+    elif kind is o.RecordFormat.table:
+        with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
+            yield RecordStream(stream, predictions_writer(stream))
+    else:
+        with RecordFile.open(output, identity(), resume=resume) as records:
+            yield records

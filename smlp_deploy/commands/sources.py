@@ -1,0 +1,116 @@
+"""What a verb works on where its arguments leave that open; says what was found, or had to be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smlp_deploy.errors import SmlpError
+
+if TYPE_CHECKING:
+    from smlp_deploy.commands.options import Provider
+    from smlp_deploy.graphs.file import Graph
+    from smlp_deploy.metadata import ModelMetadata
+    from smlp_deploy.models.checkpoint import Checkpoint
+    from smlp_deploy.pipeline.export import Export
+
+
+def load_source(source: str | None, *, ema: bool) -> Checkpoint:
+    """The checkpoint an argument means; the bundled one, with a note, where none is given."""
+    from smlp_deploy.commands.terminal import downloading, note
+    from smlp_deploy.files import BUNDLED_CHECKPOINT
+    from smlp_deploy.models.checkpoint import load_checkpoint
+    from smlp_deploy.models.pretrained import find_checkpoint
+
+    if source is None:
+        note("no checkpoint given; using the bundled digits model")
+        return load_checkpoint(BUNDLED_CHECKPOINT, ema=ema)
+    with downloading() as progress:
+        path = find_checkpoint(source, progress=progress)
+    return load_checkpoint(path, ema=ema)
+
+
+def source_graph(source: str | None) -> Graph:
+    """The graph a build starts from: of the file that is given, of the newest one, or exported first."""
+    from smlp_deploy.artifacts import default_path, newest_artifact
+    from smlp_deploy.commands.terminal import note
+    from smlp_deploy.dependencies import require_torch
+    from smlp_deploy.graphs.file import Graph
+
+    if source is None and (newest := newest_artifact("*-fp32*.onnx")) is not None:
+        note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
+        return Graph.read(newest)
+    if source is not None and source.endswith(".onnx"):
+        return Graph.read(Path(source))
+    require_torch("to export")
+    from smlp_deploy.models.description import describe
+
+    checkpoint = load_source(source, ema=False)
+    metadata = describe(checkpoint)
+    note(f"exporting {default_path(metadata)} first")
+    return export_and_show(checkpoint, metadata, None).graph
+
+
+def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Path | None, **options: Any) -> Export:
+    """Export a checkpoint and show the proof.
+
+    Args:
+        checkpoint: the weights.
+        metadata: what the file is to carry.
+        target: the file; by default in artifacts/.
+        options: of `export_checkpoint`.
+
+    Raises:
+        SmlpError: it failed parity.
+    """
+    from smlp_deploy.artifacts import default_path
+    from smlp_deploy.commands.tables import show_parity, show_sensitivity
+    from smlp_deploy.commands.terminal import building
+    from smlp_deploy.pipeline.export import export_checkpoint
+
+    target = target or default_path(metadata)
+    with building(f"exporting {metadata.name} and comparing it with the trained network") as progress:
+        export = export_checkpoint(checkpoint, metadata, target, progress=progress, **options)
+    if export.sensitivity is not None:
+        show_sensitivity(export.sensitivity)
+    show_parity(export.report, on_stderr=True)
+    if not export.report.passed:
+        raise SmlpError(
+            f"parity failed: {', '.join(gate.name for gate in export.report.failures)}",
+            where=export.path,
+            fix=f"the report is {export.report_path}",
+        )
+    return export
+
+
+def default_model(given: Path | None, provider: Provider | None) -> Path:
+    """The model to predict with; says which, where none is given. A provider asks for an ONNX file."""
+    from smlp_deploy.artifacts import newest_artifact
+    from smlp_deploy.commands.terminal import note
+    from smlp_deploy.files import BUNDLED_CHECKPOINT
+
+    if given is not None:
+        return given
+    engine = newest_artifact("*.engine")
+    if engine is not None and provider is None and _fits(engine):
+        note(f"no model given; using {engine}, the newest engine in artifacts/")
+        return engine
+    newest = newest_artifact()
+    if newest is not None:
+        note(f"no model given; using {newest}, the newest in artifacts/")
+        return newest
+    note("no model given and none in artifacts/; using the bundled digits model")
+    return BUNDLED_CHECKPOINT
+
+
+def _fits(engine: Path) -> bool:
+    """Whether an engine can run here; says why not."""
+    from smlp_deploy.commands.terminal import note
+    from smlp_deploy.runners.tensorrt import check_machine, read_manifest
+
+    try:
+        check_machine(engine, read_manifest(engine))
+    except SmlpError as error:
+        note(f"not using an engine: {error}")
+        return False
+    return True

@@ -1,0 +1,129 @@
+"""smlp verify."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smlp_deploy.commands import options as o
+from smlp_deploy.errors import SmlpError, UsageError
+
+if TYPE_CHECKING:
+    from smlp_deploy.evaluation.layers import DivergenceReport
+
+
+def verify(
+    candidate: o.CandidateArgument,
+    reference: o.VerifyReferenceOption = None,
+    images: o.VerifyImagesOption = None,
+    min_cosine: o.MinCosineOption = None,
+    max_difference: o.MaxDifferenceOption = None,
+    min_top1: o.MinTop1Option = None,
+    layers: o.LayersOption = False,
+    max_error: o.MaxErrorOption = None,
+    save: o.SaveOption = None,
+    html: o.HtmlOption = None,
+    as_json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+) -> None:
+    """Compare an artifact with its trained network again, on real images and seeded noise."""
+    from smlp_deploy.commands.output import check_html
+
+    check_html(html, beside=save)
+    bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
+    if layers and bounds:
+        raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(bounds))}")
+    if layers:
+        report = _divergence(candidate, reference, images, max_error)
+        _show_layers(candidate, report, save=save, html=html, as_json=as_json)
+        return
+    if max_error is not None or save is not None:
+        raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
+    _verify_whole(candidate, reference, images, bounds, html=html, as_json=as_json)
+
+
+def _verify_whole(
+    candidate: Path,
+    reference: Path | None,
+    images: list[str] | None,
+    bounds: dict[str, float],
+    *,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the gates, and fail if one does."""
+    from smlp_deploy.commands import output
+    from smlp_deploy.commands.tables import show_parity
+    from smlp_deploy.commands.terminal import suggest, working
+    from smlp_deploy.pipeline.verify import verify_artifact
+    from smlp_deploy.reports import parity_page
+
+    paths = o.find_given_images(images) if images else None
+    with working(f"comparing {candidate} with the trained network"):
+        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
+    output.show(
+        as_json=as_json,
+        json_text=report.to_json,
+        table=lambda: show_parity(report, on_stderr=False),
+        html=html,
+        page=lambda: parity_page(report),
+    )
+    if not report.passed:
+        raise SmlpError(
+            f"parity failed: {', '.join(gate.name for gate in report.failures)}",
+            where=candidate,
+            fix="smlp verify --layers finds where they diverge",
+        )
+    suggest("smlp", "benchmark", candidate)
+
+
+def _divergence(
+    candidate: Path, reference: Path | None, images: list[str] | None, max_error: float | None
+) -> DivergenceReport:
+    """The error at each point: measured, or read from what --save wrote."""
+    from smlp_deploy.commands.terminal import working
+    from smlp_deploy.evaluation.layers import DivergenceReport
+    from smlp_deploy.files import read_text
+    from smlp_deploy.pipeline.verify import verify_layers
+
+    if max_error is not None and not math.isfinite(max_error):
+        raise UsageError("is no number to compare with", where="--max-error")
+    if candidate.suffix != ".json":
+        paths = o.find_given_images(images) if images else None
+        with working(f"comparing {candidate} block by block"):
+            return verify_layers(candidate, reference=reference, images=paths, max_error=max_error)
+    if reference is not None or images:
+        raise UsageError(
+            "is a report, for which nothing is run", where=candidate, fix="leave out --reference and --images"
+        )
+    text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
+    report = DivergenceReport.from_json(text, where=candidate)
+    return report if max_error is None else report.judged_by(max_error)
+
+
+def _show_layers(
+    candidate: Path, report: DivergenceReport, *, save: Path | None, html: Path | None, as_json: bool
+) -> None:
+    """Show the error at each point, and fail if one is over the gate."""
+    from smlp_deploy.commands import output
+    from smlp_deploy.commands.tables import show_divergence
+    from smlp_deploy.commands.terminal import suggest
+    from smlp_deploy.files import write_text
+    from smlp_deploy.reports import divergence_page
+
+    if save is not None:
+        write_text(save, report.to_json())
+    output.show(
+        as_json=as_json,
+        json_text=report.to_json,
+        table=lambda: show_divergence(report),
+        html=html,
+        page=lambda: divergence_page(report),
+    )
+    if (over := report.first_over) is not None:
+        raise SmlpError(
+            f"diverges from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
+            where=candidate,
+        )
+    suggest("smlp", "eval", "DATASET", "--model", "ARTIFACT" if candidate.suffix == ".json" else candidate)

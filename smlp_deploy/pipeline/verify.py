@@ -1,0 +1,283 @@
+"""Proof that an artifact of any kind computes what it was made from: as a whole, or block by block.
+
+PyTorch is imported only where a checkpoint is run, because an engine is compared with its ONNX file without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.dependencies import require, require_onnxruntime, require_proof
+from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
+from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, prove
+from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.images.defaults import default_images, is_bundled
+from smlp_deploy.metadata import EngineManifest, ModelMetadata
+from smlp_deploy.models.pretrained import cached_weights
+from smlp_deploy.models.variants import VARIANTS
+from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.base import Runner, TracingRunner
+
+if TYPE_CHECKING:
+    from smlp_deploy.exporters.tensorrt import BuildOptions
+    from smlp_deploy.graphs.file import Graph
+    from smlp_deploy.models.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def verify_artifact(
+    candidate: Path,
+    *,
+    reference: Path | None = None,
+    images: Sequence[Path] | None = None,
+    bounds: Bounds | None = None,
+) -> ParityReport:
+    """Compare an artifact with the trained network it was made from.
+
+    Args:
+        candidate: the artifact.
+        reference: the checkpoint; by default the one whose sha256 the artifact carries, if it is the bundled one or
+            was downloaded.
+        images: real images to compare on; by default the bundled ones.
+        bounds: of the numeric gates, in place of the precision's own.
+
+    Raises:
+        UsageError: no reference is given and none is known.
+        SmlpError: a file cannot be used.
+    """
+    require_proof("to run the trained network")
+    from smlp_deploy.models.checkpoint import load_checkpoint
+
+    with open_runner(candidate) as runner:
+        path = reference or find_reference(runner.metadata, candidate)
+        checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
+        if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
+            logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
+        labels = checkpoint.metadata.labels or runner.metadata.labels
+        metadata = replace(runner.metadata, labels=labels, config=checkpoint.config)
+        images = images or default_images(runner.metadata)
+        return prove_against_checkpoint(runner, checkpoint, metadata, images, bounds, sha256_of(candidate))
+
+
+def prove_against_checkpoint(
+    candidate: Runner,
+    checkpoint: Checkpoint,
+    metadata: ModelMetadata,
+    images: Sequence[Path],
+    bounds: Bounds | None,
+    artifact_sha256: str,
+) -> ParityReport:
+    """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
+
+    Args:
+        candidate: what is to be proven.
+        checkpoint: the trained weights.
+        metadata: labels and preprocessing to go with them.
+        images: real images.
+        bounds: of the numeric gates, in place of the precision's own.
+        artifact_sha256: of the candidate's file, for the report.
+    """
+    from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
+
+    with PyTorchRunner(checkpoint, metadata) as trained:
+        report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
+        if candidate.metadata.precision not in ("fp16", "int8"):
+            return report
+        half, recorder = HalfRunner(checkpoint, metadata), RecordingRunner(checkpoint, metadata)
+        with half, recorder:
+            return check_half_range(report, trained, half, recorder, images)
+
+
+def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
+    """The checkpoint that an artifact was made from, if it is the bundled one or was downloaded.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    known = [BUNDLED_CHECKPOINT, *filter(None, map(cached_weights, VARIANTS.values()))]
+    for path in known:
+        if path.name == metadata.checkpoint and sha256_of(path) == metadata.checkpoint_sha256:
+            return path
+    raise UsageError(
+        f"made from {metadata.checkpoint}, which was not found",
+        where=candidate,
+        fix="give it with --reference CHECKPOINT",
+    )
+
+
+def verify_layers(
+    candidate: Path,
+    *,
+    reference: Path | None = None,
+    images: Sequence[Path] | None = None,
+    max_error: float | None = None,
+) -> DivergenceReport:
+    """Find where an artifact, or a checkpoint as it is deployed, diverges from a reference.
+
+    Of an int8 file each int8 layer's noise is measured too, against the layer in the fp32 graph of the reference: the
+    reference itself, or an export of the checkpoint that is made for it; if the reference is an ONNX file of another
+    precision it is not measured.
+
+    The values inside an engine cannot be read. What is run for one is a second engine: the graph that the first was
+    made from, with every point as one more output, built again on this GPU with the options in the JSON beside the
+    first. TensorRT may fuse other operations in it at those points, so that its values, and what is wrong with them,
+    can differ from the first one's. This has not been run on a GPU; it is tested with a fake that runs the second
+    engine's graph in ONNX Runtime.
+
+    Args:
+        candidate: the file.
+        reference: an ONNX file, or the checkpoint, which is then run as trained; by default that checkpoint, found as
+            `verify_artifact` finds it. Of an engine, the ONNX file it was built from; by default the one of that name
+            beside it.
+        images: real images to compare on; by default those of the parity.
+        max_error: the gate; by default that of the candidate's precision.
+
+    Raises:
+        UsageError: no reference is given and none is known, or it has another shape.
+        BuildError: TensorRT does not build the second engine.
+        SmlpError: a file cannot be used, or an engine cannot run here.
+    """
+    if candidate.suffix.lower() == ".engine":
+        return _verify_engine_layers(candidate, reference=reference, images=images, max_error=max_error)
+    require_proof("to compare block by block")
+    source = _load(candidate, ema=False)
+    with _open_tracer(source, lowered=True) as inside:
+        metadata = inside.metadata
+        if reference is None:
+            reference = candidate if _is_checkpoint(candidate) else find_reference(metadata, candidate)
+        truth = source if reference == candidate else _load(reference, ema=metadata.ema)
+        images = images or default_images(metadata)
+        with _open_tracer(truth, lowered=False) as tracer:
+            if metadata.precision != "int8" or tracer.metadata.precision != "fp32":
+                return find_divergence(tracer, inside, images, max_error=max_error)
+            from smlp_deploy.runners.tracing import QuantizedLayers
+
+            with QuantizedLayers(_as_graph(source), _as_graph(truth)) as layers:
+                return find_divergence(tracer, inside, images, max_error=max_error, layers=layers)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.suffix.lower() in CHECKPOINT_SUFFIXES
+
+
+def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
+    """What is in a file that can be looked into."""
+    if path.suffix.lower() == ".onnx":
+        from smlp_deploy.graphs.file import Graph
+
+        return Graph.read(path)
+    if _is_checkpoint(path):
+        from smlp_deploy.models.checkpoint import load_checkpoint
+
+        return load_checkpoint(path, ema=ema)
+    raise UsageError("cannot be looked into", where=path, fix="give an ONNX file or a checkpoint")
+
+
+def _open_tracer(source: Graph | Checkpoint, *, lowered: bool) -> TracingRunner:
+    """What runs it and shows what is inside; a checkpoint as trained, or as it is deployed."""
+    from smlp_deploy.graphs.file import Graph
+
+    if isinstance(source, Graph):
+        from smlp_deploy.runners.tracing import TracingOnnxRunner
+
+        return TracingOnnxRunner(source)
+    from smlp_deploy.models.description import describe
+    from smlp_deploy.runners.pytorch import TracingPyTorchRunner
+
+    return TracingPyTorchRunner(source, describe(source), lowered=lowered)
+
+
+def _as_graph(source: Graph | Checkpoint) -> Graph:
+    """The graph itself, or the fp32 graph of a checkpoint."""
+    from smlp_deploy.graphs.file import Graph
+
+    if isinstance(source, Graph):
+        return source
+    from smlp_deploy.exporters.onnx import export_onnx
+    from smlp_deploy.models.description import describe
+
+    return export_onnx(source.network(), describe(source), path=source.path.with_suffix(".onnx"))
+
+
+def _verify_engine_layers(
+    candidate: Path, *, reference: Path | None, images: Sequence[Path] | None, max_error: float | None
+) -> DivergenceReport:
+    """See `verify_layers`. ONNX Runtime runs the ONNX file on the CPU."""
+    require("onnx", "ml_dtypes", purpose="to read its graph", extra="export")
+    require_onnxruntime()
+    from smlp_deploy.exporters.tensorrt import TensorRT
+    from smlp_deploy.graphs.edit import add_trace_outputs
+    from smlp_deploy.runners.tensorrt import TracingTensorRTRunner, check_machine, read_manifest
+    from smlp_deploy.runners.tracing import TracingOnnxRunner
+
+    manifest = read_manifest(candidate)
+    check_machine(candidate, manifest)
+    source = _source_of(candidate, manifest, reference)
+    graph = _graph_of(candidate, manifest, source)
+    model = graph.model()
+    add_trace_outputs(model.graph, graph.metadata.config, source.path)
+    tensorrt = TensorRT.load(manifest.backend)
+    options = _options_of(candidate, manifest, ahead_of_time=tensorrt.ahead_of_time)
+    plan = tensorrt.build(model.SerializeToString(), options).plan
+    second = replace(manifest, version=tensorrt.version)
+    with (
+        TracingOnnxRunner(source) as truth,
+        TracingTensorRTRunner.load(plan, candidate, second) as inside,
+    ):
+        return find_divergence(truth, inside, images or default_images(graph.metadata), max_error=max_error)
+
+
+def _source_of(engine: Path, manifest: EngineManifest, given: Path | None) -> Graph:
+    """The ONNX file that an engine was built from: the one given, or the one of that name beside the engine."""
+    from smlp_deploy.graphs.file import Graph
+
+    fix = f"give the ONNX file that {engine.name} was built from with --reference, or build the engine again"
+    path = given or engine.parent / Path(manifest.onnx_file).name
+    try:
+        source = Graph.read(path)
+    except ArtifactError as error:
+        raise ArtifactError(error.what, where=path, fix=fix) from None
+    if source.sha256 != manifest.onnx_sha256:
+        raise ArtifactError(f"is not the {manifest.onnx_file} that {engine.name} was built from", where=path, fix=fix)
+    return source
+
+
+def _graph_of(engine: Path, manifest: EngineManifest, source: Graph) -> Graph:
+    """The graph that an engine was built from, made from its ONNX file again."""
+    from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
+
+    precision, made = manifest.metadata.precision, manifest.metadata.quantization
+    if precision == source.metadata.precision or precision != "int8":
+        return to_precision(source, precision)
+    if is_bundled(source.metadata):  # quantized on its own images, unless others were given
+        options = Int8Options(method=str(made.get("method")), per_channel=made.get("weights") == "per channel")
+        graph = to_precision(source, precision, quantization=plan_quantization(source, options))
+        if graph.metadata.quantization == made:
+            return graph
+    raise ArtifactError(
+        "was quantized while it was built, and its JSON does not say with which ranges",
+        where=engine,
+        fix="write an int8 ONNX file with smlp export --int8, and build the engine from that",
+    )
+
+
+def _options_of(engine: Path, manifest: EngineManifest, *, ahead_of_time: bool) -> BuildOptions:
+    """How an engine was built, without its timing cache."""
+    from smlp_deploy.exporters.tensorrt import BuildOptions
+
+    architectures = manifest.architectures if ahead_of_time else ()
+    try:
+        return BuildOptions(profile=manifest.profile, architectures=architectures, **manifest.options)
+    except TypeError:
+        raise ArtifactError(
+            f"its JSON has options that this version does not know: {', '.join(manifest.options)}",
+            where=engine,
+            fix="build it again",
+        ) from None
