@@ -18,22 +18,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import onnx
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.kernels import summarize
 from smlp_deploy.exporters.onnx import export_onnx, export_unlowered
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions, TensorRT
-from smlp_deploy.graphs.file import ModelProto, load_graph
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.variants import VARIANTS, Variant
-from smlp_deploy.pipeline.precision import Int8Options, quantize_graph
+from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
 from tests.support.recipe import recipe_weights
 
 BATCH = 8
@@ -66,18 +64,20 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kernels, traffic and engine sizes, graph by graph; needs no GPU.")
+    parser = argparse.ArgumentParser(
+        description="Kernels, memory traffic and engine sizes, graph by graph; needs no GPU."
+    )
     parser.add_argument("variants", nargs="*", default=["smlpnet_tiny"], metavar="VARIANT")
     parser.add_argument("--json", type=Path, help="Write the figures here, too.")
     arguments = parser.parse_args()
     tensorrt = TensorRT.load("tensorrt-rtx")
     rows = []
     for name in arguments.variants:
-        for graph, model in graphs(VARIANTS[name]):
+        for graph, made in graphs(VARIANTS[name]):
             for architecture in TARGETS:
                 if graph in ("unlowered fp32", "lowered fp32") and architecture == "sm75":
                     continue  # TensorRT-RTX has no fp32 matrix product for it
-                rows.append(measure(tensorrt, name, graph, model, architecture))
+                rows.append(measure(tensorrt, name, graph, made.content, architecture))
                 print(rows[-1], file=sys.stderr)
     show(rows)
     if arguments.json:
@@ -85,23 +85,21 @@ def main() -> None:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def graphs(variant: Variant) -> Iterator[tuple[str, ModelProto]]:
+def graphs(variant: Variant) -> Iterator[tuple[str, Graph]]:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / f"{variant.name}.pth"
         torch.save(recipe_weights(variant.config, SEED), weights)
         checkpoint = load_checkpoint(weights)
-        path = Path(folder) / "unlowered.onnx"
-        export_unlowered(checkpoint.network(), describe(checkpoint), path)
-        yield "unlowered fp32", load_graph(path)
-        path = Path(folder) / "lowered.onnx"
-        metadata = export_onnx(checkpoint.network(), describe(checkpoint), path)
-        yield "lowered fp32", load_graph(path)
-        yield "fp16", to_half(load_graph(path), "fp16")
-        yield "int8", quantize_graph(load_graph(path), metadata, Int8Options(images=tuple(bundled_images()))).model
+    metadata = describe(checkpoint)
+    yield "unlowered fp32", export_unlowered(checkpoint.network(), metadata, path=Path("unlowered.onnx"))
+    lowered = export_onnx(checkpoint.network(), metadata, path=Path("lowered.onnx"))
+    yield "lowered fp32", lowered
+    yield "fp16", to_precision(lowered, "fp16")
+    quantization = plan_quantization(lowered, Int8Options(images=tuple(bundled_images())))
+    yield "int8", to_precision(lowered, "int8", quantization=quantization)
 
 
-def measure(tensorrt: TensorRT, variant: str, graph: str, model: onnx.ModelProto, architecture: str) -> Row:
-    content = model.SerializeToString()
+def measure(tensorrt: TensorRT, variant: str, graph: str, content: bytes, architecture: str) -> Row:
     single = BuildOptions(profile=BatchProfile.fixed(BATCH), architectures=(architecture,))
     summary = summarize(tensorrt.kernels(content, single), batch=BATCH)
     engine = tensorrt.build(content, BuildOptions(architectures=TARGETS[architecture]))

@@ -36,7 +36,7 @@ def main() -> None:
         weights, artifact = (f"{arguments.variant}{end}" for end in (".pth", "-fp32.onnx"))
         torch.save(recipe_weights(VARIANTS[arguments.variant].config, SEED), weights)
         checkpoint = load_checkpoint(Path(weights))
-        export_onnx(checkpoint.network(), describe(checkpoint), Path(artifact))
+        export_onnx(checkpoint.network(), describe(checkpoint), path=Path(artifact)).save()
         smlp(["benchmark", artifact, "--baseline", "--reference", weights, *report])
 
 

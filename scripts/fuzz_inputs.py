@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -31,11 +31,9 @@ import torch
 from onnx import helper
 from PIL import Image, ImageCms
 
-from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import CalibrationTable
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import DATA_FOLDER, sha256_of
-from smlp_deploy.graphs.file import load_graph, save_graph
 from smlp_deploy.metadata import (
     METADATA_KEY,
     BatchProfile,
@@ -47,6 +45,7 @@ from smlp_deploy.metadata import (
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
+from smlp_deploy.pipeline.precision import to_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 # Four copies of the largest image that is read: 89.5 million pixels of four bytes.
@@ -203,15 +202,8 @@ def _safetensors(network: SMLPNet, *, half: bool) -> bytes:
 def _graphs(network: SMLPNet, checkpoint: Path) -> list[bytes]:
     """The network's graph in fp32, for any batch size, in fp16 and in bf16."""
     facts = describe(load_checkpoint(checkpoint), labels=LABELS, preprocessing=asdict(Preprocessing(image_size=16)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "graph.onnx"
-        facts = export_onnx(network, facts, path)
-        files = [path.read_bytes()]
-        for precision in ("fp16", "bf16"):
-            save_graph(to_half(load_graph(path), precision), replace(facts, precision=precision), path)
-            files.append(path.read_bytes())
-            path.write_bytes(files[0])
-    return files
+    graph = export_onnx(network, facts, path=Path("graph.onnx"))
+    return [to_precision(graph, precision).content for precision in ("fp32", "fp16", "bf16")]
 
 
 def _table() -> bytes:

@@ -14,10 +14,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from packaging.requirements import Requirement
 
 import smlp_deploy
@@ -26,9 +24,10 @@ from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.doctor import Finding, examine, to_json
 from smlp_deploy.files import sha256_of
-from smlp_deploy.graphs.file import save_graph
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.metadata import BatchProfile, EngineManifest
 from tests.support.fakes import metadata
+from tests.support.graphs import smallest_classifier
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
@@ -254,16 +253,6 @@ def write_engine(path: Path, **changes: Any) -> None:
     engine_manifest_path(path).write_text(EngineManifest(**values | changes).to_json())
 
 
-def smallest_classifier() -> onnx.ModelProto:
-    """A graph that `fakes.metadata` may stand in: one matrix product."""
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])
-    nodes = [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["logits"])]
-    weights = numpy_helper.from_array(np.ones((192, 4), np.float32), "w")
-    graph = helper.make_graph(nodes, "smallest", [images], [logits], [weights])
-    return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
-
-
 class TestArtifacts:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -271,7 +260,7 @@ class TestArtifacts:
         folder.mkdir()
         model = smallest_classifier()
         onnx.save(model, folder / "foreign.onnx")
-        save_graph(model, metadata(), folder / "sound.onnx")
+        Graph.of(model, metadata(), path=folder / "sound.onnx").save()
         (folder / "cut\nshort.onnx").write_bytes((folder / "sound.onnx").read_bytes()[:1000])
         (folder / ".hidden.onnx").write_bytes(b"")
         os.mkfifo(folder / "pipe.onnx")

@@ -12,9 +12,11 @@ from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
 from smlp_deploy.evaluation.benchmark import run_benchmark
 from smlp_deploy.evaluation.worker import Target
 from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, BuildOptions
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.metadata import BatchProfile
-from smlp_deploy.pipeline.build import build_engine, prepare_graph, verify_engine_layers
-from smlp_deploy.pipeline.export import Export, verify_artifact
+from smlp_deploy.pipeline.build import build_engine, prepare_graph
+from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.verify import verify_artifact, verify_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_gpu() is None, reason="no NVIDIA GPU and driver here")]
 
@@ -36,22 +38,22 @@ def test_an_engine_computes_what_the_trained_network_computes(
         architectures=DEFAULT_ARCHITECTURES if backend == "tensorrt-rtx" else (),
     )
     target = tmp_path / "x.engine"
-    build_engine(prepare_graph(digits_export.path, precision), target, options, backend=backend)
+    build_engine(prepare_graph(Graph.read(digits_export.path), precision), target, options, backend=backend)
     report = verify_artifact(target)
     assert report.passed, report.failures
 
 
 def test_an_engine_agrees_block_by_block(digits_export: Export, tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if backend == "tensorrt-rtx" else ())
-    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, backend=backend)
-    report = verify_engine_layers(tmp_path / "x.engine", reference=digits_export.path)
+    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
+    report = verify_layers(tmp_path / "x.engine", reference=digits_export.path)
     assert report.first_over is None, report.first_over
     assert len(report.points) == 3 + 2 * 6
 
 
 def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if backend == "tensorrt-rtx" else ())
-    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, backend=backend)
+    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
     with Classifier.open(tmp_path / "x.engine") as classifier:
         labels = [prediction.scores[0].label for prediction in classifier.classify(digit_images)]
     assert sum(label == path.name.split("-")[1] for label, path in zip(labels, digit_images, strict=True)) >= 11
@@ -59,7 +61,7 @@ def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], t
 
 def test_an_engine_is_timed_with_and_without_transfers(digits_export: Export, tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=DEFAULT_ARCHITECTURES if backend == "tensorrt-rtx" else ())
-    build_engine(prepare_graph(digits_export.path, "fp16"), tmp_path / "x.engine", options, backend=backend)
+    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
     targets = [Target(path=digits_export.path), Target(path=tmp_path / "x.engine")]
     _, engine = run_benchmark(targets, batch_sizes=(8,), rounds=2).models
     (timing,) = engine.batches

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from scripts.captures import COLUMNS, VERBS, in_terminal, plain
-from smlp_deploy.commands import terminal
-from smlp_deploy.commands.terminal import show_benchmark, show_divergence
+from smlp_deploy.commands import tables
+from smlp_deploy.commands.tables import show_benchmark, show_divergence
 from smlp_deploy.doctor import Finding
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
 from smlp_deploy.evaluation.layers import DivergenceReport, PointReport
@@ -43,8 +43,8 @@ def test_findings_are_a_table_in_a_terminal_and_a_line_each_in_a_pipe(monkeypatc
     for is_terminal in (True, False):
         stream = io.StringIO()
         console = Console(file=stream, force_terminal=is_terminal, width=COLUMNS, color_system=None, highlight=False)
-        monkeypatch.setattr(terminal, "_stdout", lambda console=console: console)
-        terminal.show_findings(findings)
+        monkeypatch.setattr(tables, "stdout", lambda console=console: console)
+        tables.show_findings(findings)
         shown[is_terminal] = stream.getvalue().splitlines()
     assert max(map(len, shown[True])) <= COLUMNS
     assert "artifacts/[red]x.engine" in shown[True][0]

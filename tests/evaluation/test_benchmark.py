@@ -21,7 +21,7 @@ from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
-from smlp_deploy.runners import open_runner
+from smlp_deploy.runners import open_graph, open_runner
 from tests.support.fakes import metadata
 
 
@@ -126,15 +126,16 @@ def test_nothing_to_time_is_refused(wrong: dict[str, object], digits_export: Exp
         run_benchmark(**arguments)  # type: ignore[arg-type]
 
 
-def test_the_baselines_are_made_from_the_same_checkpoint(digits_export: Export, tmp_path: Path) -> None:
-    eager, compiled, unlowered = baselines_of(digits_export.path, tmp_path)
+def test_the_baselines_are_made_from_the_same_checkpoint(digits_export: Export) -> None:
+    eager, compiled, unlowered = baselines_of(digits_export.path)
     assert (eager.path, eager.compiled) == (BUNDLED_CHECKPOINT, False)
     assert (compiled.path, compiled.compiled) == (BUNDLED_CHECKPOINT, True)
-    assert unlowered.path == tmp_path / "smlpnet_digits-unlowered.onnx"
+    assert unlowered.path == Path("smlpnet_digits-unlowered.onnx")
+    assert unlowered.graph is not None
     batch = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
-    with open_runner(unlowered.path) as runner, open_runner(digits_export.path) as lowered:
+    with open_graph(unlowered.graph) as runner, open_runner(digits_export.path) as lowered:
         np.testing.assert_allclose(runner.infer(batch), lowered.infer(batch), atol=1e-4)
-    assert baselines_of(BUNDLED_CHECKPOINT, tmp_path)[0].compiled
+    assert baselines_of(BUNDLED_CHECKPOINT)[0].compiled
 
 
 def test_the_environment_is_told() -> None:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from smlp_deploy.commands.terminal import show_divergence
+from smlp_deploy.commands.tables import show_divergence
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, LayerNoise, find_divergence
 from smlp_deploy.files import BUNDLED_CHECKPOINT
@@ -21,7 +21,8 @@ from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_layers
+from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners.base import LayerOutput
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 

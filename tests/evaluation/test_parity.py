@@ -11,10 +11,11 @@ import pytest
 from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.evaluation.parity import Gates, ParityReport, check_half_range, compare
+from smlp_deploy.evaluation.parity import Gates, ParityReport, check_half_range, prove
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.defaults import bundled_images
-from smlp_deploy.pipeline.export import Export, verify_artifact
+from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.verify import verify_artifact
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 IMAGES = bundled_images()[:3]
@@ -29,7 +30,7 @@ def failed_gates(report: ParityReport) -> set[str]:
 def compared(damage: Damage, *, gates: Gates | None = None, batch: int | None = None) -> ParityReport:
     """The report on a runner whose logits are damaged."""
     candidate = FakeRunner(lambda images: damage(quadrant_means(images)), metadata(batch=batch))
-    return compare(FakeRunner(quadrant_means), candidate, IMAGES, bounds=asdict(gates) if gates else None)
+    return prove(FakeRunner(quadrant_means), candidate, IMAGES, bounds=asdict(gates) if gates else None)
 
 
 def test_equal_runners_pass() -> None:
@@ -45,11 +46,11 @@ def test_equal_runners_pass() -> None:
 
 def test_the_candidate_runs_alone_in_an_odd_batch_and_in_the_largest() -> None:
     candidate = FakeRunner(quadrant_means)
-    report = compare(FakeRunner(quadrant_means), candidate, IMAGES)
+    report = prove(FakeRunner(quadrant_means), candidate, IMAGES)
     assert candidate.batch_sizes == [1, 1, 1, 1, 7, 32]
     assert report.batch_sizes == (1, 7, 32)
     fixed = FakeRunner(quadrant_means, metadata(batch=4))
-    compare(FakeRunner(quadrant_means), fixed, IMAGES)
+    prove(FakeRunner(quadrant_means), fixed, IMAGES)
     assert fixed.batch_sizes == [1, 1, 1, 1, 4, 4, 3]
 
 
@@ -96,8 +97,8 @@ def test_bounds_in_place_of_the_precisions_own_are_judged_by_and_recorded() -> N
         return logits
 
     runner, candidate = FakeRunner(quadrant_means), FakeRunner(shifted)
-    assert failed_gates(compare(runner, candidate, IMAGES)) == {"difference"}
-    report = compare(runner, candidate, IMAGES, bounds={"difference": 0.1})
+    assert failed_gates(prove(runner, candidate, IMAGES)) == {"difference"}
+    report = prove(runner, candidate, IMAGES, bounds={"difference": 0.1})
     assert report.passed
     assert report.bounds == Gates(cosine=0.99999, difference=0.1)
     assert json.loads(report.to_json())["bounds"] == {"cosine": 0.99999, "difference": 0.1, "top1": 1.0}
@@ -113,7 +114,7 @@ def test_all_nan_fails_every_numeric_gate() -> None:
 
 def test_nan_in_the_reference_fails_too() -> None:
     reference = FakeRunner(lambda images: quadrant_means(images) * np.float32(np.nan))
-    assert "finite" in failed_gates(compare(reference, FakeRunner(quadrant_means), IMAGES))
+    assert "finite" in failed_gates(prove(reference, FakeRunner(quadrant_means), IMAGES))
 
 
 def test_permuted_logits_fail_however_loose_the_gates() -> None:
@@ -124,14 +125,14 @@ def test_permuted_logits_fail_however_loose_the_gates() -> None:
 
 def test_permuted_labels_fail() -> None:
     swapped = replace(metadata(), labels=("class 1", "class 0", "class 2", "class 3"))
-    report = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means, swapped), IMAGES)
+    report = prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means, swapped), IMAGES)
     assert failed_gates(report) == {"class order"}
     assert "label 0 is 'class 1', the reference's is 'class 0'" in report.failures[0].detail
 
 
 def test_renamed_labels_are_the_users_choice() -> None:
     renamed = replace(metadata(), labels=("a", "b", "c", "d"))
-    assert compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means, renamed), IMAGES).passed
+    assert prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means, renamed), IMAGES).passed
 
 
 @pytest.mark.parametrize("damage", [lambda logits: logits[:, :3], lambda logits: logits[:1].repeat(2, axis=0)])
@@ -143,8 +144,8 @@ def test_another_shape_fails(damage: Damage) -> None:
 
 def test_no_image_fails_though_the_noise_agrees(tmp_path: Path) -> None:
     runner = FakeRunner(quadrant_means)
-    assert failed_gates(compare(runner, FakeRunner(quadrant_means), [])) == {"images"}
-    report = compare(runner, FakeRunner(quadrant_means), [tmp_path / "absent.jpg"])
+    assert failed_gates(prove(runner, FakeRunner(quadrant_means), [])) == {"images"}
+    report = prove(runner, FakeRunner(quadrant_means), [tmp_path / "absent.jpg"])
     assert failed_gates(report) == {"images"}
     assert "absent.jpg: no such file" in report.failures[0].detail
 
@@ -159,13 +160,13 @@ def test_int8_is_not_judged_on_noise_and_fails_without_images() -> None:
         logits[noisy] *= -1
         return logits
 
-    assert compare(FakeRunner(quadrant_means), FakeRunner(wrong_on_noise, int8), IMAGES[:2]).passed
-    report = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means, int8), [])
+    assert prove(FakeRunner(quadrant_means), FakeRunner(wrong_on_noise, int8), IMAGES[:2]).passed
+    report = prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means, int8), [])
     assert failed_gates(report) == {"images"}
 
 
 def test_an_unreadable_image_is_left_out_and_reported(tmp_path: Path) -> None:
-    report = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [tmp_path / "absent.jpg", *IMAGES])
+    report = prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [tmp_path / "absent.jpg", *IMAGES])
     assert report.passed
     assert report.images == 3
     assert report.unreadable == (f"{tmp_path / 'absent.jpg'}: no such file or directory",)
@@ -186,7 +187,7 @@ def test_constant_logits_prove_nothing() -> None:
     def constant(images: FloatArray) -> FloatArray:
         return np.zeros((len(images), 4), np.float32)
 
-    assert failed_gates(compare(FakeRunner(constant), FakeRunner(constant), IMAGES)) >= {"difference", "cosine"}
+    assert failed_gates(prove(FakeRunner(constant), FakeRunner(constant), IMAGES)) >= {"difference", "cosine"}
 
 
 def test_without_a_difference_bound_the_measured_one_is_the_margin() -> None:
@@ -207,7 +208,7 @@ class TestHalfRange:
         reference, recorder = FakeRunner(quadrant_means), Recorder(quadrant_means)
         recorder.value = largest
         half = FakeRunner(lambda images: damage(quadrant_means(images)))
-        report = check_half_range(compare(reference, reference, IMAGES), reference, half, recorder, IMAGES)
+        report = check_half_range(prove(reference, reference, IMAGES), reference, half, recorder, IMAGES)
         assert half.batch_sizes == [2]
         assert sum(recorder.batch_sizes) == 32
         return report

@@ -227,9 +227,7 @@ def test_the_half_pass_makes_int8_layers_compute_in_half(model: ModelProto, tabl
 
 @pytest.mark.parametrize("opset", [18, 23])
 def test_other_operator_sets_work_too(digits: Checkpoint, training: FloatArray, opset: int, tmp_path: Path) -> None:
-    path = tmp_path / f"digits-{opset}.onnx"
-    export_onnx(digits.network(), describe(digits), path, opset=opset)
-    model = onnx.load(path)
+    model = export_onnx(digits.network(), describe(digits), path=tmp_path / "x.onnx", opset=opset).model()
     quantized = quantize(model, calibrate(model, [training]), per_channel=False)
     expected = run(model, training)
     for graph in (quantized, to_half(quantized, "fp16")):

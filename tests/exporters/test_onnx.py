@@ -92,7 +92,7 @@ def test_nodes_are_named_after_their_block(model: onnx.ModelProto) -> None:
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(digits: Checkpoint, digits_export: Export, tmp_path: Path) -> None:
-    export_onnx(digits.network(), describe(digits), tmp_path / "again.onnx")
+    export_onnx(digits.network(), describe(digits), path=tmp_path / "again.onnx").save()
     assert (tmp_path / "again.onnx").read_bytes() == digits_export.path.read_bytes()
 
 
@@ -114,7 +114,7 @@ def test_an_invalid_graph_is_one_clear_error(
 
     monkeypatch.setattr(exporter, "_clean", damage)
     with pytest.raises(SmlpError, match="export at opset 20 failed"):
-        export_onnx(digits.network(), describe(digits), tmp_path / "x.onnx")
+        export_onnx(digits.network(), describe(digits), path=tmp_path / "x.onnx").save()
 
 
 @pytest.mark.parametrize("name", ["smlpnet_tiny", "smlpnet_small", "smlpnet_base"])

@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from smlp_deploy.errors import ArtifactError, ConfigError, SmlpError
 from smlp_deploy.graphs import check as onnxfile
 from smlp_deploy.graphs.check import check_classifier, check_graph, read_onnx
-from smlp_deploy.graphs.file import graph_facts, load_graph
+from smlp_deploy.graphs.file import Graph, graph_facts
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata, Preprocessing, SMLPNetConfig
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -80,7 +80,7 @@ def initializer(model: ModelProto, name: str, values: Any) -> None:
 def test_a_sound_file_runs(tmp_path: Path) -> None:
     path = written(tmp_path, classifier())
     batch = np.random.default_rng(0).standard_normal((5, 3, SIZE, SIZE), dtype=np.float32)
-    with OnnxRuntimeRunner(path) as runner:
+    with OnnxRuntimeRunner.open(path) as runner:
         found = runner.infer(batch)
     weight = numpy_helper.to_array(weight_of(classifier()))
     np.testing.assert_allclose(found, batch.reshape(5, -1) @ weight, rtol=1e-4, atol=1e-4)
@@ -93,7 +93,7 @@ def test_a_file_is_read_once_and_without_loss(digits_export: Export) -> None:
     assert file.model() == onnx.load(digits_export.path)
     assert len(file.structure.SerializeToString()) < len(content) / 2
     assert [t.name for t in file.structure.graph.initializer] == [t.name for t in file.model().graph.initializer]
-    assert file.metadata() == OnnxRuntimeRunner(digits_export.path).metadata
+    assert file.metadata() == OnnxRuntimeRunner.open(digits_export.path).metadata
 
 
 # --- what a graph must not hold ---------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_what_no_classifier_needs_is_refused_by_all_that_compute(tmp_path: Path,
     model = classifier()
     change(model)
     path = written(tmp_path, model)
-    for load in (load_graph, OnnxRuntimeRunner):
+    for load in (Graph.read, OnnxRuntimeRunner.open):
         with pytest.raises(ArtifactError, match=f"^refused: .*{reason}") as caught:
             load(path)
         assert str(caught.value).count(str(path)) == 1
@@ -235,7 +235,7 @@ def test_a_name_that_is_no_text_is_refused_and_shown_escaped(tmp_path: Path) -> 
     path = written(tmp_path, classifier())
     path.write_bytes(path.read_bytes().replace(b"flat", b"\xff\xfe\xfd\xfc").replace(b"MatMul", b"M\xff\xffMul"))
     with pytest.raises(ArtifactError, match="a name in it is not UTF-8"):
-        load_graph(path)
+        Graph.read(path)
     assert r"M\xff\xffMul" in graph_facts(path).operators
 
 
@@ -243,7 +243,7 @@ def test_what_onnx_runtime_would_take_for_its_own_format_is_read_as_onnx(tmp_pat
     # ONNX Runtime looks for ORTM in the fifth to eighth byte, which here are in the producer's name.
     path = written(tmp_path, classifier())
     path.write_bytes(b"\x12\x08AAORTMAA" + path.read_bytes())
-    with OnnxRuntimeRunner(path) as runner:
+    with OnnxRuntimeRunner.open(path) as runner:
         assert runner.infer(np.zeros((1, 3, SIZE, SIZE), np.float32)).tolist() == [[0, 0, 0, 0]]
 
 
@@ -309,7 +309,7 @@ def test_metadata_must_be_the_graphs(tmp_path: Path, case: str) -> None:
     model = classifier()
     change(model)
     path = written(tmp_path, model)
-    for load in (load_graph, OnnxRuntimeRunner):
+    for load in (Graph.read, OnnxRuntimeRunner.open):
         with pytest.raises(ArtifactError, match=f"^refused: .*({reason})"):
             load(path)
     assert graph_facts(path).metadata is not None
@@ -318,7 +318,7 @@ def test_metadata_must_be_the_graphs(tmp_path: Path, case: str) -> None:
 def test_a_fixed_batch_that_is_stated_runs(tmp_path: Path) -> None:
     model = classifier(batch=3)
     described(batch=3)(model)
-    with OnnxRuntimeRunner(written(tmp_path, model)) as runner:
+    with OnnxRuntimeRunner.open(written(tmp_path, model)) as runner:
         assert runner.infer(np.zeros((4, 3, SIZE, SIZE), np.float32)).shape == (4, CLASSES)
 
 
@@ -348,7 +348,7 @@ def test_metadata_that_cannot_be_used_are_refused(
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(kind, match=reason):
-        OnnxRuntimeRunner(path)
+        OnnxRuntimeRunner.open(path)
 
 
 # --- what a graph may cost --------------------------------------------------------------------------------------------
@@ -415,14 +415,14 @@ def test_values_have_a_known_and_bounded_size(tmp_path: Path, change: Change, re
     model = classifier()
     change(model)
     with pytest.raises(ArtifactError, match=f"^refused: .*({reason})"):
-        OnnxRuntimeRunner(written(tmp_path, model))
+        OnnxRuntimeRunner.open(written(tmp_path, model))
 
 
 def test_growth_with_the_batch_is_bounded_before_it_happens(tmp_path: Path) -> None:
     model = classifier()
     squaring(model, 5)
     batch = np.ones((2, 3, SIZE, SIZE), np.float32)
-    with OnnxRuntimeRunner(written(tmp_path, model)) as runner:
+    with OnnxRuntimeRunner.open(written(tmp_path, model)) as runner:
         assert runner.infer(batch[:1]).shape == (1, CLASSES)
         with pytest.raises(ArtifactError, match="has more than 67108864 elements per image"):
             runner.infer(batch)
@@ -444,7 +444,7 @@ def test_every_bound_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boun
     check_classifier(read_onnx(path), METADATA)
     monkeypatch.setattr(onnxfile, bound, 1)
     with pytest.raises(ArtifactError, match=reason):
-        OnnxRuntimeRunner(path)
+        OnnxRuntimeRunner.open(path)
 
 
 # --- what is no ONNX file ---------------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     for keep in range(0, len(content), 37):
         path.write_bytes(content[:keep])
         with pytest.raises((ArtifactError, ConfigError)):
-            OnnxRuntimeRunner(path)
+            OnnxRuntimeRunner.open(path)
 
 
 def test_many_empty_nodes_are_refused_before_they_become_objects(tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def peak():
 for path in map(Path, sys.argv[1:]):
     before = peak()
     try:
-        with OnnxRuntimeRunner(path):
+        with OnnxRuntimeRunner.open(path):
             told = "loaded"
     except SmlpError as error:
         told = str(error)
@@ -570,7 +570,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         ("absent.onnx", "no such file"),
         ("loop.onnx", "cannot read it: Too many levels of symbolic links"),
     ]:
-        for load in (graph_facts, load_graph, OnnxRuntimeRunner):
+        for load in (graph_facts, Graph.read, OnnxRuntimeRunner.open):
             with pytest.raises(ArtifactError, match=rf"^{reason}.*{name}"):
                 load(tmp_path / name)
 
@@ -580,5 +580,5 @@ def test_onnx_runtimes_own_reason_does_not_repeat_the_path(tmp_path: Path) -> No
     model.graph.node.append(model.graph.node[1])
     path = written(tmp_path, model)
     with pytest.raises(ArtifactError) as caught:
-        OnnxRuntimeRunner(path)
+        OnnxRuntimeRunner.open(path)
     assert str(caught.value).count(str(path)) == 1

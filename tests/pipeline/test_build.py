@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -19,17 +19,19 @@ from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
-from smlp_deploy.graphs.file import load_graph, read_metadata, save_graph
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import build as engine
-from smlp_deploy.pipeline.build import Graph, build_engine, check_precision, prepare_graph, verify_engine_layers
-from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_layers
+from smlp_deploy.pipeline import precision
+from smlp_deploy.pipeline.build import Prepared, build_engine, check_precision, prepare_graph
+from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.tensorrt import TensorRTRunner
+from smlp_deploy.runners.tensorrt import TensorRTRunner, read_manifest
 from tests.support.fakes import FakeRunner
 from tests.support.onnx_session import OnnxSession
 
@@ -37,7 +39,7 @@ SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, 
 
 
 def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Path) -> None:
-    graph = prepare_graph(digits_export.path, "fp16")
+    graph = prepare_graph(Graph.read(digits_export.path), "fp16")
     assert graph.parity is not None
     assert graph.parity.passed
     result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
@@ -45,7 +47,7 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
     assert manifest.engine_sha256 == sha256_of(result.path)
     assert (manifest.onnx_file, manifest.onnx_sha256) == (digits_export.path.name, sha256_of(digits_export.path))
-    assert manifest.metadata == graph.metadata
+    assert manifest.metadata == graph.graph.metadata
     assert manifest.metadata.precision == "fp16"
     assert manifest.backend == "tensorrt-rtx"
     assert manifest.profile == SM89.profile
@@ -59,7 +61,7 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
 
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
 def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
-    graph = prepare_graph(digits_export.path, precision)
+    graph = prepare_graph(Graph.read(digits_export.path), precision)
     result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert result.summary.compute_by_precision.keys() == {element}
 
@@ -68,8 +70,8 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What a precision flag that TensorRT no longer has would do: the graph is still fp32.
-    monkeypatch.setattr(engine, "to_half", lambda model, precision: model)
-    graph = prepare_graph(digits_export.path, "fp16")
+    monkeypatch.setattr(precision, "to_half", lambda model, precision: model)
+    graph = prepare_graph(Graph.read(digits_export.path), "fp16")
     with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{'Float': 31\}"):
         build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
@@ -79,17 +81,15 @@ class TestWhereTheEngineRuns:
     """On a stand-in for the GPU: ONNX Runtime runs the graph that the engine was built from."""
 
     @pytest.fixture
-    def graph(self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
-        graph = prepare_graph(digits_export.path, "fp16")
-        save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
+    def prepared(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> Prepared:
         monkeypatch.setattr(engine, "check_machine", lambda path, manifest: None)
-        return graph
+        return prepare_graph(Graph.read(digits_export.path), "fp16")
 
     def test_it_is_compared_with_its_source(
-        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(TensorRTRunner, "load", lambda path, manifest: OnnxRuntimeRunner(tmp_path / "half.onnx"))
-        result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        monkeypatch.setattr(TensorRTRunner, "load", lambda *_: OnnxRuntimeRunner(prepared.graph))
+        result = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
         assert manifest.ran_here is True
         assert manifest.engine_parity is not None
@@ -97,16 +97,16 @@ class TestWhereTheEngineRuns:
         assert manifest.engine_parity["artifact_sha256"] == sha256_of(result.path)
 
     def test_one_that_computes_something_else_is_kept_under_a_failed_name(
-        self, graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with OnnxRuntimeRunner(tmp_path / "half.onnx") as half:
-            wrong = FakeRunner(lambda batch: -half.infer(batch), graph.metadata)
-            monkeypatch.setattr(TensorRTRunner, "load", lambda path, manifest: wrong)
+        with OnnxRuntimeRunner(prepared.graph) as half:
+            wrong = FakeRunner(lambda batch: -half.infer(batch), prepared.graph.metadata)
+            monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
             with pytest.raises(
                 BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
             ):
-                build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
-        assert {path.name for path in tmp_path.iterdir()} == {"half.onnx", "x.engine.failed"}
+                build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed"}
 
 
 def engine_of(source: Path, folder: Path, precision: str = "fp32", **changes: Any) -> Path:
@@ -115,8 +115,7 @@ def engine_of(source: Path, folder: Path, precision: str = "fp32", **changes: An
     path.write_bytes(b"an engine")
     beside = folder / "source.onnx"
     shutil.copy(source, beside)
-    metadata = read_metadata(load_graph(beside), beside)
-    assert metadata is not None
+    metadata = Graph.read(beside).metadata
     values: dict[str, Any] = {
         "engine_sha256": sha256_of(path),
         "metadata": replace(metadata, precision=precision),
@@ -180,7 +179,7 @@ class TestLayerByLayer:
     def test_its_blocks_are_compared_with_those_of_its_onnx_file(
         self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop, precision: str
     ) -> None:
-        report = verify_engine_layers(engine_of(digits_export.path, tmp_path, precision))
+        report = verify_layers(engine_of(digits_export.path, tmp_path, precision))
         same = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "same.onnx").path
         expected = verify_layers(same, reference=digits_export.path)
         assert report.first_over is None
@@ -204,7 +203,7 @@ class TestLayerByLayer:
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, precision: str, weight: str, where: str
     ) -> None:
         workshop.change = perturb(weight)
-        over = verify_engine_layers(engine_of(digits_export.path, tmp_path, precision)).first_over
+        over = verify_layers(engine_of(digits_export.path, tmp_path, precision)).first_over
         assert over is not None
         assert over.name == where
 
@@ -225,7 +224,7 @@ class TestLayerByLayer:
             options=engine._other_options(options),
         )
         images = bundled_images()[:7]
-        assert verify_engine_layers(path, images=images).images == 7
+        assert verify_layers(path, images=images).images == 7
         assert workshop.options == [replace(options, timing_cache=None)]
         assert workshop.sessions[0].sizes == [5, 3]
 
@@ -233,27 +232,28 @@ class TestLayerByLayer:
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(TensorRT.load("tensorrt-rtx"), "ahead_of_time", False)
-        verify_engine_layers(engine_of(digits_export.path, tmp_path), images=bundled_images()[:1])
+        verify_layers(engine_of(digits_export.path, tmp_path), images=bundled_images()[:1])
         assert workshop.options[0].architectures == ()
 
     def test_an_int8_file(self, digits: Checkpoint, tmp_path: Path, workshop: Workshop) -> None:
         source = export_checkpoint(digits, describe(digits, precision="int8"), tmp_path / "int8.onnx").path
-        report = verify_engine_layers(engine_of(source, tmp_path, "int8"))
+        report = verify_layers(engine_of(source, tmp_path, "int8"))
         assert [point.error for point in report.points] == pytest.approx([0] * 15, abs=1e-5)
 
     def test_an_engine_that_was_quantized_while_it_was_built(
         self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop
     ) -> None:
-        graph = prepare_graph(digits_export.path, "int8")
-        path = engine_of(digits_export.path, tmp_path, metadata=graph.metadata)
-        report = verify_engine_layers(path)
+        graph = prepare_graph(Graph.read(digits_export.path), "int8")
+        path = engine_of(digits_export.path, tmp_path, metadata=graph.graph.metadata)
+        report = verify_layers(path)
         assert report.first_over is None
         assert report.points[-1].error > 1e-3
-        other = replace(graph.metadata, quantization={**graph.metadata.quantization, "layers_in_half": ["x"]})
+        made = graph.graph.metadata
+        other = replace(made, quantization={**made.quantization, "layers_in_half": ["x"]})
         path = engine_of(digits_export.path, tmp_path, metadata=other)
         message = r"was quantized while it was built, and its JSON does not say with which ranges · .*x\.engine · write"
         with pytest.raises(ArtifactError, match=message):
-            verify_engine_layers(path)
+            verify_layers(path)
 
     def test_one_of_another_network_quantized_while_it_was_built(
         self, micro_pth: Path, tmp_path: Path, workshop: Workshop
@@ -261,7 +261,7 @@ class TestLayerByLayer:
         micro = load_checkpoint(micro_pth)
         source = export_checkpoint(micro, describe(micro), tmp_path / "micro.onnx").path
         with pytest.raises(ArtifactError, match="its JSON does not say with which ranges"):
-            verify_engine_layers(engine_of(source, tmp_path, "int8"))
+            verify_layers(engine_of(source, tmp_path, "int8"))
         assert not workshop.options
 
     def test_the_onnx_file_is_missing_or_another(
@@ -271,16 +271,16 @@ class TestLayerByLayer:
         (tmp_path / "source.onnx").unlink()
         fix = r"give the ONNX file that x\.engine was built from with --reference, or build the engine again"
         with pytest.raises(ArtifactError, match=rf"^no such file · .*source\.onnx · {fix}$"):
-            verify_engine_layers(path)
-        assert verify_engine_layers(path, reference=digits_export.path).first_over is None
+            verify_layers(path)
+        assert verify_layers(path, reference=digits_export.path).first_over is None
         model = onnx.load(digits_export.path)
         perturb("blocks.3.hidden.weight")(model)
         onnx.save(model, tmp_path / "source.onnx")
         other = rf"^is not the source\.onnx that x\.engine was built from · .*source\.onnx · {fix}$"
         with pytest.raises(ArtifactError, match=other):
-            verify_engine_layers(path)
+            verify_layers(path)
         with pytest.raises(ArtifactError, match=r"is not the source\.onnx that x\.engine was built from"):
-            verify_engine_layers(path, reference=BUNDLED_CHECKPOINT)
+            verify_layers(path, reference=BUNDLED_CHECKPOINT)
         assert len(workshop.options) == 1
 
     @pytest.mark.parametrize("name", ["", "..", "elsewhere/source.onnx", "so\0urce.onnx"])
@@ -292,25 +292,27 @@ class TestLayerByLayer:
         path = engine_of(digits_export.path, tmp_path, onnx_file=name)
         (tmp_path / "source.onnx").unlink()
         with pytest.raises(ArtifactError, match=r"is a directory|no such file|cannot read it"):
-            verify_engine_layers(path)
+            verify_layers(path)
 
     def test_an_onnx_file_that_cannot_be_read_is_one_clear_line(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refused(path: Path) -> str:
+        def refused(path: Path, *_: object) -> IO[bytes]:
             raise PermissionError(errno.EACCES, "Permission denied", path)
 
         path = engine_of(digits_export.path, tmp_path)
-        monkeypatch.setattr(engine, "sha256_of", refused)  # a real one would not stop root
+        manifest = read_manifest(path)
+        monkeypatch.setattr(runners, "read_manifest", lambda path: manifest)
+        monkeypatch.setattr(Path, "open", refused)  # a real one would not stop root
         with pytest.raises(ArtifactError, match=r"cannot read it: Permission denied · .*source\.onnx"):
-            verify_engine_layers(path)
+            verify_layers(path)
 
     def test_options_of_a_later_version_are_refused(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop
     ) -> None:
         path = engine_of(digits_export.path, tmp_path, options={"sparse": True})
         with pytest.raises(ArtifactError, match=r"options that this version does not know: sparse · .*x\.engine"):
-            verify_engine_layers(path)
+            verify_layers(path)
 
     def test_without_a_gpu_it_is_one_clear_line(
         self, digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -360,7 +362,7 @@ class TestLayerByLayer:
 
         monkeypatch.setattr(TensorRT, "build", build_and_stop)
         with pytest.raises(BuildError, match="built"):
-            verify_engine_layers(engine_of(source, tmp_path, precision))
+            verify_layers(engine_of(source, tmp_path, precision))
         (built,) = engines
         assert len(built.plan) > 100_000
         assert summarize(built.kernels, batch=4).share(precision)
@@ -379,19 +381,23 @@ def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_p
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(prepare_graph(digits_export.path, None), target, SM89, backend="tensorrt-rtx", progress=interrupt)
+        build_engine(
+            prepare_graph(Graph.read(digits_export.path), None),
+            target,
+            SM89,
+            backend="tensorrt-rtx",
+            progress=interrupt,
+        )
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
 
 
 def test_a_half_graph_cannot_be_built_in_another_precision(digits_export: Export, tmp_path: Path) -> None:
-    from smlp_deploy.graphs.file import save_graph
-
-    graph = prepare_graph(digits_export.path, "fp16")
-    save_graph(graph.model, graph.metadata, tmp_path / "half.onnx")
-    assert prepare_graph(tmp_path / "half.onnx", "fp16").parity is None
-    with pytest.raises(UsageError, match=r"the graph is fp16 .* bf16 was asked for"):
-        prepare_graph(tmp_path / "half.onnx", "bf16")
+    half = prepare_graph(Graph.read(digits_export.path), "fp16").graph
+    assert prepare_graph(half, "fp16").parity is None
+    for other in ("bf16", "int8"):
+        with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was asked for"):
+            prepare_graph(half, other)
 
 
 def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp_path: Path) -> None:
@@ -407,7 +413,7 @@ def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp
         weights[name].CopyFrom(numpy_helper.from_array(changed, name))
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtifactError, match="in bf16 it computes something else: cosine"):
-        prepare_graph(tmp_path / "x.onnx", "bf16")
+        prepare_graph(Graph.read(tmp_path / "x.onnx"), "bf16")
 
 
 def test_a_graph_of_another_tool_is_refused(digits_export: Export, tmp_path: Path) -> None:
@@ -415,7 +421,7 @@ def test_a_graph_of_another_tool_is_refused(digits_export: Export, tmp_path: Pat
     model.ClearField("metadata_props")
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(ArtifactError, match="smlp-deploy did not write it"):
-        prepare_graph(tmp_path / "x.onnx", "fp16")
+        prepare_graph(Graph.read(tmp_path / "x.onnx"), "fp16")
 
 
 def test_precision_is_checked_by_kernels() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -14,13 +13,15 @@ from onnx import numpy_helper
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
-from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
+from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.verify import verify_artifact
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -67,13 +68,12 @@ class TestAnExportThatFailsParity:
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An exporter that writes one weight wrongly."""
 
-        def export_wrongly(network: SMLPNet, metadata: ModelMetadata, path: Path, *, opset: int) -> ModelMetadata:
-            written = export_onnx(network, metadata, path, opset=opset)
-            model = onnx.load(path)
+        def export_wrongly(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset: int) -> Graph:
+            graph = export_onnx(network, metadata, path=path, opset=opset)
+            model = graph.model()
             bias = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
             bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1), "head.bias"))
-            onnx.save(model, path)
-            return written
+            return Graph.of(model, graph.metadata, path=path)
 
         monkeypatch.setattr(export, "export_onnx", export_wrongly)
 
@@ -99,8 +99,8 @@ class TestVerify:
     def test_another_reference_must_be_given(self, micro_pth: Path, tmp_path: Path) -> None:
         checkpoint = load_checkpoint(micro_pth)
         target = tmp_path / "micro.onnx"
-        export_onnx(checkpoint.network(), describe(checkpoint), target)
-        with pytest.raises(UsageError, match=r"made from micro\.pth, which is not at hand.*--reference"):
+        export_onnx(checkpoint.network(), describe(checkpoint), path=target).save()
+        with pytest.raises(UsageError, match=r"made from micro\.pth, which was not found.*--reference"):
             verify_artifact(target)
         assert verify_artifact(target, reference=micro_pth).passed
 
@@ -128,7 +128,7 @@ class TestVerify:
 
     def test_swapped_labels_fail(self, digits: Checkpoint, tmp_path: Path) -> None:
         metadata = replace(describe(digits), labels=tuple("1023456789"))
-        export_onnx(digits.network(), metadata, tmp_path / "x.onnx")
+        export_onnx(digits.network(), metadata, path=tmp_path / "x.onnx").save()
         assert [gate.name for gate in verify_artifact(tmp_path / "x.onnx").failures] == ["class order"]
 
     def test_a_checkpoint_can_be_verified_too(self, tmp_path: Path) -> None:

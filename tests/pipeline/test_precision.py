@@ -13,7 +13,7 @@ from scripts.digits import load_digits
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.int8 import quantized_layers, read_table
 from smlp_deploy.exporters.tensorrt import BuildOptions
-from smlp_deploy.graphs.file import read_metadata, save_graph
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images, default_images
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.metadata import ModelMetadata
@@ -21,8 +21,9 @@ from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.build import build_engine, prepare_graph
-from smlp_deploy.pipeline.export import Export, export_checkpoint, verify_artifact
-from smlp_deploy.pipeline.precision import Int8Options, quantize_graph
+from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
+from smlp_deploy.pipeline.verify import verify_artifact
 from smlp_deploy.runners import open_runner
 
 
@@ -35,15 +36,13 @@ def int8_export(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def model(digits_export: Export) -> onnx.ModelProto:
-    return onnx.load(digits_export.path)
+def graph(digits_export: Export) -> Graph:
+    return digits_export.graph
 
 
 @pytest.fixture
-def metadata(model: onnx.ModelProto, digits_export: Export) -> ModelMetadata:
-    found = read_metadata(model, digits_export.path)
-    assert found is not None
-    return found
+def metadata(graph: Graph) -> ModelMetadata:
+    return graph.metadata
 
 
 def foreign(metadata: ModelMetadata) -> ModelMetadata:
@@ -51,11 +50,14 @@ def foreign(metadata: ModelMetadata) -> ModelMetadata:
     return replace(metadata, checkpoint_sha256="0" * 64)
 
 
+def foreign_graph(graph: Graph) -> Graph:
+    return Graph.of(graph.model(), foreign(graph.metadata), path=graph.path)
+
+
 def test_an_int8_export_passes_and_tells_how_it_was_made(int8_export: Export) -> None:
     assert int8_export.report.passed, int8_export.report.failures
     assert int8_export.report.min_cosine >= 0.99
-    metadata = read_metadata(onnx.load(int8_export.path), int8_export.path)
-    assert metadata is not None
+    metadata = Graph.read(int8_export.path).metadata
     assert metadata.precision == "int8"
     assert metadata.quantization == {
         "method": "minmax",
@@ -86,18 +88,14 @@ def test_accuracy_on_held_out_digits_is_kept(
     assert abs(fp32 - int8) < 0.5 + 1e-9
 
 
-def test_the_table_makes_the_same_graph_without_images(
-    int8_export: Export, model: onnx.ModelProto, metadata: ModelMetadata
-) -> None:
+def test_the_table_makes_the_same_graph_without_images(int8_export: Export, graph: Graph) -> None:
     table = read_table(int8_export.path.with_suffix(".calibration.json"))
-    quantized = quantize_graph(model, metadata, Int8Options(table=table))
-    expected = onnx.load(int8_export.path)
-    assert quantized.model.graph.SerializeToString(deterministic=True) == expected.graph.SerializeToString(
-        deterministic=True
-    )
+    quantization = plan_quantization(graph, Int8Options(table=table))
+    assert to_precision(graph, "int8", quantization=quantization).content == int8_export.path.read_bytes()
 
 
-def test_a_damaged_layer_alone_is_left_in_half_precision(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+def test_a_damaged_layer_alone_is_left_in_half_precision(graph: Graph) -> None:
+    model = graph.model()
     # A hidden unit that is never active gets one weight so large that the scale of all the others is ruined.
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
 
@@ -110,10 +108,12 @@ def test_a_damaged_layer_alone_is_left_in_half_precision(model: onnx.ModelProto,
     change("blocks.5.hidden.bias", 0, -20)
     change("blocks.5.out.weight", (0, 0, 0, 0), 500)
     damaged = next(name for name in quantized_layers(model) if name.startswith("blocks.5.out/"))
-    quantized = quantize_graph(model, metadata, Int8Options(max_drop=0.3))
+    worse = Graph.of(model, graph.metadata, path=graph.path)
+    quantized = plan_quantization(worse, Int8Options(max_drop=0.3))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.left_out == (damaged,)
-    assert quantized.metadata.quantization["layers_in_half"] == [damaged]
+    made = to_precision(worse, "int8", quantization=quantized)
+    assert made.metadata.quantization["layers_in_half"] == [damaged]
     assert json.loads(quantized.sensitivity.to_json())["layers"][0]["precision"] == "half"
     assert len(quantized.sensitivity.layers) == len(quantized_layers(model))
 
@@ -125,9 +125,7 @@ def test_a_graph_of_one_batch_size_is_calibrated_on_whole_batches(digits: Checkp
     assert read_table(tmp_path / "x.calibration.json").images == 128
 
 
-def test_labels_come_from_folders_named_like_classes(
-    model: onnx.ModelProto, metadata: ModelMetadata, tmp_path: Path
-) -> None:
+def test_labels_come_from_folders_named_like_classes(graph: Graph, tmp_path: Path) -> None:
     train, _ = load_digits()
     paths = []
     for index in range(0, 4000, 100):
@@ -135,35 +133,35 @@ def test_labels_come_from_folders_named_like_classes(
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(train.pixels[index]).save(path)
         paths.append(path)
-    quantized = quantize_graph(model, metadata, Int8Options(images=tuple(paths), max_drop=5.0))
+    quantized = plan_quantization(graph, Int8Options(images=tuple(paths), max_drop=5.0))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.measure == "accuracy"
     assert quantized.table.images == 40
 
 
 def test_unreadable_images_are_left_out_with_a_warning(
-    model: onnx.ModelProto, metadata: ModelMetadata, digit_images: list[Path], caplog: pytest.LogCaptureFixture
+    graph: Graph, digit_images: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    quantized = quantize_graph(model, metadata, Int8Options(images=(Path("absent.jpg"), *digit_images)))
+    quantized = plan_quantization(graph, Int8Options(images=(Path("absent.jpg"), *digit_images)))
     assert quantized.table.images == 12
     assert "not calibrated on absent.jpg: no such file" in caplog.text
     assert "only 12 calibration images" in caplog.text
 
 
-def test_another_model_needs_images(model: onnx.ModelProto, metadata: ModelMetadata) -> None:
+def test_another_model_needs_images(graph: Graph) -> None:
     with pytest.raises(UsageError, match="int8 needs images to calibrate on"):
-        quantize_graph(model, foreign(metadata), Int8Options())
+        plan_quantization(foreign_graph(graph), Int8Options())
     with pytest.raises(UsageError, match="none of the calibration images can be read"):
-        quantize_graph(model, foreign(metadata), Int8Options(images=(Path("absent.jpg"),)))
+        plan_quantization(foreign_graph(graph), Int8Options(images=(Path("absent.jpg"),)))
 
 
-def test_a_table_of_another_checkpoint_is_refused(
-    model: onnx.ModelProto, metadata: ModelMetadata, int8_export: Export, tmp_path: Path
-) -> None:
-    table = read_table(int8_export.path.with_suffix(".calibration.json"))
-    save_graph(model, foreign(metadata), tmp_path / "x.onnx")
+def test_a_table_of_another_checkpoint_is_refused(graph: Graph, int8_export: Export) -> None:
+    other = foreign_graph(graph)
+    quantization = plan_quantization(
+        other, Int8Options(table=read_table(int8_export.path.with_suffix(".calibration.json")))
+    )
     with pytest.raises(ArtifactError, match="made for another checkpoint"):
-        quantize_graph(onnx.load(tmp_path / "x.onnx"), foreign(metadata), Int8Options(table=table))
+        to_precision(other, "int8", quantization=quantization)
 
 
 def test_parity_is_proven_on_images_of_the_kind(metadata: ModelMetadata, digit_images: list[Path]) -> None:
@@ -174,22 +172,23 @@ def test_parity_is_proven_on_images_of_the_kind(metadata: ModelMetadata, digit_i
 
 
 def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) -> None:
-    graph = prepare_graph(digits_export.path, "int8")
-    assert graph.parity is not None
-    assert graph.parity.passed
-    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), backend="tensorrt-rtx")
+    prepared = prepare_graph(digits_export.graph, "int8")
+    assert prepared.parity is not None
+    assert prepared.parity.passed
+    result = build_engine(
+        prepared, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), backend="tensorrt-rtx"
+    )
     assert result.summary.share("int8") > 0.8
     assert result.summary.compute_by_precision.keys() == {"Int8", "Half"}
 
 
 def test_of_many_images_an_even_selection_is_used(
-    model: onnx.ModelProto,
-    metadata: ModelMetadata,
+    graph: Graph,
     digit_images: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(quantization, "MOST_IMAGES", 4)
-    quantized = quantize_graph(model, metadata, Int8Options(images=tuple(digit_images)))
+    quantized = plan_quantization(graph, Int8Options(images=tuple(digit_images)))
     assert quantized.images == tuple(digit_images[0:12:3])
     assert "4 of the 12 calibration images are used" in caplog.text

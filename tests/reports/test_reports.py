@@ -32,7 +32,7 @@ from smlp_deploy.evaluation.accuracy import (
 )
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, EndToEnd, ModelTiming, Ratio
 from smlp_deploy.evaluation.layers import DivergenceReport, LayerNoise, PointReport
-from smlp_deploy.evaluation.parity import HalfReport, ParityReport, compare
+from smlp_deploy.evaluation.parity import HalfReport, ParityReport, prove
 from smlp_deploy.evaluation.profile import GraphProfile
 from smlp_deploy.exporters.kernels import Kernel, KernelTensor, summarize
 from smlp_deploy.images import decode as decoding
@@ -106,7 +106,7 @@ def evaluation(folder: Path) -> Evaluation:
 
 
 def parity(folder: Path) -> ParityReport:
-    found = compare(
+    found = prove(
         FakeRunner(quadrant_means),
         FakeRunner(lambda batch: quadrant_means(batch) + np.float32(0.5)),
         [picture(folder, 1), folder / HOSTILE],
@@ -317,7 +317,7 @@ def test_a_failed_parity_says_which_gate(tmp_path: Path) -> None:
     text = Page(reports.parity_page(parity(tmp_path))).text
     assert "✗ FAILED failed: difference, cosine" in text
     assert "not finite" in text
-    passed = compare(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [picture(tmp_path, 1)])
+    passed = prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [picture(tmp_path, 1)])
     assert "✓ passed 7 gates" in Page(reports.parity_page(passed)).text
 
 

@@ -20,7 +20,7 @@ from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 def test_a_fixed_batch_takes_any_number_of_images(digits: Checkpoint, digits_export: Export, tmp_path: Path) -> None:
     fixed = export_checkpoint(digits, describe(digits, batch=4), tmp_path / "fixed.onnx").path
     batch = np.random.default_rng(0).standard_normal((6, 3, 32, 32), dtype=np.float32)
-    with OnnxRuntimeRunner(fixed) as of_four, OnnxRuntimeRunner(digits_export.path) as of_any:
+    with OnnxRuntimeRunner.open(fixed) as of_four, OnnxRuntimeRunner.open(digits_export.path) as of_any:
         assert np.abs(of_four.infer(batch) - of_any.infer(batch)).max() < 1e-4
 
 
@@ -29,7 +29,7 @@ def test_a_file_without_metadata_is_refused(digits_export: Export, tmp_path: Pat
     model.ClearField("metadata_props")
     onnx.save(model, tmp_path / "bare.onnx")
     with pytest.raises(ArtifactError, match=r"no labels and preprocessing inside.*smlp export"):
-        OnnxRuntimeRunner(tmp_path / "bare.onnx")
+        OnnxRuntimeRunner.open(tmp_path / "bare.onnx")
 
 
 def test_damaged_metadata_are_refused(digits_export: Export, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_damaged_metadata_are_refused(digits_export: Export, tmp_path: Path) -> 
     onnx.helper.set_model_props(model, {METADATA_KEY: '{"schema": 99}'})
     onnx.save(model, tmp_path / "newer.onnx")
     with pytest.raises(ConfigError, match="metadata schema 99 is not 1"):
-        OnnxRuntimeRunner(tmp_path / "newer.onnx")
+        OnnxRuntimeRunner.open(tmp_path / "newer.onnx")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 100_000])
@@ -45,7 +45,7 @@ def test_a_truncated_file_is_one_clear_error(digits_export: Export, tmp_path: Pa
     path = tmp_path / "cut.onnx"
     path.write_bytes(digits_export.path.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=r"^not an ONNX file"):
-        OnnxRuntimeRunner(path)
+        OnnxRuntimeRunner.open(path)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
@@ -53,7 +53,7 @@ def test_a_provider_that_is_not_there_is_an_error(digits_export: Export, provide
     if PROVIDERS[provider] in onnxruntime.get_available_providers():
         pytest.skip(f"this ONNX Runtime has {provider}")
     with pytest.raises(MissingDependencyError, match=r"has no (CUDA|Tensorrt)ExecutionProvider.*smlp-deploy\[gpu\]"):
-        OnnxRuntimeRunner(digits_export.path, provider=provider)
+        OnnxRuntimeRunner.open(digits_export.path, provider=provider)
 
 
 def test_a_provider_that_falls_back_is_an_error(digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_a_provider_that_falls_back_is_an_error(digits_export: Export, monkeypat
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
     with pytest.raises(MissingDependencyError, match="CUDAExecutionProvider does not start here, only CPU"):
-        OnnxRuntimeRunner(digits_export.path, provider="cuda")
+        OnnxRuntimeRunner.open(digits_export.path, provider="cuda")
 
 
 def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
@@ -78,4 +78,4 @@ def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such file"):
-        OnnxRuntimeRunner(tmp_path / "absent.onnx")
+        OnnxRuntimeRunner.open(tmp_path / "absent.onnx")

@@ -190,13 +190,24 @@ class TestTheMachine:
         with pytest.raises(ArtifactError, match="built for sm80, this GPU is sm75"):
             check_machine(engine, manifest)
 
-    def test_an_engine_that_is_replaced_after_the_check_is_not_loaded(
+    def test_an_engine_that_is_replaced_while_it_is_opened_is_not_loaded(
         self, engine: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest = read_manifest(engine)
-        engine.write_bytes(b"an engine of a stranger")
+        plans: list[bytes] = []
+        content = engine.read_bytes()
+
+        def swap(path: Path, manifest: EngineManifest) -> None:
+            engine.write_bytes(b"an untrusted engine")
+
+        def session(plan: bytes, *_: object, **__: object) -> None:
+            plans.append(plan)
+
+        monkeypatch.setattr(tensorrt, "check_machine", swap)
+        monkeypatch.setattr(tensorrt, "_session", session)
+        TensorRTRunner.open(engine)
+        assert plans == [content]
         with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
-            TensorRTRunner.load(engine, manifest)
+            TensorRTRunner.open(engine)
 
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
@@ -206,7 +217,7 @@ class TestTheMachine:
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_a_second_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
         with pytest.raises(ArtifactError, match=r"does not load it on this GPU · .*x\.engine · it was built for sm89"):
-            TracingTensorRTRunner.load_plan(b"another engine", engine, read_manifest(engine))
+            TracingTensorRTRunner.load(b"another engine", engine, read_manifest(engine))
 
 
 class TestExecutionContexts:
