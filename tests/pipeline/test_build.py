@@ -59,6 +59,26 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     assert manifest.memory
 
 
+def test_a_source_that_is_swapped_while_it_is_built_no_longer_matters(
+    digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "x.onnx"
+    shutil.copy(digits_export.path, source)
+    build, built = TensorRT.build, []
+
+    def swap_and_build(tensorrt: TensorRT, graph: bytes, options: BuildOptions, **keywords: Any) -> Engine:
+        source.write_bytes(b"another graph")
+        built.append(graph)
+        return build(tensorrt, graph, options, **keywords)
+
+    monkeypatch.setattr(TensorRT, "build", swap_and_build)
+    with pytest.raises(SystemExit) as stop:
+        main(["build-engine", str(source), "--gpu-arch", "sm89", "--quiet", "-o", str(tmp_path / "x.engine")])
+    assert stop.value.code == 0
+    assert built == [digits_export.path.read_bytes()]
+    assert read_manifest(tmp_path / "x.engine").onnx_sha256 == sha256_of(digits_export.path)
+
+
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
 def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
     graph = prepare_graph(Graph.read(digits_export.path), precision)

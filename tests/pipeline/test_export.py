@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.evaluation.parity import ParityReport
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.graphs.file import Graph
@@ -21,7 +23,8 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint
-from smlp_deploy.pipeline.verify import verify_artifact
+from smlp_deploy.pipeline.verify import prove_against_checkpoint, verify_artifact
+from smlp_deploy.runners.base import Runner
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -61,6 +64,24 @@ def test_activations_near_the_end_of_fp16_fail_with_the_layers_name(digits: Chec
     result = export_checkpoint(loud, describe(loud, precision="fp16"), tmp_path / "x.onnx")
     failure = next(gate for gate in result.report.failures if gate.name == "fp16 range")
     assert "blocks.5" in failure.detail
+
+
+def test_what_was_proven_is_what_is_written(
+    digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, proven = tmp_path / "x.onnx", []
+
+    def prove_and_swap(candidate: Runner, *arguments: Any) -> ParityReport:
+        target.write_bytes(b"swapped while the proof ran")
+        proven.append(candidate)
+        return prove_against_checkpoint(candidate, *arguments)
+
+    monkeypatch.setattr(export, "prove_against_checkpoint", prove_and_swap)
+    result = export_checkpoint(digits, describe(digits), target)
+    assert len(proven) == 1
+    assert target.read_bytes() == result.graph.content
+    assert result.report.artifact_sha256 == sha256_of(target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.parity.json"]
 
 
 class TestAnExportThatFailsParity:
