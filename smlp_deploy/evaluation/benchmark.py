@@ -10,18 +10,17 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from smlp_deploy import __version__
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.evaluation.worker import Loaded, Run, Sample, Target, TimedProcess
 from smlp_deploy.images.batches import available_cores
@@ -396,7 +395,7 @@ def _facts() -> Iterator[tuple[str, str | None]]:
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
     if gpu := find_gpu():
         yield "GPU", f"{gpu.name}, {gpu.architecture}, driver for CUDA {gpu.driver // 1000}"
-        yield "GPU clocks", _gpu_clocks()
+        yield "GPU clock", _gpu_clock(gpu)
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "python", platform.python_version()
     yield "smlp-deploy", __version__
@@ -417,12 +416,20 @@ def _read(path: str) -> str | None:
     return None
 
 
-def _gpu_clocks() -> str | None:
-    """Present and largest clock of the GPU's processors in MHz, if NVIDIA's tool is there to tell."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+def _gpu_clock(gpu: GpuDevice) -> str | None:
+    """The GPU's SM clock now and at most, or None without nvidia-ml-py, or where NVML does not tell them.
+
+    NVML is asked for the GPU's PCI address, because its first GPU need not be CUDA's.
+    """
+    if find_spec("pynvml") is None:
         return None
-    query = [tool, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader", "--id=0"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()  # noqa: S603
+    import pynvml
+
+    with suppress(pynvml.NVMLError), ExitStack() as stack:
+        pynvml.nvmlInit()
+        stack.callback(pynvml.nvmlShutdown)
+        device = pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
+        now = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+        most = pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM)
+        return f"{now} MHz before the runs, {most} MHz at most"
     return None
