@@ -17,7 +17,7 @@ TENSORRT_DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 }
-"""The distributions that bring it."""
+"""The distributions that contain each of these modules."""
 
 # Of the CUDA driver interface's device attributes.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -27,7 +27,7 @@ def require(*modules: str, purpose: str, extra: str) -> None:
     """Check that modules can be imported, without importing them.
 
     Raises:
-        MissingDependencyError: naming what is missing, what it is needed for, and the extra that brings it.
+        MissingDependencyError: names what is missing, what it is needed for, and the extra that installs it.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
@@ -41,7 +41,7 @@ def require_torch(purpose: str) -> None:
 
 
 def require_proof(purpose: str) -> None:
-    """Check for what runs a checkpoint beside an artifact: PyTorch, onnx and ONNX Runtime.
+    """Check for the packages that compare an artifact with its checkpoint: PyTorch, onnx and ONNX Runtime.
 
     Raises:
         MissingDependencyError: one of them is missing.
@@ -54,7 +54,7 @@ def require_onnxruntime() -> None:
     """Check that exactly one onnxruntime package is installed.
 
     Raises:
-        MissingDependencyError: there is none; or there are two, which overwrite each other's files.
+        MissingDependencyError: none is installed; or both are, which overwrite each other's files.
     """
     require("onnxruntime", purpose="to run ONNX files", extra='cpu]" or "smlp-deploy[gpu')
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
