@@ -17,7 +17,7 @@ TENSORRT_DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 }
-"""The distributions that bring it."""
+"""The distributions that contain each of these modules."""
 
 # Of the CUDA driver interface's device attributes.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -27,7 +27,7 @@ def require(*modules: str, purpose: str, extra: str) -> None:
     """Check that modules can be imported, without importing them.
 
     Raises:
-        MissingDependencyError: naming what is missing, what it is needed for, and the extra that brings it.
+        MissingDependencyError: names what is missing, what it is needed for, and the extra that installs it.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
@@ -41,7 +41,7 @@ def require_torch(purpose: str) -> None:
 
 
 def require_proof(purpose: str) -> None:
-    """Check for what runs a checkpoint beside an artifact: PyTorch, onnx and ONNX Runtime.
+    """Check for the packages that compare an artifact with its checkpoint: PyTorch, onnx and ONNX Runtime.
 
     Raises:
         MissingDependencyError: one of them is missing.
@@ -54,7 +54,7 @@ def require_onnxruntime() -> None:
     """Check that exactly one onnxruntime package is installed.
 
     Raises:
-        MissingDependencyError: there is none; or there are two, which overwrite each other's files.
+        MissingDependencyError: none is installed; or both are, which overwrite each other's files.
     """
     require("onnxruntime", purpose="to run ONNX files", extra='cpu]" or "smlp-deploy[gpu')
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
@@ -72,31 +72,44 @@ class GpuDevice:
         name: as sold.
         architecture: its compute capability: `sm89` for 8.9.
         driver: the CUDA version of the driver: 12080 for 12.8.
+        pci_bus_id: `0000:3B:00.0`, by which NVML knows it, too; of the whole GPU if this is a MIG instance of it.
     """
 
     name: str
     architecture: str
     driver: int
+    pci_bus_id: str = ""
 
 
 def find_gpu() -> GpuDevice | None:
-    """The first NVIDIA GPU, or None where there is none or no driver."""
+    """The NVIDIA GPU that CUDA uses first, or None without a driver, or without a GPU that it makes visible.
+
+    The CUDA driver is asked itself, through ctypes. NVML (nvidia-ml-py) cannot tell which GPU that is: it lists all of
+    them by PCI address, whereas CUDA lists the fastest first, and only those in CUDA_VISIBLE_DEVICES, and MIG
+    instances in place of their GPU. cuda-bindings could tell, but is 31 MB for the seven calls below.
+    """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
-    count, major, minor, version_ = (ctypes.c_int(0) for _ in range(4))
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+    device, major, minor, version_ = (ctypes.c_int(0) for _ in range(4))
+    name, pci_bus_id = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetPCIBusId(pci_bus_id, len(pci_bus_id), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+        or driver.cuDriverGetVersion(ctypes.byref(version_))
+    )
+    if failed:
         return None
-    name = ctypes.create_string_buffer(256)
-    driver.cuDeviceGetName(name, len(name), 0)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, 0)
-    driver.cuDriverGetVersion(ctypes.byref(version_))
     return GpuDevice(
         name=name.value.decode(errors="replace"),
         architecture=f"sm{major.value}{minor.value}",
         driver=version_.value,
+        pci_bus_id=pci_bus_id.value.decode(),
     )
 
 

@@ -45,28 +45,53 @@ def test_versions() -> None:
 
 
 class Driver:
-    """NVIDIA's driver library with some GPUs of compute capability 8.9."""
+    """NVIDIA's driver library with one GPU, of compute capability 8.9.
 
-    def __init__(self, *, gpus: int = 1, start: int = 0) -> None:
-        self._gpus = gpus
-        self._start = start
+    Args:
+        failing: the function that fails, if any.
+        status: what it returns then.
+    """
 
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return self._start
+    def __init__(self, *, failing: str = "", status: int = 0) -> None:
+        self._failing = failing
+        self._status = status
+        self._started = False
 
-    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self._gpus
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            if name == self._failing:
+                return self._status
+            if name != "cuInit" and not self._started:
+                return 3  # CUDA_ERROR_NOT_INITIALIZED
+            answer: int = getattr(self, f"_{name}")(*arguments)
+            return answer
+
+        return call
+
+    def _cuInit(self, flags: int) -> int:  # noqa: N802
+        self._started = True
         return 0
 
-    def cuDeviceGetName(self, name: Any, length: int, device: int) -> int:  # noqa: N802
+    def _cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
+        device._obj.value = 7
+        return 0 if ordinal == 0 else 101  # CUDA_ERROR_INVALID_DEVICE
+
+    def _cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:  # noqa: N802
+        assert device.value == 7
         name.value = b"NVIDIA L4"
         return 0
 
-    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:  # noqa: N802
+    def _cuDeviceGetPCIBusId(self, pci_bus_id: Any, length: int, device: Any) -> int:  # noqa: N802
+        assert device.value == 7
+        pci_bus_id.value = b"0000:3B:00.0"
+        return 0
+
+    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
+        assert device.value == 7
         value._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 
-    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+    def _cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
         version._obj.value = 12080
         return 0
 
@@ -74,11 +99,23 @@ class Driver:
 class TestFindingAGpu:
     def test_describes_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-        assert find_gpu() == GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
+        assert find_gpu() == GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080, pci_bus_id="0000:3B:00.0")
 
-    @pytest.mark.parametrize("driver", [Driver(gpus=0), Driver(start=100)], ids=["no GPU", "does not start"])
-    def test_a_driver_without_a_gpu(self, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    @pytest.mark.parametrize(
+        ("failing", "status"),
+        [
+            ("cuInit", 100),  # CUDA_ERROR_NO_DEVICE: no GPU, or CUDA_VISIBLE_DEVICES hides all of them
+            ("cuInit", 34),  # CUDA_ERROR_STUB_LIBRARY: the toolkit's library for linking was loaded
+            ("cuInit", 803),  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: library and kernel module differ
+            ("cuDeviceGet", 101),  # CUDA_ERROR_INVALID_DEVICE
+            ("cuDeviceGetName", 101),
+            ("cuDeviceGetPCIBusId", 101),
+            ("cuDeviceGetAttribute", 101),
+            ("cuDriverGetVersion", 1),
+        ],
+    )
+    def test_a_driver_that_fails_has_none(self, failing: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(failing=failing, status=status))
         assert find_gpu() is None
 
     def test_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How fast models run, side by side: A B A B ..., so that whatever the machine does meanwhile hits all of them alike.
+"""How fast models run, side by side: A B A B ..., so that other load on the machine affects all of them alike.
 
 Each model lives in a process of its own (`worker.py`), because threads that one framework leaves spinning must not
 slow another down, and because peak memory belongs to a process. They take turns; only one works at a time.
@@ -10,18 +10,17 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
 from smlp_deploy import __version__
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, find_gpu, installed_version
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.evaluation.worker import Loaded, Run, Sample, Target, TimedProcess
 from smlp_deploy.images.batches import available_cores
@@ -51,7 +50,7 @@ class Ratio:
     """How many times as fast as the first model; with a 95% interval `low` to `high`.
 
     `value` is the median over the rounds of the first's time over this one's in the same round; the interval is the
-    percentile bootstrap's, rounds resampled. Fewer than five rounds tell no interval: `low` and `high` are None.
+    percentile bootstrap's, rounds resampled. Fewer than five rounds give no interval: `low` and `high` are None.
     """
 
     value: float
@@ -71,7 +70,7 @@ class BatchTiming:
         spread: interquartile range over the median.
         images_per_second: by the median.
         ratio: to the first model; None for itself.
-        gpu_median: of the engine's runs by CUDA events, without transfers; None where nothing tells.
+        gpu_median: of the engine's runs by CUDA events, without transfers; None for models that are not timed so.
     """
 
     batch: int
@@ -125,7 +124,7 @@ class ModelTiming:
         precision: of its arithmetic.
         load: seconds from a fresh process to a loaded model, its framework's import included.
         first: seconds of the first prediction after that, at the smallest batch size.
-        peak_memory: bytes that its process held at most, the framework's included; None where the system does not say.
+        peak_memory: the most bytes that its process held, with the framework; None where the system does not report it.
         batches: by batch size.
         end_to_end: files to records, if that was asked for.
     """
@@ -146,7 +145,7 @@ class Benchmark:
     Attributes:
         environment: the machine and the versions, as text by name.
         models: in the order given; ratios are to the first.
-        left_out: what could not be run, with the reason.
+        left_out: the models that could not be run, with the reason.
     """
 
     environment: dict[str, str]
@@ -199,7 +198,7 @@ def run_benchmark(
         batch_sizes: images per run.
         rounds: how often each model has its turn at each batch size; where a ratio's interval is still wider than a
             tenth of it, up to three times as often.
-        files: to measure the way from files to records, too.
+        files: also measure the way from files to records.
         progress: told of the phase, and of steps done and in all.
 
     Raises:
@@ -295,7 +294,7 @@ def _ratios(turns: Sequence[Sequence[Sample]]) -> list[Ratio | None]:
 
 
 def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
-    """Whether more rounds are not needed, or would not tell."""
+    """Whether the ratios are known well enough, or have no interval that more rounds could narrow."""
     return all(
         ratio is None or ratio.low is None or ratio.high is None or ratio.high - ratio.low <= _PRECISE * ratio.value
         for ratio in ratios
@@ -303,7 +302,7 @@ def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
 
 
 def _warm_up(process: TimedProcess, batch: int) -> bool:
-    """Let a model run until its times are stable, or have been given long enough to become so; whether they are."""
+    """Run a model until its times are stable, for a limited number of turns; whether they became so."""
     medians: list[float] = []
     for _ in range(_WARM_UP_TURNS.stop - 1):
         medians.append(median(process.turn(batch, _TURN_SECONDS).runs))
@@ -348,7 +347,7 @@ def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
 
 
 def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) -> None:
-    """Read all files once, and let networks that are compiled for each batch size meet that of the last batch."""
+    """Read all files once, so that networks compiled for each batch size have also seen that of the last batch."""
     for position, model in enumerate(models):
         tell("files to records: warming up", position, len(models))
         found = model.process.end_to_end(files.paths, files.batch, files.workers)
@@ -382,7 +381,7 @@ def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> li
 
 
 def describe_environment() -> dict[str, str]:
-    """The machine and the versions, in words."""
+    """The machine and the versions of what runs on it, as text by name."""
     return {name: value for name, value in _facts() if value}
 
 
@@ -396,7 +395,7 @@ def _facts() -> Iterator[tuple[str, str | None]]:
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
     if gpu := find_gpu():
         yield "GPU", f"{gpu.name}, {gpu.architecture}, driver for CUDA {gpu.driver // 1000}"
-        yield "GPU clocks", _gpu_clocks()
+        yield "GPU clock", _gpu_clock(gpu)
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "python", platform.python_version()
     yield "smlp-deploy", __version__
@@ -405,7 +404,7 @@ def _facts() -> Iterator[tuple[str, str | None]]:
 
 
 def _of_cpu(name: str) -> str | None:
-    """What Linux says of the first core."""
+    """A property of the first core on Linux: psutil has no model name, and takes the clock from the same file."""
     match = re.search(rf"^{name}\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
     return match[1] if match else None
 
@@ -417,12 +416,20 @@ def _read(path: str) -> str | None:
     return None
 
 
-def _gpu_clocks() -> str | None:
-    """Present and largest clock of the GPU's processors in MHz, if NVIDIA's tool is there to tell."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+def _gpu_clock(gpu: GpuDevice) -> str | None:
+    """The GPU's SM clock now and at most, or None without nvidia-ml-py, or where NVML does not tell them.
+
+    NVML is asked for the GPU's PCI address, because its first GPU need not be CUDA's.
+    """
+    if find_spec("pynvml") is None:
         return None
-    query = [tool, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader", "--id=0"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()  # noqa: S603
+    import pynvml
+
+    with suppress(pynvml.NVMLError), ExitStack() as stack:
+        pynvml.nvmlInit()
+        stack.callback(pynvml.nvmlShutdown)
+        device = pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
+        now = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+        most = pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM)
+        return f"{now} MHz before the runs, {most} MHz at most"
     return None

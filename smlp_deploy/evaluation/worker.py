@@ -1,10 +1,11 @@
-"""One model in a process of its own, which runs and times what it is told to."""
+"""One model in a process of its own, which runs and times what it is asked to."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -60,7 +61,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Seconds of each run of a turn: by the clock, and where a GPU ran it, by CUDA events without transfers."""
+    """Seconds of each run of a turn: wall-clock time and, where a GPU ran it, CUDA event time without transfers."""
 
     runs: tuple[float, ...]
     gpu_runs: tuple[float, ...] = ()
@@ -68,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All files once through the model; seconds in total, in the network, and of decoding alone."""
+    """One pass of all files through the model; seconds in total, in the network, and of decoding alone."""
 
     failed: int
     seconds: float
@@ -80,7 +81,7 @@ class TimedProcess:
     """A process with one model in it; a context manager. Its methods wait for their answer.
 
     Raises:
-        SmlpError: from each method, if the model cannot do it, or its process ended.
+        SmlpError: by each method, if the model cannot do it, or its process ended.
     """
 
     def __init__(self, target: Target) -> None:
@@ -106,20 +107,20 @@ class TimedProcess:
         return answer
 
     def turn(self, batch: int, seconds: float) -> Sample:
-        """Run batches for about so many seconds, at least one.
+        """Run batches for about `seconds`, at least one.
 
-        The first run brings caches back from the models that ran before, and is left out where there are others.
+        The first run refills the caches that other models have evicted, and is left out unless it is the only one.
         """
         answer: Sample = self._ask("turn", batch, seconds)
         return answer
 
     def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
-        """From files to records, which go nowhere."""
+        """Go from files to records, which are discarded."""
         answer: Run = self._ask("end_to_end", paths, batch, workers)
         return answer
 
     def peak_memory(self) -> int | None:
-        """Most bytes that the process held so far, or None where the system does not say."""
+        """The most bytes that the process has held so far, or None where the system does not report it."""
         answer: int | None = self._ask("peak_memory")
         return answer
 
@@ -157,9 +158,9 @@ def _ending(code: int | None) -> str:
 
 
 def _serve(connection: Connection, target: Target, started: float) -> None:
-    """Answer until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
-    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # it gives the same notes, too
+    """Answer requests until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that asks
+    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # that process logs the same messages
     session = _Session(target, started)
     with suppress(EOFError, OSError):
         while True:
@@ -168,7 +169,7 @@ def _serve(connection: Connection, target: Target, started: float) -> None:
                 connection.send((None, getattr(session, method)(*arguments)))
             except SmlpError as error:
                 connection.send(({"what": error.what, "where": error.where, "fix": error.fix}, None))
-            # Frameworks raise what they like; whoever asked is told in one line.
+            # Frameworks raise anything; the caller gets it as one line.
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
                 connection.send(({"what": f"{type(error).__name__}: {lines[0]}", "where": None, "fix": None}, None))
@@ -198,7 +199,7 @@ class _Session:
 
     def load(self) -> Loaded:
         opened = _open(self._target)
-        # The clock of all processes, because this one's own began after its start.
+        # The system's clock: a monotonic one cannot be compared with the time that another process noted.
         seconds = time.time() - self._started
         self._runner = opened
         return Loaded(name=opened.name, metadata=opened.metadata, seconds=seconds)
@@ -245,11 +246,12 @@ class _Session:
         return time.perf_counter() - start
 
     def peak_memory(self) -> int | None:
+        # psutil 7 has a peak on Windows only; elsewhere its `rss` is what is held at the moment.
         if sys.platform == "linux":
-            # Not getrusage: the most that a process held before it became this one counts there, too.
+            # Not getrusage: it carries over what the process held before this interpreter was started in it.
             status = Path("/proc/self/status").read_text(encoding="utf-8")
-            kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-            return int(kilobytes) * 1024
+            peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)  # an emulated /proc may lack it
+            return int(peak[1]) * 1024 if peak else None
         if sys.platform == "darwin":
             import resource
 
@@ -290,4 +292,4 @@ class _Clocked:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Whoever opened the runner closes it."""
+        """Does nothing: the runner is closed by the code that opened it."""

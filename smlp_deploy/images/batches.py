@@ -1,11 +1,13 @@
-"""Image files to batches of network inputs: decoded by threads, in order, a file that cannot be read in its place."""
+"""Image files to batches of network inputs: decoded by threads, in order; an unreadable file gives its reason."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -18,11 +20,14 @@ from smlp_deploy.metadata import Preprocessing
 
 FloatArray = NDArray[np.float32]
 
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+
 
 def decoded_batches(
     paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
 ) -> Iterator[list[tuple[str, FloatArray | str]]]:
-    """Batches of paths, each with the network's input or the reason why there is none; decoded two batches ahead."""
+    """Batches of paths, each with the network's input or the reason it could not be read; decoded two batches ahead."""
 
     def load(path: str | Path) -> FloatArray | str:
         try:
@@ -50,5 +55,34 @@ def decoded_batches(
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those of its affinity, but no more than its control groups give it time for.
+
+    In a container run with `--cpus=2` the affinity has all cores of the host, and so have the numbers of the standard
+    library and of psutil, which read no control groups.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *map(math.ceil, _cpu_limits())])
+
+
+def _cpu_limits() -> Iterator[float]:
+    """The limits that this process's control groups, of version 2 or 1, set on CPU time, in cores; only Linux has any.
+
+    A group's path may be the host's and not exist in a container. Its parents are tried as well: their limits hold for
+    the group, and the root is the container's own group there.
+    """
+    try:
+        groups = os.fsdecode(_OWN_CGROUPS.read_bytes()).split("\n")
+    except OSError:
+        return
+    for line in filter(None, groups):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUPS / "cpu" if controllers else _CGROUPS
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parents) - len(root.parents)]):
+            with suppress(OSError, ValueError):  # it does not exist, or its limit is "max"
+                quota, period = " ".join((folder / name).read_text(encoding="ascii") for name in names).split()
+                if int(quota) > 0:
+                    yield int(quota) / int(period)

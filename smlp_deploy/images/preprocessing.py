@@ -2,7 +2,7 @@
 
 The numbers are those of torchvision's PIL path (Resize with antialias on the shorter side, CenterCrop, ToTensor,
 Normalize), bit for bit; only an image hundreds of times as long as it is wide may have pixels off by 1 of 255. What is
-done with orientation, transparency, CMYK and 16-bit images, and what no file can make this do, is stated in
+done with orientation, transparency, CMYK and 16-bit images, and the limits on untrusted files, are stated in
 `docs/images.md`.
 """
 
@@ -54,14 +54,14 @@ def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
     """The network's input for one image file: float32, 3 x image_size x image_size.
 
     Raises:
-        ImageError: with a one-line reason, for whatever is wrong with the file.
+        ImageError: the file cannot be read as an image; the message is a one-line reason.
     """
     try:
         with open_image(path) as image:
             return prepare(image, preprocessing)
     except ImageError:
         raise
-    # A damaged file makes Pillow's many decoders raise almost anything; whatever it is, this one image is at fault.
+    # A damaged file makes Pillow's many decoders raise almost anything; only this one image is affected.
     except Exception as error:
         raise ImageError(reason_of(error)) from None
 
@@ -109,7 +109,11 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 class _Upright:
-    """A decoded image, upright as EXIF says and in RGB, made part by part: whole copies of a large one cost memory."""
+    """A decoded image, upright as EXIF says and in RGB, made part by part.
+
+    `ImageOps.exif_transpose` of the whole image holds two copies of it: 402 MiB in place of 234 for a JPEG of 48
+    megapixels. Of a part it still needs the part's place in the source, and parses and writes EXIF for each.
+    """
 
     def __init__(self, image: Image.Image) -> None:
         if image.format == "PPM" and image.mode == "I":
@@ -138,7 +142,7 @@ def _orientation(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    except Exception:  # as many kinds as there are ways to damage EXIF; the pixels are none the worse for it
+    except Exception:  # each way to damage EXIF raises another; the pixels are still good
         return 1
     return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
@@ -180,7 +184,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def _bands(axis: _Span, across: _Span) -> Iterator[tuple[int, int]]:
-    """The source pixels of `axis` in steps of so many lines as have about _BAND pixels."""
+    """The source pixels of `axis`, in steps of as many lines as have about _BAND pixels."""
     step = max(1, _BAND // (across.end - across.begin))
     for begin in range(axis.begin, axis.end, step):
         yield begin, min(begin + step, axis.end)
@@ -191,7 +195,7 @@ class _Span:
     """What one axis of the crop is computed from.
 
     Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `length` pixels of which the
-    first `skip` are not of the crop.
+    first `skip` lie outside the crop.
     """
 
     begin: int
@@ -204,10 +208,10 @@ class _Span:
 
 @lru_cache(maxsize=1024)
 def _span(length: int, resized: int, size: int) -> _Span:
-    """The least of an axis that gives the same pixels as resizing all of it.
+    """The smallest part of an axis that gives the same pixels as resizing all of it.
 
-    Pillow takes the ends as float32. Where they are no such numbers the whole axis is resized, unless it is so long
-    that this would cost much memory: there a pixel may be off by 1.
+    Pillow takes the ends as float32. Where float32 cannot hold them exactly the whole axis is resized, unless it is so
+    long that this would cost much memory: there a pixel may be off by 1.
     """
     first = round((resized - size) / 2)
     scale = Fraction(length, resized)

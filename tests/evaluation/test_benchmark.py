@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import pynvml
 import pytest
 
+from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.evaluation import benchmark as module
 from smlp_deploy.evaluation.benchmark import (
     Files,
     Ratio,
+    _gpu_clock,
     _Model,
     _time_batches,
     describe_environment,
@@ -142,3 +147,108 @@ def test_the_environment_is_told() -> None:
     environment = describe_environment()
     assert {"CPU", "cores", "system", "python", "smlp-deploy", "numpy", "onnxruntime"} <= environment.keys()
     assert all(environment.values())
+
+
+L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080, pci_bus_id="0000:3B:00.0")
+
+
+class Nvml:
+    """NVIDIA's management library, below the real pynvml; knows the GPU at one PCI address, `handle` 7.
+
+    Args:
+        failing: the function that fails, if any.
+        status: what it returns then.
+    """
+
+    def __init__(self, *, failing: str = "", status: int = 0) -> None:
+        self._failing = failing
+        self._status = status
+        self.users = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("nvml"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> int:
+            if name == self._failing:
+                return self._status
+            if not self.users and name != "nvmlInitWithFlags":
+                return 1  # NVML_ERROR_UNINITIALIZED
+            answer: int = getattr(self, f"_{name}")(*arguments)
+            return answer
+
+        return call
+
+    def _nvmlInitWithFlags(self, flags: int) -> int:  # noqa: N802
+        self.users += 1
+        return 0
+
+    def _nvmlShutdown(self) -> int:  # noqa: N802
+        self.users -= 1
+        return 0
+
+    def _nvmlDeviceGetHandleByPciBusId_v2(self, address: Any, handle: Any) -> int:  # noqa: N802
+        if address.value != b"0000:3B:00.0":
+            return 6  # NVML_ERROR_NOT_FOUND
+        handle._obj.contents = pynvml.struct_c_nvmlDevice_t()
+        return 0
+
+    def _nvmlDeviceGetClockInfo(self, handle: Any, kind: Any, clock: Any) -> int:  # noqa: N802
+        assert (bool(handle), kind.value) == (True, pynvml.NVML_CLOCK_SM)
+        clock._obj.value = 210
+        return 0
+
+    def _nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, clock: Any) -> int:  # noqa: N802
+        assert (bool(handle), kind.value) == (True, pynvml.NVML_CLOCK_SM)
+        clock._obj.value = 2040
+        return 0
+
+
+class TestTheClockOfAGpu:
+    @staticmethod
+    def load(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pynvml, "nvmlLib", nvml)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+
+    def test_is_that_of_the_gpu_cuda_uses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nvml = Nvml()
+        self.load(nvml, monkeypatch)
+        monkeypatch.setattr(module, "find_gpu", lambda: L4)
+        environment = describe_environment()
+        assert environment["GPU"] == "NVIDIA L4, sm89, driver for CUDA 12"
+        assert environment["GPU clock"] == "210 MHz before the runs, 2040 MHz at most"
+        assert nvml.users == 0
+        assert _gpu_clock(GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)) is None
+
+    @pytest.mark.parametrize(
+        ("failing", "error"),
+        [
+            ("nvmlInitWithFlags", "DriverNotLoaded"),
+            ("nvmlInitWithFlags", "LibRmVersionMismatch"),
+            ("nvmlDeviceGetHandleByPciBusId_v2", "NoPermission"),
+            ("nvmlDeviceGetClockInfo", "NotSupported"),  # a MIG instance, or a virtual GPU
+            ("nvmlDeviceGetMaxClockInfo", "GpuIsLost"),
+            ("nvmlShutdown", "Unknown"),
+        ],
+    )
+    def test_is_left_out_where_nvml_fails(self, failing: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        status = getattr(pynvml, f"NVMLError_{error}")().value
+        nvml = Nvml(failing=failing, status=status)
+        self.load(nvml, monkeypatch)
+        assert _gpu_clock(L4) is None
+        assert nvml.users == (failing == "nvmlShutdown")
+
+    def test_is_left_out_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(name: str) -> None:
+            raise OSError(name)
+
+        self.load(cast(Nvml, None), monkeypatch)
+        monkeypatch.setattr(pynvml, "CDLL", absent)
+        with pytest.raises(pynvml.NVMLError_LibraryNotFound):
+            pynvml.nvmlInit()
+        assert _gpu_clock(L4) is None
+
+    def test_is_left_out_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+        assert _gpu_clock(L4) is None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +108,25 @@ def test_a_turn_on_a_gpu_is_timed_twice() -> None:
     turn = session.turn(2, 0)
     assert turn.gpu_runs == (0.002,)
     assert len(turn.runs) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+class TestPeakMemory:
+    def test_stays_when_memory_is_freed(self) -> None:
+        script = (
+            "from pathlib import Path\n"
+            "from smlp_deploy.evaluation.worker import Target, _Session\n"
+            "session = _Session(Target(path=Path('x.onnx')), 0)\n"
+            "before = session.peak_memory()\n"
+            "held = b'1' * (before + 2**26)\n"  # more than was ever held
+            "del held\n"
+            "print(before, session.peak_memory())\n"
+        )
+        output = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True).stdout
+        before, peak = map(int, output.split())
+        assert before + 2**26 <= peak < 10**10
+
+    def test_is_unknown_where_the_kernel_does_not_keep_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        status = "Name:\tpython\nVmSize:\t  3060 kB\nVmRSS:\t  1624 kB\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, encoding: status)
+        assert _Session(Target(path=Path("x.onnx")), 0).peak_memory() is None
