@@ -120,9 +120,22 @@ def read_onnx(path: Path) -> OnnxFile:
     """Read an ONNX file of any tool, without following what it refers to and without trusting what it claims.
 
     Raises:
-        ArtifactError: no regular file, too large, or not an ONNX file.
+        ArtifactError: not a regular file, too large, or not an ONNX file.
     """
-    content = read_file(path, limit=MAX_FILE_BYTES, error=ArtifactError, fix="name an ONNX file; smlp export makes one")
+    fix = "name an ONNX file; smlp export makes one"
+    return parse_onnx(read_file(path, limit=MAX_FILE_BYTES, error=ArtifactError, fix=fix), path)
+
+
+def parse_onnx(content: bytes, path: Path) -> OnnxFile:
+    """Parse the bytes of an ONNX file; nothing is read from disk.
+
+    Args:
+        content: the whole file.
+        path: where it came from, for errors.
+
+    Raises:
+        ArtifactError: not an ONNX file, or more beside its weights than the bounds above allow.
+    """
     spans: list[tuple[_Span, ...]] = []
     try:
         structure = ModelProto.FromString(_structure(content, spans, path))
