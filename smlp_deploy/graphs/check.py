@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.files import read_file
+from smlp_deploy.graphs.wire import BYTES, TooManyFieldsError, WireReader
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 
 MAX_FILE_BYTES = (2 << 30) - 1
@@ -61,7 +62,6 @@ _KEPT_BYTES = 1024
 # Field numbers of ModelProto, GraphProto and TensorProto in onnx.proto.
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _DATA = {4, 5, 7, _RAW_DATA, 10, 11}
-_BYTES = 2
 # The bits of a float's exponent: all set in infinities and NaNs.
 _EXPONENTS: dict[int, np.unsignedinteger[Any]] = {
     TensorProto.FLOAT: np.uint32(0x7F80_0000),
@@ -136,14 +136,13 @@ def parse_onnx(content: bytes, path: Path) -> OnnxFile:
     Raises:
         ArtifactError: not an ONNX file, or more beside its weights than the bounds above allow.
     """
-    spans: list[tuple[_Span, ...]] = []
     try:
-        structure = ModelProto.FromString(_structure(content, spans, path))
+        structure, spans = _structure(content, path)
     except (DecodeError, ValueError) as error:
         raise _no_onnx(path, f", or a damaged one ({type(error).__name__})") from None
     if not structure.graph.node:
         raise _no_onnx(path, ": it has no graph")
-    return OnnxFile(path=path, content=content, structure=structure, spans=tuple(spans))
+    return OnnxFile(path=path, content=content, structure=structure, spans=spans)
 
 
 def check_graph(file: OnnxFile) -> None:
@@ -237,84 +236,42 @@ def _refuse(why: str, path: Path, fix: str | None = None) -> NoReturn:
     raise ArtifactError(f"refused: {why}", where=path, fix=fix or "use a file that smlp export wrote")
 
 
-def _structure(content: bytes, spans: list[tuple[_Span, ...]], path: Path) -> bytes:
-    """The file without the values of its larger initializers, whose places are appended to `spans`."""
-    parts: list[bytes] = []
-    left = MAX_STRUCTURE_BYTES
-    for part in _parts(content, spans):
-        left -= len(part)
-        if left < 0:
-            _refuse(f"it has more than {MAX_STRUCTURE_BYTES} bytes beside its weights", path)
-        if len(parts) >= MAX_PARTS:
-            _refuse(f"its graph has more than {MAX_PARTS} parts", path)
-        parts.append(part)
-    return b"".join(parts)
+def _structure(content: bytes, path: Path) -> tuple[ModelProto, tuple[tuple[_Span, ...], ...]]:
+    """The graph without the values of its larger initializers, and where the values of each initializer are."""
+    model, spans, left = ModelProto(), [], MAX_STRUCTURE_BYTES
+    try:
+        for message, start, end in _structure_fields(content, model, spans):
+            left -= end - start
+            if left < 0:
+                _refuse(f"it has more than {MAX_STRUCTURE_BYTES} bytes beside its weights", path)
+            # By protobuf's rules, merging the fields of a message one by one is the same as parsing it whole.
+            message.MergeFromString(content[start:end])
+    except TooManyFieldsError:
+        _refuse(f"its graph has more than {MAX_PARTS} parts", path)
+    return model, tuple(spans)
 
 
-def _parts(content: bytes, spans: list[tuple[_Span, ...]]) -> Iterator[bytes]:
-    for number, kind, start, value, end in _fields(content, 0, len(content)):
-        if (number, kind) != (_GRAPH, _BYTES):
-            yield content[start:end]
+def _structure_fields(
+    content: bytes, model: ModelProto, spans: list[tuple[_Span, ...]]
+) -> Iterator[tuple[Message, int, int]]:
+    """Start and end of each field that belongs to the structure, and the message of `model` that it is a field of."""
+    reader = WireReader(content, limit=MAX_PARTS)
+    for field in reader.fields(0, len(content)):
+        if (field.number, field.kind) != (_GRAPH, BYTES):
+            yield model, field.start, field.end
             continue
-        for field, wire, first, inner, last in _fields(content, value, end):
-            weight = (field, wire) == (_INITIALIZER, _BYTES)
-            # A message that comes in several pieces is put together by protobuf's own rules.
-            yield _message(_GRAPH, _slim(content, inner, last, spans) if weight else content[first:last])
-
-
-def _slim(content: bytes, start: int, end: int, spans: list[tuple[_Span, ...]]) -> bytes:
-    """An initializer without its values, if they are many."""
-    kept, found = [], []
-    for number, kind, first, value, last in _fields(content, start, end):
-        if number in _DATA and kind == _BYTES:
-            found.append((number, value, last))
-            if last - value > _KEPT_BYTES:
+        for part in reader.fields(field.value, field.end):
+            if (part.number, part.kind) != (_INITIALIZER, BYTES):
+                yield model.graph, part.start, part.end
                 continue
-        kept.append(content[first:last])
-    spans.append(tuple(found))
-    return _message(_INITIALIZER, b"".join(kept))
-
-
-def _fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, wire type, and where field, value and the next field begin, of each field of a protobuf message."""
-    while at < end:
-        start = at
-        key, at = _varint(content, at, end)
-        kind = key & 7
-        if kind == _BYTES:
-            length, at = _varint(content, at, end)
-            stop = at + length
-        elif kind == 0:
-            stop = _varint(content, at, end)[1]
-        elif kind in (1, 5):
-            stop = at + (8 if kind == 1 else 4)
-        else:
-            raise ValueError("a wire type that ONNX does not use")
-        if stop > end:
-            raise ValueError("a field reaches beyond its message")
-        yield key >> 3, kind, start, at, stop
-        at = stop
-
-
-def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            break
-        byte = content[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number without an end")
-
-
-def _message(number: int, content: bytes) -> bytes:
-    length, head = len(content), [number << 3 | _BYTES]
-    while length > 127:
-        head.append(length & 127 | 128)
-        length >>= 7
-    return bytes([*head, length]) + content
+            tensor, values = model.graph.initializer.add(), []
+            for entry in reader.fields(part.value, part.end):
+                if entry.number in _DATA and entry.kind == BYTES:
+                    values.append((entry.number, entry.value, entry.end))
+                    if entry.end - entry.value > _KEPT_BYTES:
+                        continue
+                yield tensor, entry.start, entry.end
+            spans.append(tuple(values))
 
 
 def _check_versions(model: ModelProto, path: Path) -> None:
