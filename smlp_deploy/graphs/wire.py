@@ -16,7 +16,7 @@ class TooManyFieldsError(Exception):
 
 
 class Field(NamedTuple):
-    """A field of a message: its number and wire type, and where in the file it starts, its value starts, and it ends."""
+    """Number and wire type of a field, and the offsets in the file where it starts, its value starts, and it ends."""
 
     number: int
     kind: int
