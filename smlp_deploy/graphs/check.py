@@ -1,7 +1,7 @@
-"""ONNX files from anybody: read once, and checked before anything is computed. Needs onnx, but neither torch nor a GPU.
+"""Untrusted ONNX files: read once, and checked before anything is computed. Needs onnx, but neither torch nor a GPU.
 
-A file is walked through as protobuf's wire format first, which parts its weights from its structure; only the structure
-becomes objects. What is then computed with is the very bytes that were checked (`docs/security.md`).
+Protobuf makes up to a hundred bytes of objects of one byte of file. Therefore fields are counted in the wire format
+first, and only the structure becomes objects; weights stay where they are in the file (`docs/security.md`).
 """
 
 from __future__ import annotations
@@ -14,28 +14,32 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.files import read_file
+from smlp_deploy.graphs.wire import BYTES, TooManyFieldsError, WireReader
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 
 MAX_FILE_BYTES = (2 << 30) - 1
 """Protobuf reads no larger message."""
 MAX_STRUCTURE_BYTES = 8 << 20
-"""Everything in a file but its weights; as objects it can take a hundred times that (sMLPNet-Base: 0.3 MB)."""
+"""Everything in a file except its weights; as objects it can take a hundred times that (sMLPNet-Base: 0.3 MB)."""
 MAX_PARTS = 200_000
-"""Nodes, weights and all other fields of a graph; sMLPNet-Base has 3,000."""
+"""Fields of the model, its graph and its weights together; sMLPNet-Base has fewer than 10,000."""
 MAX_NODES = 20_000
+"""Also the largest number of weights."""
+MAX_ATTRIBUTES = 32
+"""Of one node; no operator below has more than 8."""
 MAX_ELEMENTS = 1 << 26
 """Of any value, per image; sMLPNet-Base at 224 pixels needs 2^20."""
 MAX_TOTAL_ELEMENTS = 1 << 31
-"""Of all values together, per image; sMLPNet-Base at 224 pixels needs 2^27."""
+"""Of all values in total, per image; sMLPNet-Base at 224 pixels needs 2^27."""
 MAX_MACS = 1 << 40
 """Multiply-accumulates per image; sMLPNet-Base at 224 pixels needs 2^34."""
 
-# What smlp-deploy writes, and what other tools rewrite that into. None has a shape that depends on an image's values.
+# What smlp-deploy writes, and what optimizers turn that into. None has an output shape that depends on pixel values.
 _OPERATORS = (
     "Add Cast Concat Conv DequantizeLinear Div Erf Gelu Gemm MatMul Mul QuantizeLinear Reciprocal ReduceMean Reshape "
     "Sqrt Sub Transpose "
@@ -61,7 +65,6 @@ _KEPT_BYTES = 1024
 # Field numbers of ModelProto, GraphProto and TensorProto in onnx.proto.
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _DATA = {4, 5, 7, _RAW_DATA, 10, 11}
-_BYTES = 2
 # The bits of a float's exponent: all set in infinities and NaNs.
 _EXPONENTS: dict[int, np.unsignedinteger[Any]] = {
     TensorProto.FLOAT: np.uint32(0x7F80_0000),
@@ -82,8 +85,8 @@ class OnnxFile:
 
     Attributes:
         path: where it was read from; it is not opened again.
-        content: all its bytes.
-        structure: the graph, in which initializers of more than 1,024 bytes are left without values.
+        content: the whole file.
+        structure: the model; initializers of more than 1,024 bytes have no values in it.
         spans: where in `content` the values of each initializer are.
     """
 
@@ -93,31 +96,38 @@ class OnnxFile:
     spans: tuple[tuple[_Span, ...], ...]
 
     def model(self) -> ModelProto:
-        """The whole graph with its weights."""
-        model: ModelProto = ModelProto.FromString(self.content)
+        """The model with its weights, parsed anew.
+
+        Raises:
+            ArtifactError: its messages are nested deeper than protobuf parses.
+        """
+        try:
+            model: ModelProto = ModelProto.FromString(self.content)
+        except DecodeError:
+            raise _no_onnx(self.path, ", or one that is nested too deeply") from None
         return model
 
     def metadata(self) -> ModelMetadata | None:
-        """The metadata that smlp-deploy wrote into it, or None.
+        """The metadata that smlp-deploy wrote into the file, or None.
 
         Raises:
-            ConfigError: it is damaged, or of a newer schema.
+            ConfigError: it is damaged, or has a newer schema version.
         """
         return read_metadata(self.structure, self.path)
 
 
 def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
-    """The metadata that smlp-deploy wrote into a graph, or None.
+    """The metadata that smlp-deploy wrote into a model, or None.
 
     Raises:
-        ConfigError: it is damaged, or of a newer schema.
+        ConfigError: it is damaged, or has a newer schema version.
     """
     text = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
     return None if text is None else ModelMetadata.from_json(text, where=path)
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read an ONNX file of any tool, without following what it refers to and without trusting what it claims.
+    """Read an ONNX file written by any tool; external data is not followed, and nothing it claims is trusted.
 
     Raises:
         ArtifactError: not a regular file, too large, or not an ONNX file.
@@ -134,74 +144,73 @@ def parse_onnx(content: bytes, path: Path) -> OnnxFile:
         path: where it came from, for errors.
 
     Raises:
-        ArtifactError: not an ONNX file, or more beside its weights than the bounds above allow.
+        ArtifactError: not an ONNX file, or its structure is larger than the bounds above allow.
     """
-    spans: list[tuple[_Span, ...]] = []
     try:
-        structure = ModelProto.FromString(_structure(content, spans, path))
+        structure, spans = _structure(content, path)
     except (DecodeError, ValueError) as error:
         raise _no_onnx(path, f", or a damaged one ({type(error).__name__})") from None
     if not structure.graph.node:
         raise _no_onnx(path, ": it has no graph")
-    return OnnxFile(path=path, content=content, structure=structure, spans=tuple(spans))
+    return OnnxFile(path=path, content=content, structure=structure, spans=spans)
 
 
 def check_graph(file: OnnxFile) -> None:
-    """Check that the graph is plain arithmetic on sound weights, all of it inside the file.
+    """Check that the graph uses only allowed operators, and that its weights are finite and all inside the file.
 
     Raises:
-        ArtifactError: it is newer than the installed onnx, or it is not such a graph.
+        ArtifactError: they are not, or the file is newer than the installed onnx.
     """
     model, path = file.structure, file.path
     _check_versions(model, path)
     if model.functions or model.training_info or model.graph.sparse_initializer:
-        _refuse("it has functions of its own, training steps or sparse weights", path)
-    if max(len(model.graph.node), len(model.graph.initializer)) > MAX_NODES:
-        _refuse(f"it has more than {MAX_NODES} nodes or weights", path)
+        _refuse("it has model-local functions, training steps or sparse weights", path)
     graph = model.graph
+    if max(len(graph.node), len(graph.initializer)) > MAX_NODES:
+        _refuse(f"it has more than {MAX_NODES} nodes or weights", path)
+    if any(len(node.attribute) > MAX_ATTRIBUTES for node in graph.node):
+        _refuse(f"one of its nodes has more than {MAX_ATTRIBUTES} attributes", path)
     named = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
     if not all(isinstance(part.name, str) for part in named):
         _refuse("a name in it is not UTF-8", path)
     for node in graph.node:
         _check_node(node, path)
-    if len(file.spans) != len(model.graph.initializer):
-        _refuse("its weights cannot be told apart", path)
-    for tensor, spans in zip(model.graph.initializer, file.spans, strict=True):
+    for tensor, spans in zip(graph.initializer, file.spans, strict=True):
         _check_weight(tensor, spans, file)
 
 
 def check_classifier(file: OnnxFile, metadata: ModelMetadata) -> None:
-    """Check that the graph is what its metadata says: images N, 3, S, S to logits N, classes, both float32.
+    """Check that the graph matches its metadata: images (N, 3, S, S) to logits (N, classes), both float32.
 
     Raises:
-        ArtifactError: it is something else, or it would take more memory or time than any sMLPNet.
+        ArtifactError: it does not, or it would take more memory or time than the bounds above allow.
     """
     graph, path, size = file.structure.graph, file.path, metadata.config.image_size
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1 or len(graph.output) != 1:
-        _refuse(f"it has {len(inputs)} inputs and {len(graph.output)} outputs, a classifier has one of each", path)
+        _refuse(f"it has {len(inputs)} inputs and {len(graph.output)} outputs; a classifier has one of each", path)
     batch = metadata.batch or 1
     dims = inputs[0].type.tensor_type.shape.dim
     found = [dim.dim_value if dim.HasField("dim_value") else "N" for dim in dims]
     expected = [metadata.batch or "N", 3, size, size]
     if inputs[0].type.tensor_type.elem_type != TensorProto.FLOAT or found != expected:
         _refuse(
-            f"its input is {_short(value_text(inputs[0]))}, by its metadata it is float {_shape_text(expected)}", path
+            f"its input is {_short(value_text(inputs[0]))}, but its metadata says float {_shape_text(expected)}", path
         )
     if graph.output[0].type.tensor_type.elem_type != TensorProto.FLOAT:
         _refuse(f"its output is {_short(value_text(graph.output[0]))}, expected float", path)
     logits = check_sizes(file.structure, path, batch=batch)
     if logits != (batch, metadata.config.num_classes):
         of = f"{metadata.config.num_classes} classes" + (f" at batch {batch}" if batch > 1 else "")
-        _refuse(f"its output has shape {_shape_text(logits)}, its metadata states {of}", path)
+        _refuse(f"its output has shape {_shape_text(logits)}, but its metadata says {of}", path)
 
 
 def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, ...]:
     """Compute the shape of every value at one batch size, and check that they stay within the bounds above.
 
     Args:
-        structure: a graph that passed `check_graph` and has one input, with or without its weights' values.
+        structure: a model that passed `check_graph` and has one input; its weights may be without values.
         path: where it came from, for errors.
         batch: number of images.
 
@@ -209,7 +218,7 @@ def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, 
         The shape of the output.
 
     Raises:
-        ArtifactError: a value is larger, or its size depends on what is computed.
+        ArtifactError: a bound is exceeded, or a shape is not known before the graph runs.
     """
     shapes = _shapes(structure, path, batch)
     total = macs = 0
@@ -217,15 +226,15 @@ def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, 
         for name in filter(None, node.output):
             elements = _elements(shapes.get(name))
             if elements is None:
-                _refuse(f"the size of its value {_short(name)} cannot be told", path)
+                _refuse(f"the size of its value {_short(name)} cannot be determined", path)
             if elements > MAX_ELEMENTS * batch:
                 _refuse(f"its value {_short(name)} has more than {MAX_ELEMENTS} elements per image", path)
             total += elements
         macs += _macs(node, shapes)
     if total > MAX_TOTAL_ELEMENTS * batch:
-        _refuse(f"its values have more than {MAX_TOTAL_ELEMENTS} elements per image together", path)
+        _refuse(f"its values have more than {MAX_TOTAL_ELEMENTS} elements per image in total", path)
     if macs > MAX_MACS * batch:
-        _refuse(f"it takes more than {MAX_MACS} multiplications per image", path)
+        _refuse(f"it needs more than {MAX_MACS} multiplications per image", path)
     return shapes[structure.graph.output[0].name] or ()
 
 
@@ -237,84 +246,43 @@ def _refuse(why: str, path: Path, fix: str | None = None) -> NoReturn:
     raise ArtifactError(f"refused: {why}", where=path, fix=fix or "use a file that smlp export wrote")
 
 
-def _structure(content: bytes, spans: list[tuple[_Span, ...]], path: Path) -> bytes:
-    """The file without the values of its larger initializers, whose places are appended to `spans`."""
-    parts: list[bytes] = []
-    left = MAX_STRUCTURE_BYTES
-    for part in _parts(content, spans):
-        left -= len(part)
-        if left < 0:
-            _refuse(f"it has more than {MAX_STRUCTURE_BYTES} bytes beside its weights", path)
-        if len(parts) >= MAX_PARTS:
-            _refuse(f"its graph has more than {MAX_PARTS} parts", path)
-        parts.append(part)
-    return b"".join(parts)
+def _structure(content: bytes, path: Path) -> tuple[ModelProto, tuple[tuple[_Span, ...], ...]]:
+    """The graph without the values of its larger initializers, and where the values of each initializer are."""
+    model, left = ModelProto(), MAX_STRUCTURE_BYTES
+    spans: list[tuple[_Span, ...]] = []
+    try:
+        for message, start, end in _structure_fields(content, model, spans):
+            left -= end - start
+            if left < 0:
+                _refuse(f"it has more than {MAX_STRUCTURE_BYTES} bytes besides its weights", path)
+            # By protobuf's rules, merging the fields of a message one by one is the same as parsing it whole.
+            message.MergeFromString(content[start:end])
+    except TooManyFieldsError:
+        _refuse(f"it has more than {MAX_PARTS} fields", path)
+    return model, tuple(spans)
 
 
-def _parts(content: bytes, spans: list[tuple[_Span, ...]]) -> Iterator[bytes]:
-    for number, kind, start, value, end in _fields(content, 0, len(content)):
-        if (number, kind) != (_GRAPH, _BYTES):
-            yield content[start:end]
+def _structure_fields(
+    content: bytes, model: ModelProto, spans: list[tuple[_Span, ...]]
+) -> Iterator[tuple[Message, int, int]]:
+    """Start and end of each field that belongs to the structure, and the message of `model` that it is a field of."""
+    reader = WireReader(content, limit=MAX_PARTS)
+    for field in reader.fields(0, len(content)):
+        if (field.number, field.kind) != (_GRAPH, BYTES):
+            yield model, field.start, field.end
             continue
-        for field, wire, first, inner, last in _fields(content, value, end):
-            weight = (field, wire) == (_INITIALIZER, _BYTES)
-            # A message that comes in several pieces is put together by protobuf's own rules.
-            yield _message(_GRAPH, _slim(content, inner, last, spans) if weight else content[first:last])
-
-
-def _slim(content: bytes, start: int, end: int, spans: list[tuple[_Span, ...]]) -> bytes:
-    """An initializer without its values, if they are many."""
-    kept, found = [], []
-    for number, kind, first, value, last in _fields(content, start, end):
-        if number in _DATA and kind == _BYTES:
-            found.append((number, value, last))
-            if last - value > _KEPT_BYTES:
+        for part in reader.fields(field.value, field.end):
+            if (part.number, part.kind) != (_INITIALIZER, BYTES):
+                yield model.graph, part.start, part.end
                 continue
-        kept.append(content[first:last])
-    spans.append(tuple(found))
-    return _message(_INITIALIZER, b"".join(kept))
-
-
-def _fields(content: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """Number, wire type, and where field, value and the next field begin, of each field of a protobuf message."""
-    while at < end:
-        start = at
-        key, at = _varint(content, at, end)
-        kind = key & 7
-        if kind == _BYTES:
-            length, at = _varint(content, at, end)
-            stop = at + length
-        elif kind == 0:
-            stop = _varint(content, at, end)[1]
-        elif kind in (1, 5):
-            stop = at + (8 if kind == 1 else 4)
-        else:
-            raise ValueError("a wire type that ONNX does not use")
-        if stop > end:
-            raise ValueError("a field reaches beyond its message")
-        yield key >> 3, kind, start, at, stop
-        at = stop
-
-
-def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            break
-        byte = content[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number without an end")
-
-
-def _message(number: int, content: bytes) -> bytes:
-    length, head = len(content), [number << 3 | _BYTES]
-    while length > 127:
-        head.append(length & 127 | 128)
-        length >>= 7
-    return bytes([*head, length]) + content
+            tensor, values = model.graph.initializer.add(), []
+            for entry in reader.fields(part.value, part.end):
+                if entry.number in _DATA and entry.kind == BYTES:
+                    values.append((entry.number, entry.value, entry.end))
+                    if entry.end - entry.value > _KEPT_BYTES:
+                        continue
+                yield tensor, entry.start, entry.end
+            spans.append(tuple(values))
 
 
 def _check_versions(model: ModelProto, path: Path) -> None:
@@ -336,16 +304,17 @@ def _check_node(node: NodeProto, path: Path) -> None:
         if attribute.HasField("g") or attribute.graphs:
             _refuse(f"its operator {_short(operator)} runs a graph inside the graph", path)
         if attribute.HasField("sparse_tensor") or attribute.sparse_tensors or attribute.ref_attr_name:
-            _refuse(f"its operator {_short(operator)} has an attribute that no classifier needs", path)
+            _refuse(f"its operator {_short(operator)} has an attribute of a kind that is not allowed", path)
         for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
             _check_values(tensor, path)
     if node.domain not in _DEFAULT_DOMAIN or node.op_type not in OPERATORS:
-        _refuse(f"its operator {_short(operator)} is none that a classifier of smlp-deploy needs", path)
+        _refuse(f"its operator {_short(operator)} is not one that a classifier needs", path)
     if not all(isinstance(name, str) for name in (node.name, *node.input, *node.output)):
         _refuse("a name in it is not UTF-8", path)
 
 
 def _check_weight(tensor: TensorProto, spans: tuple[_Span, ...], file: OnnxFile) -> None:
+    """Check an initializer; if its values are large, they are only in `file.content`."""
     if not any(end - start > _KEPT_BYTES for _, start, end in spans):
         _check_values(tensor, file.path)
         return
@@ -365,15 +334,15 @@ def _check_weight(tensor: TensorProto, spans: tuple[_Span, ...], file: OnnxFile)
 
 
 def _check_values(tensor: TensorProto, path: Path) -> None:
-    """The same for a tensor whose values are at hand."""
+    """Check a tensor whose values are in its message."""
     _check_type(tensor, path)
     name = _short(tensor.name)
     try:
         values = numpy_helper.to_array(tensor)
     except (ValueError, TypeError, OverflowError):
-        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has another number", path)
+        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has a different number", path)
     if values.shape != tuple(tensor.dims):
-        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has another number", path)
+        _refuse(f"{name} claims {_shape_text(tensor.dims)} values but has a different number", path)
     if tensor.data_type in _EXPONENTS and not np.isfinite(values.astype(np.float64)).all():
         _refuse_nan(name, path)
 
@@ -381,12 +350,12 @@ def _check_values(tensor: TensorProto, path: Path) -> None:
 def _check_type(tensor: TensorProto, path: Path) -> None:
     if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
         _refuse(
-            f"the values of {_short(tensor.name)} are in another file; smlp-deploy writes all weights inside",
+            f"the values of {_short(tensor.name)} are in another file; smlp-deploy keeps all weights inside",
             path,
             "save it as one file, without external data",
         )
     if tensor.data_type not in ELEMENT_TYPES or tensor.HasField("segment"):
-        _refuse(f"{_short(tensor.name)} has an element type that no classifier of smlp-deploy needs", path)
+        _refuse(f"{_short(tensor.name)} has an element type that is not supported", path)
 
 
 def _refuse_nan(name: str, path: Path) -> NoReturn:
@@ -394,7 +363,7 @@ def _refuse_nan(name: str, path: Path) -> NoReturn:
 
 
 def _shapes(structure: ModelProto, path: Path, batch: int) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every value at a batch size by ONNX's rules, trusting none that the file states; None if unknown."""
+    """The shape of every value at a batch size, or None; inferred anew, ignoring the shapes that the file states."""
     graph = structure.graph
     bare = ModelProto(ir_version=onnx.IR_VERSION, opset_import=structure.opset_import)
     bare.graph.name = "sizes"
@@ -414,7 +383,7 @@ def _shapes(structure: ModelProto, path: Path, batch: int) -> dict[str, tuple[in
         bare.graph.output.add(name=value.name).type.tensor_type.elem_type = value.type.tensor_type.elem_type
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
-    # onnx's checks raise errors of several kinds that share no base class.
+    # onnx's checks raise errors of several types without a common base class.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         _refuse(f"its shapes do not fit together: {_short(reason)}", path)
@@ -446,13 +415,13 @@ def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...] | None]) -> int:
     left, right = (shapes.get(name) or (1,) for name in node.input[:2])
     if node.op_type == "Conv":
         return (_elements(shapes.get(node.output[0])) or 0) * math.prod(right[1:])
-    # The inner size of a Gemm is one of its left side's two; the larger is the bound.
+    # Either size of a Gemm's left side may be the inner one, by transA; the larger is an upper bound.
     inner = left[-1] if node.op_type == "MatMul" else max(left)
     return (_elements(shapes.get(node.output[0])) or 0) * inner
 
 
 def as_text(name: str | bytes) -> str:
-    """A name from a file; protobuf gives those that are not UTF-8 as bytes."""
+    """A name from a file; protobuf returns one that is not UTF-8 as bytes."""
     return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
 
 
@@ -466,7 +435,7 @@ def value_text(value: onnx.ValueInfoProto) -> str:
 
 
 def _short(text: str | bytes) -> str:
-    """Text from a file, fit for a message."""
+    """Text from a file, quoted and shortened for a message."""
     text = as_text(text)
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 

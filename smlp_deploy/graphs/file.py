@@ -34,15 +34,11 @@ class Graph:
     """An ONNX graph that was checked, with its metadata; what is run, hashed and written are the bytes it holds.
 
     Attributes:
-        path: the file it was read from, or that it is to become; it gives the graph its name and is not opened again.
-        content: the bytes of the ONNX file.
-        structure: the graph without the values of its larger weights; not to be changed.
+        file: its bytes, and the file it was read from or is to become, which is not opened again.
         metadata: what stands inside.
     """
 
-    path: Path
-    content: bytes
-    structure: ModelProto
+    file: OnnxFile
     metadata: ModelMetadata
 
     @classmethod
@@ -87,7 +83,22 @@ class Graph:
                 fix="export the checkpoint with smlp export",
             )
         check_classifier(file, metadata)
-        return cls(path=file.path, content=file.content, structure=file.structure, metadata=metadata)
+        return cls(file=file, metadata=metadata)
+
+    @property
+    def path(self) -> Path:
+        """Gives the graph its name."""
+        return self.file.path
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the ONNX file."""
+        return self.file.content
+
+    @property
+    def structure(self) -> ModelProto:
+        """The graph without the values of its larger weights; not to be changed."""
+        return self.file.structure
 
     @cached_property
     def sha256(self) -> str:
@@ -96,8 +107,7 @@ class Graph:
 
     def model(self) -> ModelProto:
         """The whole graph with its weights, which the caller may change."""
-        model: ModelProto = ModelProto.FromString(self.content)
-        return model
+        return self.file.model()
 
     def save(self, path: Path | None = None) -> None:
         """Write the file, whole or not at all; by default where the graph says.
