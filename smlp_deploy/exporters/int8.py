@@ -5,10 +5,10 @@ Rules:
 1. Quantized are the convolutions that are not depthwise, and the axial products: in each the weight, and the value it
    is multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases stay as
    they are.
-2. A pair stands directly behind the node that computes the value, and only the layers read it. ONNX Runtime 1.32 gets
-   pairs wrong that it has to move through a reshape, and nothing has to be moved when the pair stands at the layer.
-3. Transposes and reshapes keep their input's scale, so that TensorRT quantizes once and moves int8 values.
-4. Values that are concatenated share one scale, the largest, so that TensorRT concatenates int8 values too.
+2. A pair stands on the very value that the layer reads, behind any transpose or reshape, because ONNX Runtime 1.32 gets
+   pairs wrong that it has to move through a reshape. TensorRT moves them well.
+3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
+4. Values that are concatenated share one scale, for the same reason.
 5. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
 6. Scales of activations lie on a grid, a quarter octave apart: TensorRT writes a scale into the code of its kernel, so
    layers of equal scale share kernels. The graph's input keeps its own: no other layer could share its layer's kernel.
