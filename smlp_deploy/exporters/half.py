@@ -55,11 +55,7 @@ def to_half(model: ModelProto, precision: str) -> ModelProto:
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     if opset < half.min_opset:
         model = version_converter.convert_version(model, half.min_opset)
-    graph = ir.from_proto(_inferred(model))
-    HalfPass(half)(graph)
-    converted = ir.to_proto(graph)
-    converted.graph.ClearField("value_info")  # what stands there is inferred, in the order of inference
-    return _inferred(converted)
+    return _inferred(_converted(_inferred(model), half))
 
 
 class HalfPass(ir.passes.InPlacePass):
@@ -90,7 +86,7 @@ class HalfPass(ir.passes.InPlacePass):
         if value not in self.other_forms:
             name = f"{value.name}_{'fp32' if element == ir.DataType.FLOAT else self.half.name}"
             if value.const_value is not None:  # rule 6
-                self.other_forms[value] = self._converted(value.const_value, element, name)
+                self.other_forms[value] = self._stored(value.const_value, element, name)
             else:  # rule 5
                 self.other_forms[value] = ir.val(name, element, value.shape)
                 reader.prepend(_cast(value, self.other_forms[value]))
@@ -104,7 +100,7 @@ class HalfPass(ir.passes.InPlacePass):
             producer.append(_cast(value, output))
         value.type = ir.TensorType(self.half.element)  # rule 4
 
-    def _converted(self, weight: ir.TensorProtocol, element: ir.DataType, name: str) -> ir.Value:
+    def _stored(self, weight: ir.TensorProtocol, element: ir.DataType, name: str) -> ir.Value:
         values = weight.numpy()
         largest = float(np.abs(values).max(initial=0))
         if not largest <= self.half.largest:  # rule 7
@@ -113,6 +109,14 @@ class HalfPass(ir.passes.InPlacePass):
                 fix="export in fp32" if self.half.name == "bf16" else "export in bf16 or fp32",
             )
         return ir.val(name, const_value=ir.tensor(values.astype(element.numpy()), name=name))
+
+
+def _converted(model: ModelProto, half: _Half) -> ModelProto:
+    graph = ir.from_proto(model)
+    HalfPass(half)(graph)
+    converted = ir.to_proto(graph)
+    converted.graph.ClearField("value_info")  # shape inference writes it anew, in its own order
+    return converted
 
 
 def _stays_float32(node: ir.Node, operators: frozenset[str]) -> bool:
