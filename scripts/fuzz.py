@@ -61,7 +61,7 @@ from rich.table import Table
 import smlp_deploy
 from scripts.fuzz_inputs import IMAGES, KINDS, STAND_IN_ENGINE, build_corpus, make_input, read_corpus
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.exporters.int8 import read_table
+from smlp_deploy.exporters.calibration import read_table
 from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.inference.classify import Classifier, Prediction
 from smlp_deploy.inspect_file import inspect_file

@@ -31,7 +31,7 @@ import torch
 from onnx import helper
 from PIL import Image, ImageCms
 
-from smlp_deploy.exporters.int8 import CalibrationTable
+from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import DATA_FOLDER, sha256_of
 from smlp_deploy.metadata import (

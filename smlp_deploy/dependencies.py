@@ -46,7 +46,7 @@ def require_proof(purpose: str) -> None:
     Raises:
         MissingDependencyError: one of them is missing.
     """
-    require("torch", "onnx", "ml_dtypes", "onnxscript", purpose=purpose, extra="export")
+    require("torch", "onnx", "ml_dtypes", "onnx_ir", "onnxscript", purpose=purpose, extra="export")
     require_onnxruntime()
 
 

@@ -63,7 +63,7 @@ def build_engine(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
-    require("ml_dtypes", "onnx", purpose="to convert graphs", extra="export")
+    require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
     require_onnxruntime()
     data = (calibration_data, calibrator, calibration_table)
     quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")

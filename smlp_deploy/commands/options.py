@@ -430,7 +430,7 @@ def choose_int8(
         if data or table or max_drop is not None:
             raise UsageError("calibration is for int8", fix="add --int8")
         return None
-    from smlp_deploy.exporters.int8 import read_table
+    from smlp_deploy.exporters.calibration import read_table
     from smlp_deploy.pipeline.precision import Int8Options
 
     return Int8Options(

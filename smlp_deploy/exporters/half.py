@@ -1,10 +1,16 @@
-"""An fp32 graph to an fp16 or bf16 graph, node by node; the graph decides the precision of a TensorRT engine.
+"""An fp32 graph to an fp16 or bf16 graph; the graph decides the precision of a TensorRT engine.
 
-Inputs and outputs of the graph stay float32, and so do the operations whose sums overflow or lose digits in 16 bits:
-the statistics of each LayerNorm and the mean over tokens. The head's sums are float32 too: in bf16, whose 8 digits
-would tie classes, its operands are as well; in fp16 its operands are fp16, which every TensorRT kernel sums in float32,
-because sm75 has no product of float32 operands in TensorRT-RTX. Everything else takes and gives 16-bit values; a Cast
-stands wherever the two meet.
+Rules:
+
+1. The inputs and outputs of the graph stay float32.
+2. Operations whose sums overflow or lose digits in 16 bits stay float32: each decomposed LayerNorm from its mean to its
+   last product, and the mean over tokens.
+3. In bf16, whose 8 digits would tie classes, the head stays float32 too. In fp16 it does not: every TensorRT kernel
+   sums fp16 operands in float32, and for sm75 TensorRT-RTX has no product of float32 operands.
+4. Every other operation reads and writes the 16-bit type wherever it had float32.
+5. Where the two types meet, a Cast stands before the first reader and serves all later ones.
+6. A weight is stored in the type that its readers take, twice if they take both; one without readers is dropped.
+7. A weight beyond the range of the 16-bit type is an error.
 
 The pass is the project's own because the one converter of the field that keeps graphs valid
 (onnxconverter-common 1.16) knows no bf16, rounds the logits to fp16, and clamps weights without an error.
@@ -12,13 +18,12 @@ The pass is the project's own because the one converter of the field that keeps 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+import onnx_ir as ir
+from onnx import ModelProto, version_converter
 
 from smlp_deploy.errors import ArtifactError
 
@@ -28,16 +33,15 @@ _STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})
 @dataclass(frozen=True)
 class _Half:
     name: str
-    onnx_type: int
-    dtype: np.dtype[np.generic]
+    element: ir.DataType
     largest: float
     min_opset: int
     float32_operators: frozenset[str]
 
 
 _HALVES = {
-    "fp16": _Half("fp16", TensorProto.FLOAT16, np.dtype(np.float16), 65504.0, 19, _STATISTICS),
-    "bf16": _Half("bf16", TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16), 3.3895314e38, 22, _STATISTICS | {"Gemm"}),
+    "fp16": _Half("fp16", ir.DataType.FLOAT16, 65504.0, 19, _STATISTICS),
+    "bf16": _Half("bf16", ir.DataType.BFLOAT16, 3.3895314e38, 22, _STATISTICS | {"Gemm"}),
 }
 
 
@@ -51,111 +55,94 @@ def to_half(model: ModelProto, precision: str) -> ModelProto:
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")
     if opset < half.min_opset:
         model = version_converter.convert_version(model, half.min_opset)
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    converted = _Conversion(inferred, half).run()
-    return onnx.shape_inference.infer_shapes(converted, strict_mode=True, data_prop=True)
+    return _inferred(_converted(_inferred(model), half))
 
 
-class _Conversion:
-    """One pass over the nodes of one graph, in their order."""
+class HalfPass(ir.passes.InPlacePass):
+    """Narrows a graph whose values have types, as shape inference gives them, by the rules of this module."""
 
-    def __init__(self, model: ModelProto, half: _Half) -> None:
-        self.model = model
+    def __init__(self, half: _Half) -> None:
         self.half = half
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.float_values = _float_values(model)
-        self.half_values: set[str] = set()
-        self.casts: dict[tuple[str, int], str] = {}
-        self.kept: dict[str, TensorProto] = {}
-        self.nodes: list[NodeProto] = []
+        self.other_forms: dict[ir.Value, ir.Value] = {}
 
-    def run(self) -> ModelProto:
-        graph = self.model.graph
-        wide = _float32_nodes(graph.node, self.half.float32_operators)
-        outputs = {value.name for value in graph.output}
-        for node in graph.node:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            self._convert(copy, TensorProto.FLOAT if node.name in wide else self.half.onnx_type, outputs)
-        result = ModelProto()
-        result.CopyFrom(self.model)
-        result.graph.ClearField("node")
-        result.graph.ClearField("initializer")
-        result.graph.ClearField("value_info")
-        result.graph.node.extend(self.nodes)
-        result.graph.initializer.extend(self.kept.values())
-        return result
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        self.other_forms = {}
+        wide = {node for node in model.graph if _stays_float32(node, self.half.float32_operators)}
+        for node in tuple(model.graph):
+            element = ir.DataType.FLOAT if node in wide else self.half.element
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.dtype in (ir.DataType.FLOAT, self.half.element):
+                    node.replace_input_with(i, self._form(value, element, node))
+            for value in node.outputs:
+                if value.dtype == ir.DataType.FLOAT and node not in wide:
+                    self._narrow(value, node)
+        _store_what_is_read(model.graph)
+        return ir.passes.PassResult(model, modified=True)
 
-    def _convert(self, node: NodeProto, element: int, outputs: set[str]) -> None:
-        for i, name in enumerate(node.input):
-            if name in self.weights:
-                node.input[i] = self._weight(name, element)
-            elif name in self.float_values:
-                node.input[i] = self._value(name, element)
-        casts = []
-        for i, name in enumerate(node.output):
-            if name not in self.float_values or element == TensorProto.FLOAT:
-                continue
-            if name in outputs:
-                node.output[i] = f"{name}_{self.half.name}"
-                casts.append(_cast(node.output[i], name, TensorProto.FLOAT))
-            else:
-                self.half_values.add(name)
-        self.nodes += [node, *casts]
+    def _form(self, value: ir.Value, element: ir.DataType, reader: ir.Node) -> ir.Value:
+        """`value` in the element type, for `reader` and the nodes after it."""
+        if value.dtype == element:
+            return value
+        if value not in self.other_forms:
+            name = f"{value.name}_{'fp32' if element == ir.DataType.FLOAT else self.half.name}"
+            if value.const_value is not None:  # rule 6
+                self.other_forms[value] = self._stored(value.const_value, element, name)
+            else:  # rule 5
+                self.other_forms[value] = ir.val(name, element, value.shape)
+                reader.prepend(_cast(value, self.other_forms[value]))
+        return self.other_forms[value]
 
-    def _value(self, name: str, element: int) -> str:
-        """`name` in the element type, cast if need be, once for all its readers."""
-        have = self.half.onnx_type if name in self.half_values else TensorProto.FLOAT
-        if have == element:
-            return name
-        if (name, element) not in self.casts:
-            cast = f"{name}_{'fp32' if element == TensorProto.FLOAT else self.half.name}"
-            self.nodes.append(_cast(name, cast, element))
-            self.casts[name, element] = cast
-        return self.casts[name, element]
+    def _narrow(self, value: ir.Value, producer: ir.Node) -> None:
+        if value.is_graph_output():  # rule 1
+            output = ir.val(value.name, value.dtype, value.shape)
+            value.replace_all_uses_with(output, replace_graph_outputs=True)
+            value.name = f"{value.name}_{self.half.name}"
+            producer.append(_cast(value, output))
+        value.type = ir.TensorType(self.half.element)  # rule 4
 
-    def _weight(self, name: str, element: int) -> str:
-        """An initializer in the element type; one that is needed in both types is kept twice."""
-        tensor = self.weights[name]
-        if tensor.data_type != TensorProto.FLOAT or element == TensorProto.FLOAT:
-            self.kept[name] = tensor
-            return name
-        narrow = f"{name}_{self.half.name}"
-        if narrow not in self.kept:
-            self.kept[narrow] = self._narrowed(tensor, narrow)
-        return narrow
-
-    def _narrowed(self, tensor: TensorProto, name: str) -> TensorProto:
-        values = numpy_helper.to_array(tensor)
+    def _stored(self, weight: ir.TensorProtocol, element: ir.DataType, name: str) -> ir.Value:
+        values = weight.numpy()
         largest = float(np.abs(values).max(initial=0))
-        if not largest <= self.half.largest:
+        if not largest <= self.half.largest:  # rule 7
             raise ArtifactError(
-                f"weight {tensor.name!r} has a value of {largest:g}, beyond {self.half.name}'s {self.half.largest:g}",
+                f"weight {weight.name!r} has a value of {largest:g}, beyond {self.half.name}'s {self.half.largest:g}",
                 fix="export in fp32" if self.half.name == "bf16" else "export in bf16 or fp32",
             )
-        return numpy_helper.from_array(values.astype(self.half.dtype), name)
+        return ir.val(name, const_value=ir.tensor(values.astype(element.numpy()), name=name))
 
 
-def _cast(source: str, target: str, element: int) -> NodeProto:
-    return helper.make_node("Cast", [source], [target], name=f"cast/{target}", to=element)
+def _converted(model: ModelProto, half: _Half) -> ModelProto:
+    graph = ir.from_proto(model)
+    HalfPass(half)(graph)
+    converted = ir.to_proto(graph)
+    converted.graph.ClearField("value_info")  # shape inference writes it anew, in its own order
+    return converted
 
 
-def _float_values(model: ModelProto) -> set[str]:
-    graph = model.graph
-    values = (*graph.input, *graph.output, *graph.value_info)
-    return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
+def _stays_float32(node: ir.Node, operators: frozenset[str]) -> bool:
+    """Rules 2 and 3; of a decomposed LayerNorm, the operations between its statistics too."""
+    sources = [producer.op_type for producer in node.predecessors()]
+    square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+    centred = node.op_type in ("Sub", "Add") and "ReduceMean" in sources
+    scaled = node.op_type == "Mul" and "Reciprocal" in sources
+    return node.op_type in operators or square or centred or scaled
 
 
-def _float32_nodes(nodes: Iterable[NodeProto], operators: frozenset[str]) -> set[str]:
-    """Names of the nodes that stay float32: those of the operators, and the rest of each decomposed LayerNorm."""
-    producer: dict[str, NodeProto] = {}
-    wide: set[str] = set()
-    for node in nodes:
-        made_by = [producer[name].op_type for name in node.input if name in producer]
-        square = node.op_type == "Mul" and node.input[0] == node.input[1]
-        centred = node.op_type in ("Sub", "Add") and "ReduceMean" in made_by
-        scaled = node.op_type == "Mul" and "Reciprocal" in made_by
-        if node.op_type in operators or square or centred or scaled:
-            wide.add(node.name)
-        producer.update(dict.fromkeys(node.output, node))
-    return wide
+def _store_what_is_read(graph: ir.Graph) -> None:
+    """Rule 6: the initializers become those that nodes read, in the order of their first readers."""
+    read = dict.fromkeys(
+        value for node in graph for value in node.inputs if value is not None and value.const_value is not None
+    )
+    graph.initializers.clear()
+    for value in read:
+        graph.register_initializer(value)
+
+
+def _cast(source: ir.Value, target: ir.Value) -> ir.Node:
+    assert target.dtype is not None
+    to = {"to": int(target.dtype)}
+    return ir.node("Cast", [source], to, outputs=[target], name=f"cast/{target.name}")
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

@@ -1,45 +1,44 @@
 """An fp32 graph to an int8 graph: Q/DQ pairs on what enters the weighted operations, and int8 weights.
 
-Quantized are the inputs of every convolution that is not depthwise and of every axial product. Depthwise convolutions,
-LayerNorm, GELU, the residual stream and the head stay in floating point, and so do all biases. A pair stands directly
-at the layer: ONNX Runtime 1.32 gets pairs wrong that it has to move through a reshape. TensorRT moves them well, and
-what is transposed, reshaped or concatenated has one scale throughout, so that it is quantized once and moved in int8.
+Rules:
 
-Ranges come from ONNX Runtime's calibrators. Its `QDQQuantizer` is not used: it leaves the nodes unsorted,
-and knows no scales that are exact in 16 bits or shared between tensors.
+1. Quantized are the convolutions that are not depthwise, and the axial products: in each the weight, and the value it
+   is multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases stay as
+   they are.
+2. A pair stands on the very value that the layer reads, behind any transpose or reshape, because ONNX Runtime 1.32 gets
+   pairs wrong that it has to move through a reshape. TensorRT moves them well.
+3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
+4. Values that are concatenated share one scale, for the same reason.
+5. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
+6. Scales of activations lie on a grid, a quarter octave apart: TensorRT writes a scale into the code of its kernel, so
+   layers of equal scale share kernels. The graph's input keeps its own: no other layer could share its layer's kernel.
+7. An axial matrix has one scale per row, the axis that the product keeps; a convolution's weight has one, or one per
+   output channel.
+8. Weights in floating point without readers are dropped.
+
+ONNX Runtime's `QDQQuantizer` is not used: it leaves the nodes unsorted, and knows no scales that are exact in 16 bits
+or shared between tensors.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import tempfile
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnxruntime.quantization import calibrate as calibrators
+from onnx import ModelProto
 
-from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.files import read_text
+from smlp_deploy.exporters.calibration import CalibrationTable, measure_ranges
 from smlp_deploy.graphs.check import read_metadata
-from smlp_deploy.graphs.file import INPUT_NAME
 from smlp_deploy.images.batches import FloatArray
 
-METHODS = ("minmax", "entropy", "percentile")
-TABLE_SCHEMA = 1
-
 _LARGEST = 127
-_ENTROPY_BINS = 512
 _MOVES = ("Transpose", "Reshape")
 _ZERO_POINT = "int8_zero_point"
 # Quarter octaves, in the 8 binary digits that bf16 has.
@@ -49,62 +48,9 @@ _SMALLEST_ACTIVATION_SCALE = 2.0**-14
 _SMALLEST_FP16 = 2.0**-24
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibrationTable:
-    """What calibration found; with it a graph is quantized without images.
-
-    Attributes:
-        ranges: largest absolute value of each tensor that is to be represented.
-        method: how it was chosen, one of `METHODS`.
-        images: number of images seen.
-        checkpoint_sha256: of the weights in the graph that was calibrated.
-    """
-
-    ranges: Mapping[str, float]
-    method: str
-    images: int
-    checkpoint_sha256: str
-
-    def to_json(self) -> str:
-        return json.dumps({"schema": TABLE_SCHEMA, **asdict(self)}, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, *, where: object) -> CalibrationTable:
-        """Read the JSON form, which stood in the file `where`.
-
-        Raises:
-            ArtifactError: not that form, or of another schema.
-        """
-        try:
-            document = strictjson.loads(text)
-            schema = document["schema"]
-            if schema == TABLE_SCHEMA:
-                return _table(document)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ArtifactError(
-                f"the calibration table is damaged: {reason}", where=where, fix="calibrate again"
-            ) from None
-        raise ArtifactError(
-            f"calibration table schema {schema!r} is not {TABLE_SCHEMA}, the one this version reads",
-            where=where,
-            fix="upgrade smlp-deploy, or calibrate again",
-        )
-
-
-def read_table(path: Path) -> CalibrationTable:
-    """The calibration table in a file.
-
-    Raises:
-        ArtifactError: it cannot be read, or is damaged.
-    """
-    text = read_text(path, error=ArtifactError, fix="an int8 export writes one beside its file: x.calibration.json")
-    return CalibrationTable.from_json(text, where=path)
-
-
 def quantized_layers(model: ModelProto) -> tuple[str, ...]:
     """Names of the nodes that `quantize` quantizes, in the order of the graph."""
-    return tuple(layer.name for layer in _layers(model))
+    return tuple(layer.name for layer in _layers(ir.from_proto(model).graph))
 
 
 def calibrate(
@@ -128,31 +74,9 @@ def calibrate(
         UsageError: an unknown method, no images, or batches of a size that the graph does not take.
         ArtifactError: an activation is not finite.
     """
-    if method not in METHODS:
-        raise UsageError(f"calibration method {method!r} is unknown", fix=f"use one of {', '.join(METHODS)}")
-    tensors = sorted({layer.tensor for layer in _layers(model)})
-    size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    images = 0
-    # ONNX Runtime's calibrators work on files, and print.
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which `_range` refuses
-        calibrator = _calibrator(model, tensors, method=method, folder=Path(folder))
-        for batch in batches:
-            if size and len(batch) != size:
-                raise UsageError(f"a calibration batch of {len(batch)} images; the graph takes exactly {size}")
-            calibrator.collect_data(_OneBatch(batch))
-            images += len(batch)
-            if progress is not None:
-                progress(images)
-        if not images:
-            raise UsageError("there are no calibration images", fix="give at least one, better 128 or more")
-        found = calibrator.compute_data()
-    return CalibrationTable(
-        ranges={name: _range(name, found[name].range_value) for name in tensors},
-        method=method,
-        images=images,
-        checkpoint_sha256=_checkpoint_sha256(model),
-    )
+    tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model).graph)}
+    ranges, images = measure_ranges(model, tensors, batches, method=method, progress=progress)
+    return CalibrationTable(ranges=ranges, method=method, images=images, checkpoint_sha256=_checkpoint_sha256(model))
 
 
 def quantize(
@@ -160,176 +84,165 @@ def quantize(
 ) -> ModelProto:
     """The graph with int8 layers; `model` itself is left alone, and the same input gives the same bytes.
 
-    All scales are symmetric and exact in fp16 and bf16, so that the half pass changes no
-    quantized value. Axial matrices are scaled by row, the axis that the product keeps.
-
     Args:
         model: the fp32 graph that was calibrated.
         table: its ranges.
-        per_channel: scale convolution weights by output channel, which is finer; for one scale per weight
-            TensorRT-RTX has kernels that write fp16, for the finer ones only such that write fp32.
+        per_channel: scale convolution weights by output channel, which is finer. TensorRT-RTX has kernels that write
+            fp16 for one scale per weight; with finer ones its kernels write fp32.
         exclude: layers to leave as they are, of `quantized_layers(model)`.
 
     Raises:
         UsageError: `exclude` names something else.
         ArtifactError: the table lacks a tensor, or belongs to another checkpoint.
     """
-    layers = _layers(model)
-    unknown = sorted(set(exclude) - {layer.name for layer in layers})
+    graph = ir.from_proto(model)
+    unknown = sorted(set(exclude) - {layer.name for layer in _layers(graph.graph)})
     if unknown:
         raise UsageError(f"{unknown[0]!r} is not a layer that is quantized", fix="name layers as the report does")
     if table.checkpoint_sha256 != _checkpoint_sha256(model):
         raise ArtifactError("the calibration table was made for another checkpoint", fix="calibrate again")
-    chosen = [layer for layer in layers if layer.name not in set(exclude)]
-    return _Quantization(model, _activation_scales(model, chosen, table), chosen, per_channel=per_channel).run()
+    QuantizePass(table.ranges, per_channel=per_channel, exclude=exclude)(graph)
+    return ir.to_proto(graph)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A node to quantize: its weight, the tensor it reads, and the same before any transpose or reshape."""
+    """A node to quantize.
 
-    name: str
-    weight: str
-    reads: str
-    tensor: str
-    is_product: bool
+    Attributes:
+        node: a convolution or a product.
+        weight_at: which of its two factors is the weight, 0 or 1.
+        weight: the initializer there.
+        reads: the activation that is the other factor.
+    """
+
+    node: ir.Node
+    weight_at: int
+    weight: ir.Value
+    reads: ir.Value
+
+    @property
+    def name(self) -> str:
+        return str(self.node.name)
 
 
-class _OneBatch:
-    """The data reader that ONNX Runtime's calibrators want."""
+class QuantizePass(ir.passes.InPlacePass):
+    """Quantizes the layers of an fp32 graph by the rules of this module.
 
-    def __init__(self, batch: FloatArray) -> None:
-        self._inputs: list[dict[str, FloatArray]] = [{INPUT_NAME: batch}]
+    Args:
+        ranges: largest absolute value of each activation, by name.
+        per_channel: scale convolution weights by output channel.
+        exclude: names of layers to leave as they are.
 
-    def get_next(self) -> dict[str, FloatArray] | None:
-        return self._inputs.pop() if self._inputs else None
+    Raises:
+        ArtifactError: an activation has no range.
+    """
 
-
-class _Quantization:
-    """One pass over the nodes of one graph, in their order."""
-
-    def __init__(
-        self, model: ModelProto, scales: Mapping[str, float], layers: Iterable[_Layer], *, per_channel: bool
-    ) -> None:
-        self.model = model
-        self.layers = {layer.name: layer for layer in layers}
-        self.scales = {layer.reads: scales[layer.tensor] for layer in self.layers.values()}
+    def __init__(self, ranges: Mapping[str, float], *, per_channel: bool, exclude: Collection[str] = ()) -> None:
+        self.ranges = ranges
         self.per_channel = per_channel
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.added: dict[str, TensorProto] = {}
-        self.nodes: list[NodeProto] = []
+        self.exclude = frozenset(exclude)
 
-    def run(self) -> ModelProto:
-        graph = self.model.graph
-        self._pairs(value.name for value in graph.input)
-        for node in graph.node:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            layer = self.layers.get(node.name)
-            for i, name in enumerate(node.input):
-                if layer is not None and name == layer.reads:
-                    copy.input[i] = f"{name}_dequantized"
-                elif layer is not None and name == layer.weight:
-                    copy.input[i] = self._weight(layer)
-            self.nodes.append(copy)
-            self._pairs(node.output)
-        used = {name for node in self.nodes for name in node.input}
-        result = ModelProto()
-        result.CopyFrom(self.model)
-        result.graph.ClearField("node")
-        result.graph.ClearField("initializer")
-        result.graph.node.extend(self.nodes)
-        result.graph.initializer.extend(tensor for name, tensor in self.weights.items() if name in used)
-        result.graph.initializer.extend(self.added.values())
-        return result
-
-    def _pairs(self, names: Iterable[str]) -> None:
-        """Quantize and dequantize those of the tensors that a layer reads."""
-        for name in names:
-            if name in self.scales:
-                scale = self._constant(f"{name}_scale", np.array(self.scales[name], np.float32))
-                zero_point = self._constant(_ZERO_POINT, np.array(0, np.int8))
-                self._node("QuantizeLinear", [name, scale, zero_point], f"{name}_quantized")
-                self._node("DequantizeLinear", [f"{name}_quantized", scale, zero_point], f"{name}_dequantized")
-
-    def _weight(self, layer: _Layer) -> str:
-        """The layer's weight in int8, dequantized."""
-        name = layer.weight
-        if f"{name}_int8" not in self.added:
-            values = numpy_helper.to_array(self.weights[name]).astype(np.float64)
-            by_row = layer.is_product or self.per_channel
-            axes = tuple(range(1 if by_row else 0, values.ndim))
-            scales = _exact_in_half(np.abs(values).max(axis=axes, keepdims=True) / _LARGEST)
-            narrow = np.rint(values / scales).astype(np.int8)
-            inputs = [
-                self._constant(f"{name}_int8", narrow),
-                self._constant(f"{name}_scale", scales.reshape(-1 if by_row else ()).astype(np.float32)),
-            ]
-            self._node("DequantizeLinear", inputs, f"{name}_dequantized", axis=0 if by_row else None)
-        return f"{name}_dequantized"
-
-    def _constant(self, name: str, value: NDArray[Any]) -> str:
-        self.added.setdefault(name, numpy_helper.from_array(value, name))
-        return name
-
-    def _node(self, operator: str, inputs: list[str], output: str, *, axis: int | None = None) -> None:
-        node = helper.make_node(operator, inputs, [output], name=f"{operator}/{inputs[0]}")
-        if axis is not None:
-            node.attribute.append(helper.make_attribute("axis", axis))
-        self.nodes.append(node)
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        layers = [layer for layer in _layers(graph) if layer.name not in self.exclude]
+        scales = _activation_scales(graph, layers, self.ranges)
+        dequantized: dict[ir.Value, ir.Value] = {}
+        for layer in layers:
+            if layer.reads not in dequantized:
+                dequantized[layer.reads] = _add_pair(graph, layer.reads, scales[_source(layer.reads)])
+            if layer.weight not in dequantized:
+                by_row = self.per_channel or layer.node.op_type == "MatMul"  # rule 7
+                dequantized[layer.weight] = _narrow_weight(graph, layer, by_row=by_row)
+            layer.node.replace_input_with(layer.weight_at, dequantized[layer.weight])
+            layer.node.replace_input_with(1 - layer.weight_at, dequantized[layer.reads])
+        for weight in tuple(graph.initializers.values()):
+            if not weight.uses():  # rule 8
+                del graph.initializers[str(weight.name)]
+        return ir.passes.PassResult(model, modified=bool(layers))
 
 
-def _layers(model: ModelProto) -> list[_Layer]:
-    weights = {tensor.name for tensor in model.graph.initializer}
-    producer = _producer(model)
+def _layers(graph: ir.Graph) -> list[_Layer]:
+    """Rule 1: those to quantize, in the order of the graph."""
     layers = []
-    for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[1] in weights and _groups(node) == 1:
-            layers.append(_layer(node, node.input[1], node.input[0], producer))
-        elif node.op_type == "MatMul" and node.input[0] in weights:
-            layers.append(_layer(node, node.input[0], node.input[1], producer))
+    for node in graph:
+        if node.op_type not in ("Conv", "MatMul") or node.attributes.get_int("group", 1) != 1:
+            continue
+        weight_at = 1 if node.op_type == "Conv" else 0
+        weight, reads = node.inputs[weight_at], node.inputs[1 - weight_at]
+        if weight is not None and reads is not None and weight.is_initializer():
+            layers.append(_Layer(node, weight_at, weight, reads))
     return layers
 
 
-def _layer(node: NodeProto, weight: str, reads: str, producer: Mapping[str, NodeProto]) -> _Layer:
-    return _Layer(node.name, weight, reads, _source(reads, producer), is_product=node.op_type == "MatMul")
+def _source(value: ir.Value) -> ir.Value:
+    """Rule 3: the value that becomes this one by transposes and reshapes alone."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+        producer = value.producer()
+    return value
 
 
-def _producer(model: ModelProto) -> dict[str, NodeProto]:
-    return {name: node for node in model.graph.node for name in node.output}
+def _add_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
+    """Quantize and dequantize an activation where it is computed; the result."""
+    constants = [
+        _constant(graph, f"{value.name}_scale", np.array(scale, np.float32)),
+        _constant(graph, _ZERO_POINT, np.array(0, np.int8)),
+    ]
+    quantize = _node("QuantizeLinear", [value, *constants], f"{value.name}_quantized")
+    dequantize = _node("DequantizeLinear", [*quantize.outputs, *constants], f"{value.name}_dequantized")
+    producer = value.producer()
+    if producer is None:
+        graph[0].prepend([quantize, dequantize])
+    else:
+        producer.append([quantize, dequantize])  # rule 2
+    return dequantize.outputs[0]
 
 
-def _groups(node: NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+def _narrow_weight(graph: ir.Graph, layer: _Layer, *, by_row: bool) -> ir.Value:
+    """A layer's weight in int8, dequantized before the layer; the result."""
+    name, tensor = layer.weight.name, layer.weight.const_value
+    assert tensor is not None
+    values = tensor.numpy().astype(np.float64)
+    axes = tuple(range(1 if by_row else 0, values.ndim))
+    scales = _exact_in_half(np.abs(values).max(axis=axes, keepdims=True) / _LARGEST)  # rule 5
+    inputs = [
+        _constant(graph, f"{name}_int8", np.rint(values / scales).astype(np.int8)),
+        _constant(graph, f"{name}_scale", scales.reshape(-1 if by_row else ()).astype(np.float32)),
+    ]
+    dequantize = _node("DequantizeLinear", inputs, f"{name}_dequantized", {"axis": 0} if by_row else {})
+    layer.node.prepend(dequantize)
+    return dequantize.outputs[0]
 
 
-def _source(name: str, producer: Mapping[str, NodeProto]) -> str:
-    """The tensor that becomes `name` by transposes and reshapes alone."""
-    while name in producer and producer[name].op_type in _MOVES:
-        name = producer[name].input[0]
-    return name
+def _constant(graph: ir.Graph, name: str, value: NDArray[Any]) -> ir.Value:
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(value, name=name)))
+    return graph.initializers[name]
 
 
-def _activation_scales(model: ModelProto, layers: Iterable[_Layer], table: CalibrationTable) -> dict[str, float]:
-    """The scale of each quantized tensor: the input's own, one for all that are concatenated, the others on a grid.
+def _node(operator: str, inputs: list[ir.Value], output: str, attributes: Mapping[str, int] | None = None) -> ir.Node:
+    return ir.node(operator, inputs, attributes, outputs=[ir.val(output)], name=f"{operator}/{inputs[0].name}")
 
-    TensorRT writes a scale into the code of its kernel: layers of equal scale share kernels, and a concatenation of
-    equal scales moves int8 values instead of converting them. No other layer could share the first one's kernel.
-    """
-    ranges: dict[str, float] = {}
+
+def _activation_scales(graph: ir.Graph, layers: Iterable[_Layer], ranges: Mapping[str, float]) -> dict[ir.Value, float]:
+    """The scale of each activation that a layer reads, before any transpose or reshape."""
+    found: dict[ir.Value, float] = {}
     for layer in layers:
-        if layer.tensor not in table.ranges:
+        source = _source(layer.reads)
+        name = str(source.name)
+        if name not in ranges:
             raise ArtifactError(
-                f"the calibration table has no range of {layer.tensor!r}, which {layer.name} reads",
-                fix="calibrate again",
+                f"the calibration table has no range of {name!r}, which {layer.name} reads", fix="calibrate again"
             )
-        ranges[layer.tensor] = table.ranges[layer.tensor]
-    producer = _producer(model)
-    for node in model.graph.node:
-        if node.op_type == "Concat":
-            sources = {_source(name, producer) for name in (*node.input, *node.output)} & ranges.keys()
-            ranges.update(dict.fromkeys(sources, max((ranges[name] for name in sources), default=0.0)))
-    return {name: _scale(ranges[name], on_grid=name in producer) for name in ranges}
+        found[source] = ranges[name]
+    for node in graph:
+        if node.op_type == "Concat":  # rule 4
+            values = (value for value in (*node.inputs, *node.outputs) if value is not None)
+            sources = {_source(value) for value in values} & found.keys()
+            found.update(dict.fromkeys(sources, max((found[value] for value in sources), default=0.0)))
+    return {value: _scale(found[value], on_grid=value.producer() is not None) for value in found}
 
 
 def _scale(largest: float, *, on_grid: bool) -> float:
@@ -349,49 +262,6 @@ def _exact_in_half(scales: NDArray[np.float64]) -> NDArray[np.float64]:
     return exact
 
 
-def _calibrator(model: ModelProto, tensors: list[str], *, method: str, folder: Path) -> Any:
-    """One of ONNX Runtime's calibrators, for these tensors only instead of all those of some types of operators."""
-    source, augmented = folder / "graph.onnx", str(folder / "augmented.onnx")
-    onnx.save(model, source)
-    if method == "minmax":
-        calibrator = calibrators.MinMaxCalibrater(source, augmented_model_path=augmented, symmetric=True)
-    elif method == "entropy":
-        calibrator = calibrators.EntropyCalibrater(
-            source, augmented_model_path=augmented, symmetric=True, num_bins=_ENTROPY_BINS
-        )
-    else:
-        calibrator = calibrators.PercentileCalibrater(source, augmented_model_path=augmented, symmetric=True)
-    values = {value.name: value for value in (*calibrator.model.graph.input, *calibrator.model.graph.value_info)}
-    calibrator.select_tensors_to_calibrate = lambda _: (tensors, values)
-    calibrator.augment_graph()
-    calibrator.create_inference_session()
-    return calibrator
-
-
-def _range(name: str, bounds: Iterable[NDArray[np.float32]]) -> float:
-    largest = float(np.max(np.abs(np.array([np.ravel(bound)[0] for bound in bounds], np.float64))))
-    if not math.isfinite(largest):
-        raise ArtifactError(f"tensor {name!r} is not finite on the calibration images", fix="check the checkpoint")
-    return largest
-
-
 def _checkpoint_sha256(model: ModelProto) -> str:
     metadata = read_metadata(model, Path("the fp32 graph"))
     return "" if metadata is None else metadata.checkpoint_sha256
-
-
-def _table(document: Mapping[str, Any]) -> CalibrationTable:
-    ranges, method, images = document["ranges"], document["method"], document["images"]
-    for name, value in ranges.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"the range of {name!r} is {value!r}")
-    if method not in METHODS:
-        raise ValueError(f"the method is {method!r}")
-    if type(images) is not int or images < 1:
-        raise ValueError(f"the number of images is {images!r}")
-    return CalibrationTable(
-        ranges={name: float(value) for name, value in ranges.items()},
-        method=method,
-        images=images,
-        checkpoint_sha256=str(document["checkpoint_sha256"]),
-    )

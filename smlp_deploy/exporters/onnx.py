@@ -102,18 +102,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _clean(model: onnx.ModelProto) -> None:
-    """Drop the exporter's debug notes, which hold source paths, and name each node after its block."""
+    """Drop what the exporter noted for debugging, and name the nodes so that people find them.
+
+    1. A node is named after the module it was traced in and its operation.
+    2. Metadata and doc strings go, because they hold source paths: of nodes, values, the graph and the model.
+    3. The graph is named after the network.
+    """
     graph = model.graph
     for node in graph.node:
         scopes = [prop.value for prop in node.metadata_props if prop.key == _SCOPES_KEY]
-        node.name = _node_name(node.name, scopes[0] if scopes else "")
-        node.ClearField("metadata_props")
+        node.name = _node_name(node.name, scopes[0] if scopes else "")  # rule 1
+        node.ClearField("metadata_props")  # rule 2
         node.ClearField("doc_string")
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.ClearField("metadata_props")
     model.ClearField("metadata_props")
     graph.ClearField("metadata_props")
-    graph.name = "smlpnet"
+    graph.name = "smlpnet"  # rule 3
 
 
 def _node_name(name: str, scopes: str) -> str:

@@ -1,4 +1,23 @@
-"""Changes to ONNX graphs that are run but never shipped: bf16 emulated in fp32, and more outputs to look inside."""
+"""Changes to ONNX graphs that are run but never shipped: bf16 emulated in fp32, and more outputs to look inside.
+
+Rules of the emulation:
+
+1. A bf16 weight becomes an fp32 weight of the same values.
+2. A bf16 value is rounded where it is computed, and keeps its name, so that its readers stay as they are. A Cast to
+   bf16 rounds by itself; what any other node computes in fp32 is cast to bf16 and back.
+3. Recorded types are dropped, because ONNX Runtime infers them.
+
+Rules of the outputs:
+
+4. Every value comes out in float32, whatever its precision is.
+5. An embedding's value is that of its only convolution. A block's two residual sums are the additions whose operands
+   are both computed; a bias addition has a weight among its operands.
+6. An int8 layer is a node that reads two dequantized values, exactly one of them a constant.
+7. A copy of such a layer computes in fp32 with the int8 weight, and quantizes what it reads by the layer's own scale.
+
+These work on protobuf, not on onnx_ir like the passes of `exporters`: whoever runs an ONNX file imports this module,
+and importing onnx_ir loads sympy, which takes longer than importing ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +35,24 @@ from smlp_deploy.metadata import SMLPNetConfig, TracePoint, trace_points
 def emulate_bf16(model: ModelProto) -> ModelProto:
     """A bf16 graph as an fp32 graph in which every bf16 value is rounded to bf16; `model` is changed in place."""
     graph = model.graph
-    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    bf16 = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
+        if tensor.data_type == TensorProto.BFLOAT16:  # rule 1
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes.append(node)
         for i, name in enumerate(node.output):
-            if name in narrow:
+            if name in bf16:
                 nodes += _rounding(node, i, name)
     graph.ClearField("node")
-    graph.ClearField("value_info")
+    graph.ClearField("value_info")  # rule 3
     graph.node.extend(nodes)
     return model
 
 
 def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
-    """Nodes that round one output of `node`, which is given another name in their favour; a Cast rounds by itself."""
+    """Rule 2: nodes that round one output of `node` and take over its name."""
     if node.op_type == "Cast":
         node.output[output] = f"{name}_rounded"
         return [helper.make_node("Cast", [f"{name}_rounded"], [name], to=TensorProto.FLOAT)]
@@ -45,7 +64,7 @@ def _rounding(node: NodeProto, output: int, name: str) -> list[NodeProto]:
 
 
 def add_trace_outputs(graph: GraphProto, config: SMLPNetConfig, path: Path) -> None:
-    """Let the values at the points of `trace_points` come out of a graph too, in float32, by the points' names.
+    """Add the values at the points of `trace_points` to a graph's outputs, in float32 and under the points' names.
 
     Args:
         graph: of a file that `smlp export` wrote, in any precision, or made from it; changed in place.
@@ -67,7 +86,7 @@ class Int8Layer:
         name: of its node.
         output: the value that it computes.
         weight: name of its weight in the fp32 graph.
-        values: that weight as int8 has it, in float32.
+        values: that weight as int8 represents it, in float32.
         scale: of the activation that it reads.
     """
 
@@ -79,7 +98,7 @@ class Int8Layer:
 
 
 def int8_layers(graph: GraphProto) -> list[Int8Layer]:
-    """The nodes that read a quantized weight and a quantized activation, in the order of the graph."""
+    """The layers of a graph that read a quantized weight and a quantized activation, in the order of the graph."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
     pairs = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     layers = []
@@ -87,7 +106,7 @@ def int8_layers(graph: GraphProto) -> list[Int8Layer]:
         read = [pairs[name] for name in node.input if name in pairs]
         constant = [pair for pair in read if pair.input[0] in weights]
         if len(read) != 2 or len(constant) != 1 or not all(pair.input[1] in weights for pair in read):
-            continue
+            continue  # rule 6
         (weight,), (activation,) = constant, [pair for pair in read if pair is not constant[0]]
         narrow, scale = (numpy_helper.to_array(weights[name]).astype(np.float32) for name in weight.input[:2])
         by_row = scale.reshape(-1, *[1] * (narrow.ndim - 1))  # one scale, or one for each row
@@ -104,7 +123,7 @@ def int8_layers(graph: GraphProto) -> list[Int8Layer]:
 
 
 def add_int8_copy(graph: GraphProto, node: NodeProto, layer: Int8Layer) -> str:
-    """Put a copy of a layer's fp32 node beside it that computes with int8 values; the value that it computes."""
+    """Add a copy of a layer's fp32 node that computes with int8 values (rule 7); the value that it computes."""
     name = f"{layer.weight}_copy"
     scale, zero_point, weight = (f"{name}_{part}" for part in ("scale", "zero_point", "weight"))
     for constant, value in (
@@ -128,13 +147,13 @@ def add_int8_copy(graph: GraphProto, node: NodeProto, layer: Int8Layer) -> str:
 
 
 def add_output(graph: GraphProto, value: str, name: str) -> None:
-    """Let `value`, of any precision, come out of the graph in float32."""
+    """Add `value` to the graph's outputs under another name, in float32 (rule 4)."""
     graph.node.append(helper.make_node("Cast", [value], [name], to=TensorProto.FLOAT))
     graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
 
 
 def _traced_value(graph: GraphProto, point: TracePoint, path: Path) -> str:
-    """The value of a graph at a point: an embedding's convolution, or one of a block's two residual sums."""
+    """Rule 5: the value of a graph at a point."""
     if point.kind == "embedding":
         found = [n for n in graph.node if n.op_type == "Conv" and n.name.startswith(f"embeddings.{point.index}/")]
         position, count = 0, 1

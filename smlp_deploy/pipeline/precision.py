@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
+from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.int8 import CalibrationTable, calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.int8 import calibrate, quantize, quantized_layers
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.defaults import calibration_images

@@ -210,7 +210,7 @@ def _verify_engine_layers(
     candidate: Path, *, reference: Path | None, images: Sequence[Path] | None, max_error: float | None
 ) -> DivergenceReport:
     """See `verify_layers`. ONNX Runtime runs the ONNX file on the CPU."""
-    require("onnx", "ml_dtypes", purpose="to read its graph", extra="export")
+    require("ml_dtypes", "onnx", "onnx_ir", purpose="to read its graph", extra="export")
     require_onnxruntime()
     from smlp_deploy.exporters.tensorrt import TensorRT
     from smlp_deploy.graphs.edit import add_trace_outputs

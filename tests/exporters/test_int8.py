@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from PIL import Image
 
 from scripts.digits import Digits, load_digits
-from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.sensitivity import choose, measure_sensitivity
+from smlp_deploy.exporters.calibration import METHODS, CalibrationTable
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.int8 import METHODS, CalibrationTable, calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.int8 import calibrate, quantize, quantized_layers
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import prepare
@@ -235,18 +235,6 @@ def test_other_operator_sets_work_too(digits: Checkpoint, training: FloatArray, 
         assert cosines(run(graph, training), expected).min() >= 0.99
 
 
-def test_minmax_is_the_largest_value_however_the_images_are_batched(
-    model: ModelProto, table: CalibrationTable, training: FloatArray
-) -> None:
-    exposed = copy_of(model)
-    exposed.graph.output.append(next(value for value in model.graph.value_info if value.name == "gelu_1"))
-    assert table.ranges["gelu_1"] == pytest.approx(np.abs(run(exposed, training, "gelu_1")).max(), rel=1e-5)
-    assert table.ranges["images"] == np.abs(training).max()
-    at_once = calibrate(model, [training])
-    assert at_once.ranges == pytest.approx(table.ranges, rel=1e-5)
-    assert (table.images, table.method) == (128, "minmax")
-
-
 def test_only_the_tensors_that_are_quantized_have_ranges(model: ModelProto, table: CalibrationTable) -> None:
     made_by = producers(model)
     read = set()
@@ -257,23 +245,6 @@ def test_only_the_tensors_that_are_quantized_have_ranges(model: ModelProto, tabl
                 name = made_by[name].input[0]
             read.add(name)
     assert read == set(table.ranges)
-
-
-def test_the_other_methods_leave_outliers_out(model: ModelProto, training: FloatArray) -> None:
-    images = training[:16].copy()
-    images[0, :, 3, 3] = 1000
-    ranges = {method: calibrate(model, [images], method=method).ranges["images"] for method in METHODS}
-    assert ranges["minmax"] == 1000
-    assert ranges["entropy"] < 1000
-
-
-def test_calibration_reports_progress_and_prints_nothing(
-    model: ModelProto, training: FloatArray, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[int] = []
-    calibrate(model, batches(training[:10], 4), method="percentile", progress=seen.append)
-    assert seen == [4, 8, 10]
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -287,63 +258,12 @@ def test_a_table_read_back_gives_the_same_bytes_without_images(
     assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
-def test_calibrating_again_gives_the_same_table(
-    model: ModelProto, training: FloatArray, table: CalibrationTable
-) -> None:
-    assert calibrate(model, batches(training)) == table
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda document: document.pop("ranges"), "damaged: KeyError: 'ranges'"),
-        (lambda document: document.update(ranges=[1, 2]), "damaged"),
-        (lambda document: document["ranges"].update(cat="wide"), "the range of 'cat' is 'wide'"),
-        (lambda document: document["ranges"].update(cat=-1), "the range of 'cat' is -1"),
-        (lambda document: document["ranges"].update(cat=True), "the range of 'cat' is True"),
-        (lambda document: document.update(images=0), "the number of images is 0"),
-        (lambda document: document.update(method="guess"), "the method is 'guess'"),
-        (lambda document: document.update(schema=2), "schema 2 is not 1"),
-    ],
-)
-def test_a_damaged_table_is_an_error(
-    table: CalibrationTable, change: Callable[[dict[str, object]], object], message: str
-) -> None:
-    document = json.loads(table.to_json())
-    change(document)
-    with pytest.raises(ArtifactError, match=message) as caught:
-        CalibrationTable.from_json(json.dumps(document), where="table.json")
-    assert caught.value.where == "table.json"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "ranges": {"cat": NaN}}'])
-def test_what_is_no_table_is_an_error(text: str) -> None:
-    with pytest.raises(ArtifactError, match="damaged"):
-        CalibrationTable.from_json(text, where="table.json")
-
-
 def test_a_table_that_does_not_fit_the_graph_is_an_error(model: ModelProto, table: CalibrationTable) -> None:
     ranges = {name: value for name, value in table.ranges.items() if name != "cat"}
     with pytest.raises(ArtifactError, match=r"no range of 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
         quantize(model, replace(table, ranges=ranges), per_channel=False)
     with pytest.raises(ArtifactError, match="another checkpoint"):
         quantize(model, replace(table, checkpoint_sha256="0" * 64), per_channel=False)
-
-
-def test_what_cannot_be_calibrated_is_refused(model: ModelProto, training: FloatArray) -> None:
-    fixed = copy_of(model)
-    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
-    infinite = training[:4].copy()
-    infinite[0, 0, 0, 0] = np.inf
-    calls: list[tuple[Callable[[], object], type[SmlpError], str]] = [
-        (lambda: calibrate(model, [training], method="guess"), UsageError, "'guess' is unknown"),
-        (lambda: calibrate(model, []), UsageError, "no calibration images"),
-        (lambda: calibrate(fixed, [training[:3]]), UsageError, "batch of 3 images; the graph takes exactly 4"),
-        (lambda: calibrate(model, [infinite]), ArtifactError, "is not finite on the calibration images"),
-    ]
-    for call, error, message in calls:
-        with pytest.raises(error, match=message):
-            call()
 
 
 def test_an_unknown_layer_cannot_be_excluded(model: ModelProto, table: CalibrationTable) -> None:

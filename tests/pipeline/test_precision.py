@@ -11,7 +11,8 @@ from PIL import Image
 
 from scripts.digits import load_digits
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.exporters.int8 import quantized_layers, read_table
+from smlp_deploy.exporters.calibration import read_table
+from smlp_deploy.exporters.int8 import quantized_layers
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images, default_images

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import ModelProto
+from PIL import Image
+
+from scripts.digits import Digits, load_digits
+from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
+from smlp_deploy.exporters.calibration import METHODS, CalibrationTable
+from smlp_deploy.exporters.int8 import calibrate
+from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.preprocessing import prepare
+from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.pipeline.export import Export
+
+
+@pytest.fixture(scope="module")
+def model(digits_export: Export) -> ModelProto:
+    """The fp32 graph; not to be changed."""
+    return onnx.load(digits_export.path)
+
+
+@pytest.fixture(scope="module")
+def training(digits: Checkpoint) -> FloatArray:
+    """128 training digits."""
+    return prepared(load_digits()[0], digits)[::31][:128].copy()
+
+
+@pytest.fixture(scope="module")
+def table(model: ModelProto, training: FloatArray) -> CalibrationTable:
+    return calibrate(model, batches(training))
+
+
+def prepared(part: Digits, checkpoint: Checkpoint) -> FloatArray:
+    preprocessing = describe(checkpoint).preprocessing
+    return np.stack([prepare(Image.fromarray(pixels), preprocessing) for pixels in part.pixels])
+
+
+def batches(images: FloatArray, size: int = 32) -> Iterator[FloatArray]:
+    yield from (images[at : at + size] for at in range(0, len(images), size))
+
+
+def run(model: ModelProto, batch: FloatArray, output: str = "logits") -> FloatArray:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    result: FloatArray = session.run([output], {"images": batch})[0]
+    return result
+
+
+def copy_of(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def test_minmax_is_the_largest_value_however_the_images_are_batched(
+    model: ModelProto, table: CalibrationTable, training: FloatArray
+) -> None:
+    exposed = copy_of(model)
+    exposed.graph.output.append(next(value for value in model.graph.value_info if value.name == "gelu_1"))
+    assert table.ranges["gelu_1"] == pytest.approx(np.abs(run(exposed, training, "gelu_1")).max(), rel=1e-5)
+    assert table.ranges["images"] == np.abs(training).max()
+    at_once = calibrate(model, [training])
+    assert at_once.ranges == pytest.approx(table.ranges, rel=1e-5)
+    assert (table.images, table.method) == (128, "minmax")
+
+
+def test_the_other_methods_leave_outliers_out(model: ModelProto, training: FloatArray) -> None:
+    images = training[:16].copy()
+    images[0, :, 3, 3] = 1000
+    ranges = {method: calibrate(model, [images], method=method).ranges["images"] for method in METHODS}
+    assert ranges["minmax"] == 1000
+    assert ranges["entropy"] < 1000
+
+
+def test_calibration_reports_progress_and_prints_nothing(
+    model: ModelProto, training: FloatArray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int] = []
+    calibrate(model, batches(training[:10], 4), method="percentile", progress=seen.append)
+    assert seen == [4, 8, 10]
+    assert capsys.readouterr().out == ""
+
+
+def test_calibrating_again_gives_the_same_table(
+    model: ModelProto, training: FloatArray, table: CalibrationTable
+) -> None:
+    assert calibrate(model, batches(training)) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.pop("ranges"), "damaged: KeyError: 'ranges'"),
+        (lambda document: document.update(ranges=[1, 2]), "damaged"),
+        (lambda document: document["ranges"].update(cat="wide"), "the range of 'cat' is 'wide'"),
+        (lambda document: document["ranges"].update(cat=-1), "the range of 'cat' is -1"),
+        (lambda document: document["ranges"].update(cat=True), "the range of 'cat' is True"),
+        (lambda document: document.update(images=0), "the number of images is 0"),
+        (lambda document: document.update(method="guess"), "the method is 'guess'"),
+        (lambda document: document.update(schema=2), "schema 2 is not 1"),
+    ],
+)
+def test_a_damaged_table_is_an_error(
+    table: CalibrationTable, change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    document = json.loads(table.to_json())
+    change(document)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        CalibrationTable.from_json(json.dumps(document), where="table.json")
+    assert caught.value.where == "table.json"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1, "ranges": {"cat": NaN}}'])
+def test_what_is_no_table_is_an_error(text: str) -> None:
+    with pytest.raises(ArtifactError, match="damaged"):
+        CalibrationTable.from_json(text, where="table.json")
+
+
+def test_what_cannot_be_calibrated_is_refused(model: ModelProto, training: FloatArray) -> None:
+    fixed = copy_of(model)
+    fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    infinite = training[:4].copy()
+    infinite[0, 0, 0, 0] = np.inf
+    calls: list[tuple[Callable[[], object], type[SmlpError], str]] = [
+        (lambda: calibrate(model, [training], method="guess"), UsageError, "'guess' is unknown"),
+        (lambda: calibrate(model, []), UsageError, "no calibration images"),
+        (lambda: calibrate(fixed, [training[:3]]), UsageError, "batch of 3 images; the graph takes exactly 4"),
+        (lambda: calibrate(model, [infinite]), ArtifactError, "is not finite on the calibration images"),
+    ]
+    for call, error, message in calls:
+        with pytest.raises(error, match=message):
+            call()
