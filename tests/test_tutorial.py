@@ -107,7 +107,8 @@ class Shell:
     def run(self, command: str) -> list[str]:
         """What the command prints on both streams; its exit code is then in `code`."""
         if command == "echo $?":
-            return [str(self.code)]
+            code, self.code = self.code, 0
+            return [str(code)]
         if command == "kill %1":
             self.code = 0
             assert self.stop() == -signal.SIGTERM
