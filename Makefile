@@ -1,13 +1,14 @@
 # make demo   everything once: install, export the bundled model with its parity report, build an FP16
 #             engine, classify images/*.jpg
 # make test   what CI runs: ruff, mypy --strict, pytest with coverage
+# make docs   the documentation as a site in site/, built offline; a broken link or reference is an error
 # make fuzz   mutated images, model files and metadata for twenty minutes; any traceback, crash or hang is a finding
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test docs fuzz clean
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
@@ -29,8 +30,21 @@ test: .venv/test
 	$(INSTALL) ".[test]"
 	touch $@
 
+# Copied as they lie, so that links between them are the same in the repository and on the site.
+PAGES := README.md CHANGELOG.md docs benchmarks/README.md smlp_deploy/data/README.md
+
+docs: .venv/docs
+	rm -rf build/docs && mkdir -p build/docs
+	tar cf - $(PAGES) | tar xf - -C build/docs
+	$(BIN)/zensical build --strict --clean
+
+.venv/docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) ".[docs]"
+	touch $@
+
 fuzz: .venv/test
 	$(BIN)/python -m scripts.fuzz --minutes 20
 
 clean:
-	rm -rf .venv artifacts build dist *.egg-info
+	rm -rf .venv artifacts build dist site .cache *.egg-info
