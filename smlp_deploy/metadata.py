@@ -1,7 +1,9 @@
-"""What travels with a model: configuration, labels, preprocessing, precision and provenance.
+"""The metadata stored with a model: configuration, labels, preprocessing, precision and provenance.
 
-Standard library only, so that a machine that merely predicts can read it. The JSON form stands in an ONNX file's
-`metadata_props`, in a safetensors file's metadata, or in a `.json` file beside a checkpoint, under `METADATA_KEY`.
+It loads no framework, so that a machine that only predicts can read it. The JSON form is stored under `METADATA_KEY`
+in an ONNX file's `metadata_props` or a safetensors file's metadata, or as the `.json` file beside a checkpoint.
+
+The types of the fields are those that `strictjson.read` requires of a file; each `__post_init__` checks the values.
 """
 
 from __future__ import annotations
@@ -9,28 +11,33 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, TypeVar
+
+from msgspec import Meta
 
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ConfigError
 
 METADATA_KEY = "smlp_deploy"
 SCHEMA_VERSION = 1
+MANIFEST_SCHEMA = 2
+"""Of an engine's manifest; in schema 1, `backend` had another name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_NUMBER = 1 << 20
-"""Of any number in a configuration; none of them is anywhere near."""
+"""The largest number in a configuration, far above those of any real network."""
 MAX_BLOCKS = 2048
 MAX_IMAGE_SIZE = 2048
 """Pixels per side; an input of this size takes 50 MB."""
 MAX_BATCH = 65536
 MAX_TEXT = 1000
-"""Characters of a label."""
+"""Characters of a label, and of the other texts in a model's metadata."""
 _MAX_NAME_BYTES = 200
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 T = TypeVar("T")
 
 
@@ -47,7 +54,7 @@ class SMLPNetConfig:
         num_classes: outputs of the head.
 
     Raises:
-        ConfigError: a value is not positive or absurdly large, or the image does not divide into the stages' grids.
+        ConfigError: a value is not positive or is too large, or the image does not divide into the stages' grids.
     """
 
     dim: int
@@ -90,10 +97,10 @@ class SMLPNetConfig:
 
 @dataclass(frozen=True)
 class TracePoint:
-    """A place between two parts of the network, where the trained and the deployed one have the same values.
+    """A point in the network at which the trained and the deployed form compute the same values.
 
     Attributes:
-        name: for people: `stage 1 block 2`, counted from 1.
+        name: to display: `stage 1 block 2`, counted from 1.
         kind: "embedding", "tokens" (after a block's token mixing) or "block".
         index: of the stage or, over the whole network, of the block; counted from 0.
     """
@@ -128,7 +135,7 @@ class Preprocessing:
     """
 
     image_size: int
-    crop_pct: float = 0.875
+    crop_pct: int | float = 0.875  # a 1 that a file states stays 1, so that artifacts keep their bytes
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -155,7 +162,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
-    """The batch sizes an engine takes: any from `min` to `max`, fastest at `opt`.
+    """The batch sizes an engine accepts: any from `min` to `max`, fastest at `opt`.
 
     Raises:
         ConfigError: not 1 <= min <= opt <= max <= 65,536.
@@ -181,15 +188,15 @@ class BatchProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:
-    """What a checkpoint says of itself beside its weights; None where it says nothing.
+    """What a checkpoint states about itself beside its weights; None where it states nothing.
 
     Attributes:
         labels: class names in the order of the logits.
         preprocessing: how its training images were prepared.
-        training: numbers of the training run, for people to read.
+        training: figures of the training run, for the reader.
     """
 
-    labels: tuple[str, ...] | None = None
+    labels: tuple[Text, ...] | None = None
     preprocessing: Preprocessing | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -198,61 +205,58 @@ class CheckpointMetadata:
 
     @classmethod
     def from_json(cls, text: str, *, where: object, image_size: int) -> CheckpointMetadata:
-        """Read the JSON form: any of `labels`, `preprocessing` (in part, too) and `training`.
+        """Read the JSON form: any of `labels`, `preprocessing` (which may be partial) and `training`.
 
         Args:
-            text: a JSON object.
-            where: the file it stood in, for errors.
+            text: a JSON object; its other fields are ignored, because other tools write such files too.
+            where: the file it came from, for errors.
             image_size: of the network, for a preprocessing that does not state it.
 
         Raises:
             ConfigError: not that form, or a value out of range.
         """
 
-        def build(document: dict[str, Any]) -> CheckpointMetadata:
-            labels, preprocessing = document.get("labels"), document.get("preprocessing")
-            return cls(
-                labels=None if labels is None else _labels(labels),
-                preprocessing=None
-                if preprocessing is None
-                else _preprocessing({"image_size": image_size, **preprocessing}),
-                training=_mapping(document.get("training", {})),
-            )
+        def own(document: dict[str, Any]) -> dict[str, Any]:
+            names = {"schema", *(field.name for field in fields(cls))}
+            chosen = {name: value for name, value in document.items() if name in names}
+            if isinstance(chosen.get("preprocessing"), dict):
+                chosen["preprocessing"] = {"image_size": image_size, **chosen["preprocessing"]}
+            return chosen
 
-        return _parse(text, where, build)
+        return _read(text, where, cls, prepare=own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """Everything needed to use an artifact, and to know where it came from.
+    """Everything needed to use an artifact and to trace its origin.
 
     Attributes:
-        name: the model's name, as file names carry it.
+        name: the model's name, which is part of file names.
         config: the network's shape.
         labels: class names in the order of the logits.
         preprocessing: how an image becomes the input.
         precision: of the graph's arithmetic.
-        batch: the one batch size it takes, or None for any.
-        variant: the paper's variant with this configuration, if there is one.
+        batch: the only batch size it accepts, or None for any.
+        variant: the paper's variant with this configuration, if any.
         checkpoint: file name of the source weights.
         checkpoint_sha256: of that file.
-        ema: whether its moving-average weights were taken.
-        libraries: versions of what wrote the artifact, this tool among them.
+        ema: whether its moving-average weights were used.
+        libraries: versions of the software that wrote the artifact, including smlp-deploy.
         quantization: how an int8 graph was made; empty for others.
 
     Raises:
-        ConfigError: the parts contradict each other.
+        ConfigError: the fields contradict each other.
     """
 
     name: str
     config: SMLPNetConfig
-    labels: tuple[str, ...]
+    labels: tuple[Text, ...]
     preprocessing: Preprocessing
-    precision: str = "fp32"
+    precision: Text = "fp32"
     batch: int | None = None
-    variant: str | None = None
-    checkpoint: str = ""
-    checkpoint_sha256: str = ""
+    variant: Text | None = None
+    checkpoint: Text = ""
+    checkpoint_sha256: Text = ""
     ema: bool = False
     libraries: Mapping[str, str] = field(default_factory=dict)
     quantization: Mapping[str, Any] = field(default_factory=dict)
@@ -278,47 +282,33 @@ class ModelMetadata:
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> ModelMetadata:
-        """Read the JSON form, which stood in the file `where`.
+        """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ConfigError: not that form, a newer schema, or a value out of range.
+            ConfigError: not that form, another schema, or a value out of range.
         """
-
-        def build(document: dict[str, Any]) -> ModelMetadata:
-            values = {key: value for key, value in document.items() if key != "schema"}
-            config = values["config"]
-            _check_types(values)
-            return cls(
-                **{
-                    **values,
-                    "config": SMLPNetConfig(**{**config, "depths": tuple(config["depths"])}),
-                    "labels": _labels(values["labels"]),
-                    "preprocessing": _preprocessing(values["preprocessing"]),
-                }
-            )
-
-        return _parse(text, where, build)
+        return _read(text, where, cls)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineManifest:
-    """What stands beside an engine, whose own bytes are TensorRT's alone.
+    """The facts about an engine, stored beside it because the engine's own bytes belong to TensorRT.
 
     Attributes:
-        engine_sha256: of the engine it is about.
+        engine_sha256: of the engine it describes.
         metadata: of the graph it was built from.
         onnx_file: file name of the ONNX source.
         onnx_sha256: of that file.
         backend: "tensorrt" or "tensorrt-rtx".
         version: of TensorRT.
-        profile: batch sizes it takes.
+        profile: batch sizes it accepts.
         architectures: of the GPUs it was built for, ahead of time or where it was built.
-        ran_here: whether it was run where it was built.
-        engine_parity: if so, its comparison with the ONNX source.
+        ran_here: whether it was run on the machine that built it.
         options: how it was built.
         memory: the build log's figures.
-        kernels: what is inside, as a summary.
-        graph_parity: the comparison of the 16-bit graph with the ONNX source, if one was made from it.
+        kernels: a summary of its kernels.
+        graph_parity: the 16-bit graph's comparison with the ONNX source, if the engine was built from one.
+        engine_parity: the engine's comparison with the ONNX source, if it was run.
     """
 
     engine_sha256: str
@@ -338,97 +328,45 @@ class EngineManifest:
 
     def to_json(self) -> str:
         return (
-            json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            json.dumps({"schema": MANIFEST_SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False)
+            + "\n"
         )
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> EngineManifest:
-        """Read the JSON form, which stood in the file `where`.
+        """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ConfigError: not that form, a newer schema, or a value out of range.
+            ConfigError: not that form, another schema, or a value out of range.
         """
-
-        def build(document: dict[str, Any]) -> EngineManifest:
-            values = {key: value for key, value in document.items() if key != "schema"}
-            return cls(
-                **{
-                    **values,
-                    "metadata": ModelMetadata.from_json(json.dumps(values["metadata"]), where=where),
-                    "profile": BatchProfile(**values["profile"]),
-                    "architectures": tuple(values["architectures"]),
-                    "memory": tuple(values["memory"]),
-                }
-            )
-
-        return _parse(text, where, build)
+        return _read(text, where, cls, schema=MANIFEST_SCHEMA, again="build the engine again")
 
 
 def _dump(document: dict[str, Any]) -> str:
     return json.dumps(document, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
-def _parse(text: str, where: object, build: Callable[[dict[str, Any]], T]) -> T:
+def _read(
+    text: str,
+    where: object,
+    form: type[T],
+    *,
+    schema: int = SCHEMA_VERSION,
+    again: str = "export again",
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> T:
     try:
-        document = strictjson.loads(text)
-        schema = document.get("schema", SCHEMA_VERSION)
-        if schema == SCHEMA_VERSION:
-            built = build(document)
-            json.dumps(document, ensure_ascii=False).encode()
-            return built
-    except UnicodeEncodeError:
-        raise ConfigError("metadata is damaged: it has half a character", where=where) from None
+        return strictjson.read(text, form, schema=schema, prepare=lambda found: {"schema": schema, **prepare(found)})
     except ConfigError as error:
-        raise ConfigError(_shortened(error.what), where=where, fix=error.fix) from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        what = _shortened(f"metadata is damaged: {type(error).__name__}: {error}")
-        raise ConfigError(what, where=where) from None
-    raise ConfigError(
-        f"metadata schema {_shortened(repr(schema))} is not {SCHEMA_VERSION}, the one this version reads",
-        where=where,
-        fix="upgrade smlp-deploy, or export again",
-    )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]}..."
+        raise ConfigError(error.what, where=where, fix=error.fix) from None
+    except strictjson.SchemaError as error:
+        raise ConfigError(f"metadata {error}", where=where, fix=f"upgrade smlp-deploy, or {again}") from None
+    except ValueError as error:
+        raise ConfigError(f"metadata is damaged: {error}", where=where) from None
 
 
 def _check_name(name: object) -> None:
-    """A model's name becomes part of file names, so it may not lead elsewhere."""
+    """A model's name becomes part of file names, so it must not lead to another folder."""
     sound = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= _MAX_NAME_BYTES
     if not sound or set(str(name)) & {"/", "\\"}:
         raise ConfigError(f"model name {name!r:.100} cannot be part of a file name", fix="rename the checkpoint")
-
-
-def _check_types(values: Mapping[str, Any]) -> None:
-    """Check the fields of `ModelMetadata` that have no other check."""
-    for key in ("precision", "checkpoint", "checkpoint_sha256", "variant"):
-        value = values.get(key, "")
-        if not (isinstance(value, str) and len(value) <= MAX_TEXT) and (key, value) != ("variant", None):
-            raise TypeError(f"{key} is not a string")
-    if type(values.get("ema", False)) is not bool:
-        raise TypeError("ema is neither true nor false")
-    libraries = _mapping(values.get("libraries", {}))
-    if not all(isinstance(version, str) for version in libraries.values()):
-        raise TypeError("a library's version is not a string")
-    _mapping(values.get("quantization", {}))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError("a mapping was expected")
-    return value
-
-
-def _labels(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-        raise TypeError("labels are not a list of strings")
-    if any(len(label) > MAX_TEXT for label in value):
-        raise ValueError(f"a label has more than {MAX_TEXT} characters")
-    return tuple(value)
-
-
-def _preprocessing(value: Mapping[str, Any]) -> Preprocessing:
-    triples = {key: tuple(float(number) for number in value[key]) for key in ("mean", "std") if key in value}
-    return Preprocessing(**{**value, **triples})

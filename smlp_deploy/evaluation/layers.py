@@ -26,7 +26,7 @@ MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: some ten times what the bundled model has, int8 three times."""
 
 _BATCH = 8
-_NUMBERS = ("error", "worst_error", "max_abs")
+_NUMBERS = {"error", "worst_error", "max_abs", "growth", "sqnr_db", "own_sqnr_db"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class PointReport:
     worst_image: str
     max_abs: float
     growth: float | None
+
+    def __post_init__(self) -> None:
+        if any(value < 0 for value in (self.error, self.worst_error, self.max_abs)):
+            raise ValueError("an error is never negative")
 
     @property
     def sqnr_db(self) -> float:
@@ -113,26 +117,16 @@ class DivergenceReport:
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> DivergenceReport:
-        """Read the JSON form, which stood in the file `where`.
+        """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ArtifactError: it is no such report.
+            ArtifactError: it is not such a report.
         """
         try:
-            document: dict[str, Any] = strictjson.loads(text)
-            points = tuple(_point(point) for point in document["points"])
-            layers = tuple(_layer(layer) for layer in document.get("layers", ()))
-            return cls(
-                **{key: str(document[key]) for key in ("reference", "candidate", "precision")},
-                images=int(document["images"]),
-                unreadable=tuple(map(str, document["unreadable"])),
-                max_error=float(document["max_error"]),
-                points=points,
-                layers=layers,
-            )
-        except (ValueError, TypeError, KeyError):
+            return strictjson.read(text, cls, prepare=_restored)
+        except (ValueError, TypeError, AttributeError):
             raise ArtifactError(
-                "is no report of smlp verify --layers", where=where, fix="make one with --layers --save"
+                "is not a report of smlp verify --layers", where=where, fix="make one with --layers --save"
             ) from None
 
 
@@ -196,17 +190,16 @@ def _plain(value: Any) -> Any:
     return None if math.isnan(value) else str(value)
 
 
-def _point(document: dict[str, Any]) -> PointReport:
-    numbers = {key: float("nan" if document[key] is None else document[key]) for key in _NUMBERS}
-    if min(numbers.values()) < 0:
-        raise ValueError("an error is never negative")
-    growth = None if document["growth"] is None else float(document["growth"])
-    return PointReport(name=str(document["name"]), worst_image=str(document["worst_image"]), growth=growth, **numbers)
-
-
-def _layer(document: dict[str, Any]) -> LayerNoise:
-    numbers = {key: float("nan" if document[key] is None else document[key]) for key in ("sqnr_db", "own_sqnr_db")}
-    return LayerNoise(name=str(document["name"]), **numbers)
+def _restored(document: dict[str, Any]) -> dict[str, Any]:
+    """The report's fields, with the numbers that `_plain` replaced."""
+    for key in ("points", "layers"):
+        for entry in document.get(key, ()):
+            for name in _NUMBERS & entry.keys():
+                if entry[name] is None and name != "growth":
+                    entry[name] = math.nan
+                elif entry[name] in ("inf", "-inf"):
+                    entry[name] = float(entry[name])
+    return document
 
 
 class _Noise:

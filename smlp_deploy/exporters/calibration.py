@@ -33,13 +33,16 @@ _ENTROPY_BINS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTable:
-    """What calibration found; with it a graph is quantized without images.
+    """The result of a calibration, with which a graph is quantized without images.
 
     Attributes:
-        ranges: largest absolute value of each tensor that is to be represented.
+        ranges: the largest absolute value to represent, of each tensor.
         method: how it was chosen, one of `METHODS`.
-        images: number of images seen.
-        checkpoint_sha256: of the weights in the graph that was calibrated.
+        images: number of images used.
+        checkpoint_sha256: of the weights in the calibrated graph.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     ranges: Mapping[str, float]
@@ -47,31 +50,34 @@ class CalibrationTable:
     images: int
     checkpoint_sha256: str
 
+    def __post_init__(self) -> None:
+        for name, value in self.ranges.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"the range of {name!r} is {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"the method is {self.method!r}")
+        if self.images < 1:
+            raise ValueError(f"the number of images is {self.images!r}")
+
     def to_json(self) -> str:
         return json.dumps({"schema": TABLE_SCHEMA, **asdict(self)}, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> CalibrationTable:
-        """Read the JSON form, which stood in the file `where`.
+        """Read the JSON form, which came from the file `where`.
 
         Raises:
             ArtifactError: not that form, or of another schema.
         """
         try:
-            document = strictjson.loads(text)
-            schema = document["schema"]
-            if schema == TABLE_SCHEMA:
-                return _table(document)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            return strictjson.read(text, cls, schema=TABLE_SCHEMA)
+        except strictjson.SchemaError as error:
+            fix = "upgrade smlp-deploy, or calibrate again"
+            raise ArtifactError(f"calibration table {error}", where=where, fix=fix) from None
+        except ValueError as error:
             raise ArtifactError(
-                f"the calibration table is damaged: {reason}", where=where, fix="calibrate again"
+                f"the calibration table is damaged: {error}", where=where, fix="calibrate again"
             ) from None
-        raise ArtifactError(
-            f"calibration table schema {schema!r} is not {TABLE_SCHEMA}, the one this version reads",
-            where=where,
-            fix="upgrade smlp-deploy, or calibrate again",
-        )
 
 
 def read_table(path: Path) -> CalibrationTable:
@@ -163,20 +169,3 @@ def _range(name: str, bounds: Iterable[NDArray[np.float32]]) -> float:
     if not math.isfinite(largest):
         raise ArtifactError(f"tensor {name!r} is not finite on the calibration images", fix="check the checkpoint")
     return largest
-
-
-def _table(document: Mapping[str, Any]) -> CalibrationTable:
-    ranges, method, images = document["ranges"], document["method"], document["images"]
-    for name, value in ranges.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"the range of {name!r} is {value!r}")
-    if method not in METHODS:
-        raise ValueError(f"the method is {method!r}")
-    if type(images) is not int or images < 1:
-        raise ValueError(f"the number of images is {images!r}")
-    return CalibrationTable(
-        ranges={name: float(value) for name, value in ranges.items()},
-        method=method,
-        images=images,
-        checkpoint_sha256=str(document["checkpoint_sha256"]),
-    )

@@ -127,9 +127,30 @@ def test_a_layer_with_a_value_that_is_not_finite_is_the_worst() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": [{}]}', '{"points": 1, "unreadable": []}'])
-def test_what_is_no_report_is_refused(text: str) -> None:
-    with pytest.raises(ArtifactError, match=r"is no report of smlp verify --layers · x\.json"):
+def test_json_that_is_not_a_report_is_refused(text: str) -> None:
+    with pytest.raises(ArtifactError, match=r"is not a report of smlp verify --layers · x\.json"):
         DivergenceReport.from_json(text, where="x.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"error": 10**400},
+        {"error": "0.5"},
+        {"error": True},
+        {"error": -0.5},
+        {"max_abs": "-inf"},
+        {"error": None, "worst_error": -1},
+        {"growth": "nan"},
+        {"name": None},
+        {"surprise": 1},
+    ],
+)
+def test_a_point_with_a_wrong_value_is_refused(change: dict[str, object]) -> None:
+    document = json.loads(find_divergence(FakeTracer(), FakeTracer(), IMAGES).to_json())
+    document["points"][1].update(change)
+    with pytest.raises(ArtifactError, match="is not a report of smlp verify --layers"):
+        DivergenceReport.from_json(json.dumps(document), where="x.json")
 
 
 def test_networks_of_different_shapes_are_refused() -> None:

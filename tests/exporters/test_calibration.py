@@ -97,14 +97,18 @@ def test_calibrating_again_gives_the_same_table(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda document: document.pop("ranges"), "damaged: KeyError: 'ranges'"),
-        (lambda document: document.update(ranges=[1, 2]), "damaged"),
-        (lambda document: document["ranges"].update(cat="wide"), "the range of 'cat' is 'wide'"),
+        (lambda document: document.pop("ranges"), "damaged: Object missing required field `ranges`"),
+        (lambda document: document.update(ranges=[1, 2]), "damaged: Expected `object`, got `array` - .*ranges"),
+        (lambda document: document["ranges"].update(cat="wide"), "Expected `float`, got `str` - .*ranges"),
         (lambda document: document["ranges"].update(cat=-1), "the range of 'cat' is -1"),
-        (lambda document: document["ranges"].update(cat=True), "the range of 'cat' is True"),
+        (lambda document: document["ranges"].update(cat=True), "Expected `float`, got `bool` - .*ranges"),
         (lambda document: document.update(images=0), "the number of images is 0"),
         (lambda document: document.update(method="guess"), "the method is 'guess'"),
+        (lambda document: document.update(images=True), "Expected `int`, got `bool` - .*images"),
+        (lambda document: document.update(checkpoint_sha256=None), "Expected `str`, got `null` - .*checkpoint_sha256"),
+        (lambda document: document.update(surprise=1), "unknown field 'surprise'"),
         (lambda document: document.update(schema=2), "schema 2 is not 1"),
+        (lambda document: document.pop("schema"), "schema None is not 1"),
     ],
 )
 def test_a_damaged_table_is_an_error(

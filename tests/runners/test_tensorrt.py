@@ -122,7 +122,7 @@ def test_an_engine_that_the_json_is_not_about_is_never_loaded(engine: Path) -> N
 
 def test_a_missing_or_damaged_json(engine: Path) -> None:
     manifest = engine_manifest_path(engine)
-    manifest.write_text('{"schema": 1}')
+    manifest.write_text('{"schema": 2}')
     with pytest.raises(ConfigError, match="metadata is damaged"):
         read_manifest(engine)
     manifest.write_bytes(b"\xff\xfe")
