@@ -55,6 +55,7 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
 }
+_CHUNK = 1 << 20
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 
 
@@ -113,10 +114,9 @@ class TorchFile:
         content: what was saved, with a `StoredTensor` for each tensor and a `Placeholder` for each object.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
+    def __init__(self, archive: zipfile.ZipFile, pickled: zipfile.ZipInfo, path: Path) -> None:
         self._path, self._archive = path, archive
         self._buffers: dict[str, bytearray] = {}
-        pickled = _check_members(archive, path)
         self._folder = pickled.filename.removesuffix("data.pkl")
         self._check_byte_order()
         try:
@@ -174,42 +174,44 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
                 where=path,
                 fix="fetch it again, or save it anew with torch.save",
             )
-        _check_directory(path)
+        stated = _check_directory(path)
         archive = zipfile.ZipFile(path)
     except _ZIP_ERRORS as error:
         raise _damaged(path, error) from None
     with archive:
-        try:
-            file = TorchFile(archive, path)
-        except _ZIP_ERRORS as error:
-            raise _damaged(path, error) from None
-        yield file
+        if len(archive.infolist()) != stated:
+            raise _damaged(path, "its table of contents does not have as many members as it states")
+        pickled = _check_members(archive, path)
+        _check_sums(archive, path)
+        yield TorchFile(archive, pickled, path)
 
 
 # What zipfile raises for damaged archives.
 _ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError, OverflowError, struct.error)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"damaged torch file ({type(error).__name__})", where=path, fix="fetch it again")
+def _damaged(path: Path, how: Exception | str) -> CheckpointError:
+    what = f": {how}" if isinstance(how, str) else f" ({type(how).__name__})"
+    return CheckpointError(f"damaged torch file{what}", where=path, fix="fetch it again")
 
 
 def _refuse(why: str, path: Path) -> NoReturn:
     raise CheckpointError(f"refused: {why}", where=path, fix="where you trust it, save its weights as safetensors")
 
 
-def _check_directory(path: Path) -> None:
-    """Bound the archive's table of contents, which zipfile reads whole."""
+def _check_directory(path: Path) -> int:
+    """Bound the archive's table of contents, which zipfile reads whole; the number of members that it states."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 98))
         tail = file.read().rjust(98, b"\0")
     if tail[76:80] != _END:
         _refuse("something follows the archive", path)
-    (size,) = struct.unpack_from("<L", tail, 88)
+    count, size = struct.unpack_from("<HL", tail, 86)
     if tail[:4] == _END64 and tail[56:60] == _LOCATOR64:
-        (size,) = struct.unpack_from("<Q", tail, 40)
+        count, size = struct.unpack_from("<QQ", tail, 32)
     if size > MAX_DIRECTORY_BYTES:
         _refuse(f"its table of contents has more than {MAX_DIRECTORY_BYTES} bytes", path)
+    return int(count)
 
 
 def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
@@ -227,6 +229,29 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
         raise CheckpointError("not a torch file: no data.pkl of sensible size", where=path, fix="save it anew")
     return pickles[0]
+
+
+def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
+    """Read every member once, those that nobody asks for too, and compare its checksum."""
+    if not any(member.CRC for member in archive.infolist()):
+        raise CheckpointError(
+            "damage to it could not be seen: it was saved without checksums, as torch.save does after "
+            "torch.serialization.set_crc32_options(False)",
+            where=path,
+            fix="where you trust it, load it and save it again with checksums",
+        )
+    for member in archive.infolist():
+        name = repr(member.filename[:120])
+        try:
+            content = archive.open(member)
+        except _ZIP_ERRORS:
+            raise _damaged(path, f"the member {name} does not begin where and as the archive states") from None
+        with content:
+            try:
+                while content.read(_CHUNK):
+                    pass
+            except _ZIP_ERRORS:
+                raise _damaged(path, f"the member {name} does not have the checksum that the archive states") from None
 
 
 class _Interpreter:
