@@ -249,7 +249,7 @@ class TestRefusesWhatDoesNotFit:
         ("dtype", "reason"),
         [
             (torch.int32, r"'mlp_head\.0\.weight' is int32, expected float32"),
-            (torch.complex64, r"asks for torch\.ComplexFloatStorage, which is not weights"),
+            (torch.complex64, r"asks for torch\.ComplexFloatStorage, which weights do not need"),
         ],
     )
     def test_types_that_are_no_weights(
