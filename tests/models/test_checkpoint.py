@@ -84,8 +84,8 @@ def test_other_float_types_become_float32(tmp_path: Path, weights: dict[str, Ten
 
 def test_safetensors_carry_labels_and_preprocessing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     path = tmp_path / "model.safetensors"
-    card = {"labels": list("abcdefghij"), "preprocessing": {"mean": [0.5, 0.5, 0.5], "crop_pct": 1}}
-    save_file(weights, path, metadata={METADATA_KEY: json.dumps(card)})
+    document = {"labels": list("abcdefghij"), "preprocessing": {"mean": [0.5, 0.5, 0.5], "crop_pct": 1}}
+    save_file(weights, path, metadata={METADATA_KEY: json.dumps(document)})
     checkpoint = load_checkpoint(path)
     assert_holds(checkpoint, weights)
     assert checkpoint.metadata.labels == tuple("abcdefghij")
@@ -366,7 +366,7 @@ class TestRefusesWhatIsUnsafe:
     def test_a_safetensors_header_that_is_no_json(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         path.write_bytes((3).to_bytes(8, "little") + b"abc")
-        with pytest.raises(CheckpointError, match="its header is no"):
+        with pytest.raises(CheckpointError, match="its header is not"):
             load_checkpoint(path)
 
     def test_a_flipped_bit(self, micro_pth: Path) -> None:
