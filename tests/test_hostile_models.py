@@ -1,4 +1,4 @@
-"""Checkpoints made to do harm: each is refused in one line, runs nothing, and takes little memory and time."""
+"""Hostile checkpoints: each is refused in one line, runs nothing, and takes little memory and time."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_one_storage_for_everything_is_refused(tmp_path: Path, weights: dict[str
 
 
 def tuples_of_tuples(times: int) -> bytes:
-    """A tuple of 2^times elements in a few bytes, as a key: hashing it takes for ever."""
+    """A tuple of 2^times elements in a few bytes, as a key: hashing it takes forever."""
     return b"}" + b"))\x86" + b"q\x00h\x00\x86" * times + b"Ns"
 
 
@@ -454,9 +454,9 @@ def entry(name: str = "a", *, dtype: str = "F32", shape: str = "[1]", offsets: s
         (f"{{{','.join(entry(str(i)) for i in range(66_000))}}}", "more than 65536 tensors"),
         ('{"__metadata__":{"a":1}}', "damaged safetensors file"),
         ("{}", "damaged safetensors file|not an sMLPNet"),
-        ("[]", "its header is no"),
-        ("[" * 100_000, "its header is no"),
-        ("{", "its header is no"),
+        ("[]", "its header is not"),
+        ("[" * 100_000, "its header is not"),
+        ("{", "its header is not"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
@@ -585,7 +585,7 @@ def test_memory_stays_within_a_multiple_of_the_file(
     assert "claim far more than it holds" in told["aliased"]
 
 
-def test_a_card_survives_what_it_is_made_of(micro_pth: Path) -> None:
-    card = {"labels": list("abcdefghij"), "training": {"deep": [[[[1]]]], "loss": 1e300}}
-    micro_pth.with_suffix(".json").write_text(json.dumps(card))
-    assert load_checkpoint(micro_pth).metadata.training == card["training"]
+def test_nested_training_metadata_survives(micro_pth: Path) -> None:
+    document = {"labels": list("abcdefghij"), "training": {"deep": [[[[1]]]], "loss": 1e300}}
+    micro_pth.with_suffix(".json").write_text(json.dumps(document))
+    assert load_checkpoint(micro_pth).metadata.training == document["training"]

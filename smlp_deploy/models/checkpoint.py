@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A tensor of a file whose values are yet to be read; `dtype` is a name where it is none that weights have."""
+    """A tensor of a file whose values are yet to be read; `dtype` is a name where weights never have it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -57,7 +57,7 @@ class _Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Trained weights and what their file says of them.
+    """Trained weights and what their file says about them.
 
     Attributes:
         path: the file they came from.
@@ -121,7 +121,7 @@ def infer_config(shapes: _Shapes) -> SMLPNetConfig:
 
     Raises:
         CheckpointError: a key is missing, unknown, or has another shape than the rest implies.
-        ConfigError: the numbers are no possible configuration.
+        ConfigError: no network has such numbers.
     """
     patch = _shape(shapes, "to_patch_embedding.0.0.weight", 4)
     dim, patch_size = patch[0], patch[2]
@@ -256,7 +256,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_keys(keys: Collection[str], path: Path) -> None:
-    """Bound what is built from the keys, and what is said of them."""
+    """Bound what is built from the keys, and the messages that quote them."""
     if len(keys) > _MAX_KEYS:
         raise CheckpointError(f"refused: it has more than {_MAX_KEYS} tensors", where=path)
     if any(len(key) > _MAX_KEY_LENGTH for key in keys):
@@ -306,9 +306,9 @@ def _header_keys(path: Path) -> list[str]:
     try:
         document = strictjson.loads(header)
     except ValueError as error:
-        raise CheckpointError(f"damaged safetensors file: its header is no sound JSON: {error}", where=path) from None
+        raise CheckpointError(f"damaged safetensors file: its header is not valid JSON: {error}", where=path) from None
     if not isinstance(document, dict):
-        raise CheckpointError("damaged safetensors file: its header is no JSON object", where=path)
+        raise CheckpointError("damaged safetensors file: its header is not a JSON object", where=path)
     return [key for key in document if key != "__metadata__"]
 
 
@@ -348,7 +348,7 @@ def _metadata(path: Path, text: str | None, config: SMLPNetConfig) -> Checkpoint
     if text is None and beside.is_file():
         source = beside
         text = read_text(
-            beside, error=CheckpointError, fix="labels and preprocessing are read from it; remove or mend it"
+            beside, error=CheckpointError, fix="labels and preprocessing are read from it; remove or correct it"
         )
     if text is None:
         return CheckpointMetadata()

@@ -1,8 +1,9 @@
 """`.pth` files without torch.load: the pickle inside is interpreted as a description, and tensors are read one by one.
 
-A pickle is a program. Of its instructions the reader here knows those that `torch.save` writes, and what they can make
-is plain containers, `StoredTensor`s and placeholders: nothing is imported or called, whatever the file asks for. Only
-one reader looks at the zip archive, so that there are no two opinions on what is in it.
+A pickle is a program. The reader here knows only the instructions that `torch.save` writes, and all it makes of them is
+plain containers, `StoredTensor`s and `Placeholder`s: nothing is imported or called, whatever the file asks for. Before
+that, every member of the zip archive is compared with its checksum. Only zipfile reads the archive, so that no second
+reader can see other contents in it.
 """
 
 from __future__ import annotations
@@ -42,25 +43,20 @@ _DTYPES = {
 }
 _MAPPINGS = ("collections OrderedDict", "collections Counter")
 _TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
-_PLACEHOLDERS = ("argparse Namespace", "torch Size", "torch device")
-_NAMES = frozenset((*_DTYPES, *_MAPPINGS, _TENSOR, _PARAMETER, *_PLACEHOLDERS))
-_CONSTANTS = frozenset(
-    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING", "SHORT_BINSTRING")
-)
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}
+_IGNORED = ("argparse Namespace", "torch Size", "torch device")
+_NAMES = frozenset((*_DTYPES, *_MAPPINGS, _TENSOR, _PARAMETER, *_IGNORED))
+_CHUNK = 1 << 20
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+# What zipfile and pickletools raise for damaged files.
+_DAMAGE = (
+    *(zipfile.BadZipFile, OSError, EOFError, RuntimeError, OverflowError, struct.error),
+    *(ValueError, KeyError, IndexError),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor as a file describes it; nothing of it was read yet, and none of it is to be believed.
+    """A tensor as a file describes it: its values are unread, and its claims unchecked.
 
     Attributes:
         dtype: of its elements.
@@ -85,7 +81,7 @@ class StoredTensor:
 
     @property
     def reach(self) -> int:
-        """One past the furthest element of the storage that it uses, or would be if each value were stored once."""
+        """One past the furthest element of the storage that it uses, or would if each value were stored once."""
         if 0 in self.shape:
             return 0
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -94,7 +90,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """Something in a pickle that is no weights and is not looked at."""
+    """An object in a pickle that is neither a tensor nor plain: only its type's name is kept."""
 
     name: str
 
@@ -113,16 +109,15 @@ class TorchFile:
         content: what was saved, with a `StoredTensor` for each tensor and a `Placeholder` for each object.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, path: Path) -> None:
+    def __init__(self, archive: zipfile.ZipFile, pickled: zipfile.ZipInfo, path: Path) -> None:
         self._path, self._archive = path, archive
         self._buffers: dict[str, bytearray] = {}
-        pickled = _check_members(archive, path)
         self._folder = pickled.filename.removesuffix("data.pkl")
-        self._check_byte_order()
-        try:
+        with _damage(path):
+            byte_order = f"{self._folder}byteorder"
+            if byte_order in archive.namelist() and archive.read(byte_order) != b"little":
+                _refuse("it was written on a big-endian machine", path)
             self.content = _Interpreter(path).run(archive.read(pickled))
-        except (ValueError, IndexError, KeyError) as error:
-            raise _damaged(path, error) from None
 
     def check(self, tensor: StoredTensor, key: str) -> None:
         """Check that the file holds what a tensor claims.
@@ -138,26 +133,19 @@ class TorchFile:
             _refuse(f"{key!r} claims more values than the file holds", self._path)
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The values of a tensor that was checked; what is returned may share memory with others.
+        """The values of a tensor that was checked; they may share memory with those of others.
 
         Raises:
             CheckpointError: they are damaged.
         """
         buffer = self._buffers.get(tensor.record)
         if buffer is None:
-            try:
+            with _damage(self._path):
                 buffer = bytearray(self._archive.read(f"{self._folder}data/{tensor.record}"))
-            except _ZIP_ERRORS as error:
-                raise _damaged(self._path, error) from None
             self._buffers[tensor.record] = buffer
         usable = len(buffer) // tensor.dtype.itemsize
         values = torch.frombuffer(buffer, dtype=tensor.dtype, count=usable)
         return values.as_strided(tensor.shape, tensor.stride, tensor.offset)
-
-    def _check_byte_order(self) -> None:
-        name = f"{self._folder}byteorder"
-        if name in self._archive.namelist() and self._archive.read(name) != b"little":
-            _refuse("it was written on a big-endian machine", self._path)
 
 
 @contextmanager
@@ -167,54 +155,56 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
     Raises:
         CheckpointError: it is something else, damaged, or holds more than weights and plain values.
     """
-    try:
+    with _damage(path):
         if not zipfile.is_zipfile(path):
             raise CheckpointError(
                 "not a zip-format torch file: truncated, something else, or written before torch 1.6",
                 where=path,
                 fix="fetch it again, or save it anew with torch.save",
             )
-        _check_directory(path)
+        stated = _check_directory(path)
         archive = zipfile.ZipFile(path)
-    except _ZIP_ERRORS as error:
-        raise _damaged(path, error) from None
     with archive:
-        try:
-            file = TorchFile(archive, path)
-        except _ZIP_ERRORS as error:
-            raise _damaged(path, error) from None
-        yield file
+        pickled = _check_members(archive, stated, path)
+        _check_sums(archive, path)
+        yield TorchFile(archive, pickled, path)
 
 
-# What zipfile raises for damaged archives.
-_ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, KeyError, OverflowError, struct.error)
+@contextmanager
+def _damage(path: Path, how: str = "") -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        what = f": {how}" if how else f" ({type(error).__name__})"
+        raise CheckpointError(f"damaged torch file{what}", where=path, fix="fetch it again") from None
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"damaged torch file ({type(error).__name__})", where=path, fix="fetch it again")
+def _refuse(why: str, path: Path, *, refused: str = "refused") -> NoReturn:
+    fix = "where you trust it, save its weights alone as safetensors"
+    raise CheckpointError(f"{refused}: {why}", where=path, fix=fix)
 
 
-def _refuse(why: str, path: Path) -> NoReturn:
-    raise CheckpointError(f"refused: {why}", where=path, fix="where you trust it, save its weights as safetensors")
-
-
-def _check_directory(path: Path) -> None:
-    """Bound the archive's table of contents, which zipfile reads whole."""
+def _check_directory(path: Path) -> int:
+    """Bound the archive's table of contents, which zipfile reads whole; the number of members that it states."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 98))
         tail = file.read().rjust(98, b"\0")
     if tail[76:80] != _END:
         _refuse("something follows the archive", path)
-    (size,) = struct.unpack_from("<L", tail, 88)
+    count, size = struct.unpack_from("<HL", tail, 86)
     if tail[:4] == _END64 and tail[56:60] == _LOCATOR64:
-        (size,) = struct.unpack_from("<Q", tail, 40)
+        count, size = struct.unpack_from("<QQ", tail, 32)
     if size > MAX_DIRECTORY_BYTES:
         _refuse(f"its table of contents has more than {MAX_DIRECTORY_BYTES} bytes", path)
+    return int(count)
 
 
-def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+def _check_members(archive: zipfile.ZipFile, stated: int, path: Path) -> zipfile.ZipInfo:
     """The member that describes the others."""
     members = archive.infolist()
+    if len(members) != stated:
+        what = f"damaged torch file: its table of contents states {stated} members and has {len(members)}"
+        raise CheckpointError(what, where=path, fix="fetch it again")
     if len({member.filename.casefold() for member in members}) != len(members):
         _refuse("a member of the archive occurs twice", path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -229,6 +219,24 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     return pickles[0]
 
 
+def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
+    """Compare every member with its checksum, those that are not read later too."""
+    members = archive.infolist()
+    if not any(member.CRC for member in members):
+        raise CheckpointError(
+            "saved without checksums (torch.serialization.set_crc32_options), so that damage would go unnoticed",
+            where=path,
+            fix="where you trust it, load it with torch.load and save it again with checksums",
+        )
+    for member in members:
+        name = repr(member.filename[:120])
+        with _damage(path, f"the member {name} does not begin where and as the archive states"):
+            content = archive.open(member)
+        with _damage(path, f"the member {name} does not have the checksum that the archive states"), content:
+            while content.read(_CHUNK):
+                pass
+
+
 class _Interpreter:
     """Runs a pickle's instructions on a stack of descriptions.
 
@@ -241,51 +249,43 @@ class _Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
-        self._steps: dict[str, Callable[[Any], None]] = {
-            "PROTO": lambda _: None,
-            "STOP": lambda _: None,
+        push = self._stack.append
+        same: dict[str, Callable[[Any], None]] = {
+            "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING": push,
+            "PROTO STOP": lambda _: None,
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_DICT": lambda _: push({}),
             "MARK": lambda _: self._marks.append(len(self._stack)),
-            "GLOBAL": self._global,
-            "BINPERSID": lambda _: self._push(_storage(self._stack.pop())),
-            "REDUCE": self._reduce,
-            "NEWOBJ": self._reduce,
-            "BUILD": lambda _: self._drop(),
-            "TUPLE": lambda _: self._push(tuple(self._marked())),
-            "TUPLE1": lambda _: self._push(tuple(self._top(1))),
-            "TUPLE2": lambda _: self._push(tuple(self._top(2))),
-            "TUPLE3": lambda _: self._push(tuple(self._top(3))),
+            "TUPLE": lambda _: push(tuple(self._marked())),
+            "TUPLE1": lambda _: push(tuple(self._top(1))),
+            "TUPLE2": lambda _: push(tuple(self._top(2))),
+            "TUPLE3": lambda _: push(tuple(self._top(3))),
             "APPEND": lambda _: self._extend(self._top(1)),
             "APPENDS": lambda _: self._extend(self._marked()),
             "SETITEM": lambda _: self._set(self._top(2)),
             "SETITEMS": lambda _: self._set(self._marked()),
+            "BINPUT LONG_BINPUT": self._remember,
+            "BINGET LONG_BINGET": lambda index: push(self._memo[index]),
+            "GLOBAL": self._global,
+            "BINPERSID": lambda _: push(_storage(self._stack.pop())),
+            "REDUCE NEWOBJ": self._reduce,
+            "BUILD": lambda _: self._build(),
         }
-        for name in ("BINPUT", "LONG_BINPUT"):
-            self._steps[name] = self._remember
-        for name in ("BINGET", "LONG_BINGET"):
-            self._steps[name] = lambda index: self._push(self._memo[index])
+        self._steps = {name: step for names, step in same.items() for name in names.split()}
 
     def run(self, content: bytes) -> Any:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if count >= MAX_INSTRUCTIONS:
                 _refuse(f"its pickle has more than {MAX_INSTRUCTIONS} instructions", self._path)
-            if opcode.name in _CONSTANTS:
-                self._push(argument)
-            elif opcode.name in _EMPTY:
-                self._push(_EMPTY[opcode.name]())
-            elif opcode.name in self._steps:
-                self._steps[opcode.name](argument)
-            else:
+            step = self._steps.get(opcode.name)
+            if step is None:
                 self._refuse_code(f"uses {opcode.name}, which torch.save does not")
+            step(argument)
         return self._stack.pop()
-
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _drop(self) -> None:
-        """Forget the state that an object is to be given."""
-        self._top(1)
-        if not self._stack:
-            raise ValueError("no object to build")
 
     def _top(self, count: int) -> list[Any]:
         if len(self._stack) < count:
@@ -305,21 +305,27 @@ class _Interpreter:
 
     def _global(self, name: str) -> None:
         if name not in _NAMES:
-            self._refuse_code(f"asks for {name[:120].replace(' ', '.')}, which is not weights")
-        self._push(Placeholder(name))
+            self._refuse_code(f"asks for {name[:120].replace(' ', '.')}, which weights do not need")
+        self._stack.append(Placeholder(name))
 
     def _reduce(self, _: object) -> None:
         function, arguments = self._top(2)
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
             raise ValueError("a call of something else than a function")
+        result: Any = Placeholder(function.name.replace(" ", "."))
         if function.name in _MAPPINGS and not arguments:
-            self._push({})
+            result = {}
         elif function.name == _TENSOR:
-            self._push(_tensor(arguments))
+            result = _tensor(arguments)
         elif function.name == _PARAMETER and arguments:
-            self._push(arguments[0])
-        else:
-            self._push(Placeholder(function.name.replace(" ", ".")))
+            result = arguments[0]
+        self._stack.append(result)
+
+    def _build(self) -> None:
+        """Drop the state that an object is to be given."""
+        if len(self._stack) < 2:
+            raise ValueError("too few values")
+        self._stack.pop()
 
     def _extend(self, values: list[Any]) -> None:
         target = self._stack[-1]
@@ -333,37 +339,28 @@ class _Interpreter:
         if not isinstance(target, (dict, Placeholder)) or len(values) % 2:
             raise ValueError("items for something else than a mapping")
         if isinstance(target, dict):
-            # Other keys are left out: those of nested tuples take for ever to hash.
+            # Other keys are left out: nested tuples can take forever to hash.
             pairs = zip(values[::2], values[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, (str, int, float)))
 
     def _refuse_code(self, what: str) -> NoReturn:
-        raise CheckpointError(
-            f"refused, and nothing was run: the file {what}",
-            where=self._path,
-            fix="where you trust it, save its weights alone as safetensors",
-        )
+        _refuse(f"the file {what}", self._path, refused="refused, and nothing was run")
 
 
 def _storage(identity: Any) -> _Storage:
     match identity:
         case ("storage", Placeholder(name), str(record), str(), int(elements)) if name in _DTYPES and elements >= 0:
             return _Storage(_DTYPES[name], record, elements)
-    raise ValueError("a storage that is none")
+    raise ValueError("not a storage")
 
 
 def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
     match arguments:
-        case (_Storage() as storage, int(offset), tuple(shape), tuple(stride), *_):
+        case (_Storage(dtype, record, stored), int(offset), tuple(shape), tuple(stride), *_):
             numbers = (offset, *shape, *stride)
             sound = len(shape) == len(stride) <= 8 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
             if sound and not any(arguments[6:]):
                 return StoredTensor(
-                    dtype=storage.dtype,
-                    record=storage.record,
-                    stored=storage.elements,
-                    offset=offset,
-                    shape=shape,
-                    stride=stride,
+                    dtype=dtype, record=record, stored=stored, offset=offset, shape=shape, stride=stride
                 )
-    raise ValueError("a tensor that is none")
+    raise ValueError("not a tensor")

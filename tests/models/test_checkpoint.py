@@ -84,8 +84,8 @@ def test_other_float_types_become_float32(tmp_path: Path, weights: dict[str, Ten
 
 def test_safetensors_carry_labels_and_preprocessing(tmp_path: Path, weights: dict[str, Tensor]) -> None:
     path = tmp_path / "model.safetensors"
-    card = {"labels": list("abcdefghij"), "preprocessing": {"mean": [0.5, 0.5, 0.5], "crop_pct": 1}}
-    save_file(weights, path, metadata={METADATA_KEY: json.dumps(card)})
+    document = {"labels": list("abcdefghij"), "preprocessing": {"mean": [0.5, 0.5, 0.5], "crop_pct": 1}}
+    save_file(weights, path, metadata={METADATA_KEY: json.dumps(document)})
     checkpoint = load_checkpoint(path)
     assert_holds(checkpoint, weights)
     assert checkpoint.metadata.labels == tuple("abcdefghij")
@@ -249,7 +249,7 @@ class TestRefusesWhatDoesNotFit:
         ("dtype", "reason"),
         [
             (torch.int32, r"'mlp_head\.0\.weight' is int32, expected float32"),
-            (torch.complex64, r"asks for torch\.ComplexFloatStorage, which is not weights"),
+            (torch.complex64, r"asks for torch\.ComplexFloatStorage, which weights do not need"),
         ],
     )
     def test_types_that_are_no_weights(
@@ -366,7 +366,7 @@ class TestRefusesWhatIsUnsafe:
     def test_a_safetensors_header_that_is_no_json(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         path.write_bytes((3).to_bytes(8, "little") + b"abc")
-        with pytest.raises(CheckpointError, match="its header is no"):
+        with pytest.raises(CheckpointError, match="its header is not"):
             load_checkpoint(path)
 
     def test_a_flipped_bit(self, micro_pth: Path) -> None:
