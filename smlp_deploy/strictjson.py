@@ -73,10 +73,7 @@ def read(
         found = document.pop("schema", None)
         if type(found) is not int or found != schema:
             raise SchemaError(f"schema {_shortened(repr(found))} is not {schema}, the one this version reads")
-    try:
-        built = msgspec.convert(document, form)
-    except (msgspec.ValidationError, OverflowError) as error:  # before msgspec 0.22 not always a ValueError
-        raise ValueError(str(error)) from None
+    built = msgspec.convert(document, form)
     _check_known(document, built)
     return built
 
