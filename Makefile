@@ -1,6 +1,6 @@
 # make demo   everything once: install, export the bundled model with its parity report, build an FP16
 #             engine, classify images/*.jpg
-# make test   what CI runs: ruff, mypy --strict, pytest with coverage
+# make test   what CI runs: ruff, mypy --strict, pytest on every core (CI adds coverage by PYTEST_OPTIONS=--cov)
 # make docs   the documentation as a site in site/, built offline; a broken link or reference is an error
 # make fuzz   mutated images, model files and metadata for twenty minutes; any traceback, crash or hang is a finding
 
@@ -19,7 +19,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_OPTIONS)
 
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
