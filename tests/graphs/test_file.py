@@ -84,7 +84,9 @@ def test_an_invalid_graph_is_no_value(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_is_not_what_its_metadata_says_is_no_value(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"its output has shape 1x4, but its metadata says 5 classes · .*x\.onnx · "):
+    with pytest.raises(
+        ArtifactError, match=r"its output has shape 1x4, but its metadata says 5 classes · .*x\.onnx · "
+    ):
         Graph.of(smallest_classifier(), metadata(classes=5), path=tmp_path / "x.onnx")
     model = smallest_classifier()
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((192, 4), np.inf, np.float32), "w"))
