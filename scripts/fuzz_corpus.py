@@ -57,13 +57,14 @@ def build_corpus(folder: Path, kinds: Sequence[str]) -> None:
     sidecar = CheckpointMetadata(
         labels=LABELS, preprocessing=Preprocessing(image_size=16), training={"epochs": 3, "loss": 0.5}
     )
+    graphs = cache(lambda: _graphs(network, facts, beside / "graph.onnx"))
     makers: dict[str, Callable[[], list[bytes]]] = {
         **{kind: partial(_images, kind) for kind in IMAGES},
         "pth": lambda: _pths(network.state_dict()),
         "safetensors": lambda: _safetensors(network.state_dict(), sidecar),
         "sidecar": lambda: [sidecar.to_json().encode()],
-        "onnx": lambda: _graphs(network, facts, beside / "graph.onnx", ("fp32", "fp16", "bf16")),
-        "metadata": lambda: _graphs(network, facts, beside / "graph.onnx", ("fp32",)),
+        "onnx": graphs,
+        "metadata": lambda: graphs()[:1],
         "engine": lambda: [_manifest(facts, sha256_of(beside / "x.engine"))],
         "table": lambda: [_table()],
     }
@@ -140,13 +141,14 @@ def _safetensors(state: dict[str, Tensor], sidecar: CheckpointMetadata) -> list[
     return [safetensors.torch.save(each, {METADATA_KEY: sidecar.to_json()}) for each in (tensors, halves)]
 
 
-def _graphs(network: SMLPNet, facts: ModelMetadata, path: Path, precisions: Sequence[str]) -> list[bytes]:
-    """The network's graph at these precisions, for any batch size."""
-    files = []
-    for precision in precisions:
-        exported = export_onnx(network, facts, path)
-        if precision != "fp32":
-            save_graph(to_half(load_graph(path), precision), replace(exported, precision=precision), path)
+def _graphs(network: SMLPNet, facts: ModelMetadata, path: Path) -> list[bytes]:
+    """The network's graph in fp32, for any batch size, in fp16 and in bf16."""
+    facts = export_onnx(network, facts, path)
+    exported = path.read_bytes()
+    files = [exported]
+    for precision in ("fp16", "bf16"):
+        path.write_bytes(exported)
+        save_graph(to_half(load_graph(path), precision), replace(facts, precision=precision), path)
         files.append(path.read_bytes())
     return files
 
