@@ -17,7 +17,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -303,8 +303,7 @@ _TENSOR_EDITS: tuple[Callable[[Tensor], Tensor], ...] = (
     *(partial(Tensor.to, dtype=dtype) for dtype in (torch.int64, torch.int8, torch.bool)),
     *(partial(Tensor.mul, other=factor) for factor in (-1, math.nan, math.inf, 1e-45, 65504.0)),
     lambda tensor: tensor.double() * 1e300,
-    lambda tensor: torch.full_like(tensor, -1),
-    lambda tensor: torch.full_like(tensor, 10**9),
+    lambda tensor: torch.ones_like(tensor) * -(10**9),
     lambda tensor: tensor.flatten()[:0].clone(),
     lambda tensor: tensor.flatten()[:2].clone(),
     lambda tensor: tensor.reshape(-1),
@@ -508,11 +507,15 @@ KINDS = {
 }
 
 
-@st.composite
-def inputs(draw: DrawFn, kind: str, corpus: Mapping[str, Sequence[bytes]]) -> tuple[bytes, ...]:
-    """One file of `kind`; of images, every eighth time two to eight that are to be one batch."""
-    count = _pick(draw, range(2, 9)) if kind in IMAGES and _below(draw, 8) == 7 else 1
-    return tuple(_input(draw, KINDS[kind], corpus[kind]) for _ in range(count))
+def inputs(kind: str, files: Sequence[bytes]) -> SearchStrategy[tuple[bytes, ...]]:
+    """One input of `kind`, made from `files`; of images, every eighth time two to eight that are to be one batch."""
+
+    @st.composite
+    def made(draw: DrawFn) -> tuple[bytes, ...]:
+        count = _pick(draw, range(2, 9)) if kind in IMAGES and _below(draw, 8) == 7 else 1
+        return tuple(_input(draw, KINDS[kind], files) for _ in range(count))
+
+    return made()
 
 
 def _input(draw: DrawFn, kind: Kind, files: Sequence[bytes]) -> bytes:
