@@ -24,9 +24,8 @@ What is read must also be writable again. Findings are:
     message     an error that is empty, longer than 2,000 characters or has control characters in it
     files       something was left in the folder of the input, where temporary files belong too
 
-They are told apart by kind, exception and the innermost line in smlp_deploy. The smallest input of each is saved under
---output; tests/data/fuzz holds those found so far, and test_fuzz.py examines them again. The exit code is 1 if there
-are findings. The same --seed makes the same inputs, with the same libraries.
+They are told apart by kind, exception and the innermost line in smlp_deploy, and the smallest input of each is saved
+under --output: KIND/WHAT. Those found so far are in tests/data/fuzz. The exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -149,10 +148,10 @@ class Broken(Exception):  # noqa: N818
 class Found(Exception):  # noqa: N818
     """Tells Hypothesis that an input is a finding; each key has a class of its own, so that each is shrunk."""
 
-
-@cache
-def _found(key: tuple[str, ...]) -> type[Found]:
-    return type("Found", (Found,), {"key": key})
+    @staticmethod
+    @cache
+    def of(key: tuple[str, ...]) -> type[Found]:
+        return type("Found", (Found,), {"key": key})
 
 
 class Examiner:
@@ -207,7 +206,7 @@ class Examiner:
             verdict = self.examine(kind, files)
             self.report(verdict)
             if verdict.is_finding and verdict.key not in known:
-                raise _found(verdict.key)
+                raise Found.of(verdict.key)
 
         start = len(self.done)
         rng = Random(self.seed + 64 * start)  # noqa: S311
@@ -359,15 +358,13 @@ def serve(make: type[Examiner], setup: Setup, number: int) -> None:
     faulthandler.enable(2)
     torch.set_num_threads(1)
     hypothesis.configuration.set_hypothesis_home_dir(setup.folder / "hypothesis")
-    try:
+    with suppress(KeyboardInterrupt):
         examiner = make(setup, number)
         (setup.folder / f"ready-{number}").touch()
-        resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + HEADROOM,) * 2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20,) * 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limits = {resource.RLIMIT_DATA: memory("VmData") + HEADROOM, resource.RLIMIT_FSIZE: 64 << 20}
+        for resource_limit, most in {**limits, resource.RLIMIT_CORE: 0}.items():
+            resource.setrlimit(resource_limit, (most, most))
         examiner.run()
-    except KeyboardInterrupt:
-        return
 
 
 # ------------------------------------------------------------------------------------------------ around the children
@@ -382,16 +379,12 @@ def record(setup: Setup, log: Path, verdict: Verdict, work: Path) -> None:
     target = saved(setup, verdict)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = sorted(work.glob(f"input*{KINDS[verdict.kind].suffix}"))
-    kept = [target, *target.parent.glob(f"{target.name}.?")]
-    if not target.exists() or sum(map(_size, made)) < sum(map(_size, kept)):
+    kept = [path for path in (target, *target.parent.glob(f"{target.name}.?")) if path.exists()]
+    if not kept or sum(path.stat().st_size for path in made) < sum(path.stat().st_size for path in kept):
         for path in kept:
-            path.unlink(missing_ok=True)
+            path.unlink()
         for i, path in enumerate(made):  # an image, and those that it needs beside it
             shutil.copy(path, target.with_name(target.name + f".{i}" * (i > 0)))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 def saved(setup: Setup, verdict: Verdict) -> Path:
@@ -473,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs; the same libraries make the same ones")
     parser.add_argument("--minutes", type=float, help="stop after these (20, if there is no --inputs)")
     parser.add_argument("--inputs", type=int, help="stop after so many")
     parser.add_argument("--jobs", type=int, default=2, help="child processes (2)")
