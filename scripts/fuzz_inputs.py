@@ -321,23 +321,19 @@ KINDS = {
 
 
 def inputs(kind: str, files: Sequence[bytes]) -> SearchStrategy[tuple[bytes, ...]]:
-    """One input of `kind`, made from `files`; of images, every eighth time two to eight that are to be one batch."""
+    """One input of `kind`, made from `files`; of images, every eighth time up to eight that are to be one batch."""
 
     @st.composite
-    def made(draw: DrawFn) -> tuple[bytes, ...]:
-        count = pick(draw, range(2, 9)) if kind in IMAGES and below(draw, 8) == 7 else 1
-        return tuple(_input(draw, KINDS[kind], files) for _ in range(count))
+    def made(draw: DrawFn) -> bytes:
+        data = pick(draw, files)
+        if below(draw, 100) < KINDS[kind].edited:
+            data = KINDS[kind].edit(draw, data)
+            if below(draw, 10) < 9:
+                return data[:LARGEST_INPUT]
+        elif below(draw, 20) == 19:  # the beginning of one file and the end of another
+            other = pick(draw, files)
+            data = data[: below(draw, len(data) + 1)] + other[below(draw, len(other) + 1) :]
+        return damaged(draw, data)[:LARGEST_INPUT]
 
-    return made()
-
-
-def _input(draw: DrawFn, kind: Kind, files: Sequence[bytes]) -> bytes:
-    data = pick(draw, files)
-    if below(draw, 100) < kind.edited:
-        data = kind.edit(draw, data)
-        if below(draw, 10) < 9:
-            return data[:LARGEST_INPUT]
-    elif below(draw, 20) == 19:  # the beginning of one file and the end of another
-        other = pick(draw, files)
-        data = data[: below(draw, len(data) + 1)] + other[below(draw, len(other) + 1) :]
-    return damaged(draw, data)[:LARGEST_INPUT]
+    single, batch = st.tuples(made()), st.lists(made(), min_size=1, max_size=8).map(tuple)
+    return st.integers(0, 7).flatmap(lambda turn: batch if kind in IMAGES and turn == 7 else single)
