@@ -1,9 +1,9 @@
 """The inputs of `fuzz.py`: real files of every kind, changed so that most of each stays in order.
 
 Hypothesis draws every choice, and so repeats and shrinks them. It has no strategies for files, and one that is made of
-anything is refused at its first bytes. A coverage-guided fuzzer would not invent checksums, pickles and protobufs
-either, sees nothing of the native decoders, and ends at its first finding. So the formats' parts with their lengths and
-checksums, and the fields of a protobuf, a pickle and a checkpoint, are known here and in `fuzz_edits`.
+anything is refused at its first bytes. A coverage-guided fuzzer needs the same edits to get past checksums and lengths,
+and does not see into the native decoders. So the formats' parts with their lengths and checksums, and the fields of a
+protobuf, a pickle and a checkpoint, are known here and in `fuzz_edits`.
 """
 
 from __future__ import annotations
