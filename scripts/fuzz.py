@@ -2,18 +2,17 @@
 
 python -m scripts.fuzz --minutes 20                            all kinds, on two processes
 python -m scripts.fuzz --inputs 5000 --kind png --kind onnx    so many inputs, of these kinds only
-python -m scripts.fuzz --replay 0:1234 --kind png              make input 1234 of seed 0 again, examine it, save it
-python -m scripts.fuzz --check artifacts/fuzz/png/*.png        examine files; the folder's name is the kind
+python -m scripts.fuzz --check artifacts/fuzz/png/*.png        examine files again; the folder's name is the kind
 
-An input is made from the seed, its kind and its index alone (and the installed libraries, which write the files that
-are mutated). Two thirds of them are edited along their format, so that checksums and lengths still fit and what lies
-behind the first check is reached; the rest, and some of these, are damaged as bytes. Each is given to
+Hypothesis makes the inputs out of real files (`fuzz_inputs.py`), most of them edited along their format so that what
+lies behind the first check is reached, and shrinks what fails. Native decoders crash, hang and take memory, which it
+cannot survive in one process: hence the children. Each input is given to
 
-    images                      load_image; every eighth with the seven after it and a good one to Classifier.classify
-    pth, safetensors, card      load_checkpoint, describe, one inference (card: the JSON beside a good .pth)
-    onnx, metadata              inspect_file, open_runner, infer, classify (metadata: only what smlp wrote inside)
-    engine                      read_manifest, inspect_file, for a stand-in engine that every second JSON is about
-    table                       read_table
+    images                         load_image, and up to eight in one batch with a good one to Classifier.classify
+    pth, safetensors, sidecar      load_checkpoint, describe, one inference (sidecar: the JSON beside a good .pth)
+    onnx, metadata                 inspect_file, open_runner, infer, classify (metadata: only what smlp wrote inside)
+    engine                         read_manifest, inspect_file
+    table                          read_table
 
 What is read must also be writable again. Findings are:
 
@@ -23,43 +22,47 @@ What is read must also be writable again. Findings are:
     memory      the resident set grew by more than the kind's bound, in MiB: see KINDS
     records     another number of records than inputs, another order, or a good image without its result
     message     an error that is empty, longer than 2,000 characters or has control characters in it
+    files       something was left in the folder of the input, where temporary files belong too
 
-They are told apart by kind, exception and the innermost line in smlp_deploy. The smallest input of each is saved under
---output as KIND/SEED-INDEX.SUFFIX; tests/data/fuzz holds those found so far, and test_fuzz.py examines them again.
-The exit code is 1 if there are findings.
+They are told apart by kind, exception and the innermost line in smlp_deploy, and the smallest input of each is saved
+under --output: KIND/WHAT. Those found so far are in tests/data/fuzz. The exit code is 1 if there are any.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
 import resource
-import signal
+import shutil
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from random import Random
 
+import hypothesis
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis.database import InMemoryExampleDatabase
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import smlp_deploy
-from scripts.fuzz_inputs import IMAGES, KINDS, STAND_IN_ENGINE, build_corpus, make_input, read_corpus
+from scripts.fuzz_corpus import IMAGES, build_corpus, read_corpus
+from scripts.fuzz_inputs import KINDS, inputs
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters.calibration import read_table
 from smlp_deploy.images.preprocessing import load_image
@@ -71,23 +74,17 @@ from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.tensorrt import read_manifest
 
 PACKAGE = str(Path(smlp_deploy.__file__).parent)
-BATCH = 8
-CHUNK = 40
 LONGEST_MESSAGE = 2000
 HEADROOM = 3 << 30  # bytes that a child may allocate beyond what it starts with
-INPUTS_PER_CHILD = 20_000
-START_S = 120.0
-GRACE_S = 15.0
+CHUNK = 100  # inputs of a kind of weight 1 in one search
 
 
-# -------------------------------------------------------------------------------------------------- in a child process
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What became of one input.
 
     Attributes:
+        kind: of the input.
         what: "accepted", "refused", or the finding.
         detail: the error's text, for a person.
         exception: its type.
@@ -95,7 +92,8 @@ class Verdict:
         grew: MiB by which the resident set grew.
     """
 
-    what: str
+    kind: str = ""
+    what: str = "accepted"
     detail: str = ""
     exception: str = ""
     where: str = ""
@@ -104,6 +102,39 @@ class Verdict:
     @property
     def is_finding(self) -> bool:
         return self.what not in ("accepted", "refused")
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells a finding from others."""
+        return self.kind, self.what, self.exception, self.where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run.
+
+    Attributes:
+        folder: with the corpus; children keep their files there, and a log of verdicts.
+        output: where findings are saved.
+        kinds: of inputs to make, in turn.
+        seed: of the inputs.
+        inputs: how many each child examines.
+        end: when to stop, by time.time.
+        limit: seconds that one input may take.
+        files: examine these and make none; each is in a folder named like its kind.
+    """
+
+    folder: Path
+    output: Path
+    kinds: tuple[str, ...] = tuple(KINDS)
+    seed: int = 0
+    inputs: float = float("inf")
+    end: float = float("inf")
+    limit: float = 10.0
+    files: tuple[Path, ...] = ()
+
+
+# -------------------------------------------------------------------------------------------------- in a child process
 
 
 class Broken(Exception):  # noqa: N818
@@ -114,67 +145,129 @@ class Broken(Exception):  # noqa: N818
         self.what = what
 
 
+class Found(Exception):  # noqa: N818
+    """Tells Hypothesis that an input is a finding; each key has a class of its own, so that each is shrunk."""
+
+    @staticmethod
+    @cache
+    def of(key: tuple[str, ...]) -> type[Found]:
+        return type("Found", (Found,), {"key": key})
+
+
 class Examiner:
-    """Drives the entry points with one file at a time, and watches.
+    """Drives the entry points with one input at a time, and watches.
 
     Args:
-        folder: with the corpus; a folder of its own in there takes the inputs.
-        kinds: those that will be asked for.
-        seed: of the inputs.
+        setup: of the run.
+        number: of this child.
     """
 
-    def __init__(self, folder: Path, kinds: Sequence[str], seed: int) -> None:
-        self.seed = seed
-        self.corpus = read_corpus(folder, kinds)
-        self.beside = folder / "beside"
-        self.good_image = self.beside / "good.png"
-        self.work = Path(tempfile.mkdtemp(dir=folder, prefix="work"))
+    def __init__(self, setup: Setup, number: int) -> None:
+        self.setup, self.work, self.beside = setup, setup.folder / f"work-{number}", setup.folder / "beside"
+        self.log, self.corpus = setup.folder / f"verdicts-{number}.jsonl", read_corpus(setup.folder, setup.kinds)
+        self.done, self.seed = read_verdicts(setup.folder, number), setup.seed * 1_000_003 + number
+        self.work.mkdir(exist_ok=True)
+        tempfile.tempdir = str(self.work)
         self.classifier = Classifier.open(self.beside / "good.pth")
-        for kind in kinds:  # so that what is loaded or kept once is not the first input's
+        for kind in setup.kinds:  # so that what is loaded or kept once is not the first input's
             for content in self.corpus[kind]:
-                self.examine(kind, content)
+                self.examine(kind, (content,))
 
-    def examine_made(self, kind: str, index: int) -> Verdict:
-        """Examine input `index`."""
-        neighbours = range(index + 1, index + BATCH) if kind in IMAGES and index % BATCH == 0 else ()
-        others = [make_input(self.corpus, kind, self.seed, other) for other in neighbours]
-        return self.examine(kind, make_input(self.corpus, kind, self.seed, index), others)
+    def run(self) -> None:
+        """Go on from what the log says was done."""
+        for path in self.setup.files[len(self.done) :]:
+            batch = (path, *sorted(path.parent.glob(f"{path.name}.[1-7]")))
+            self.report(self.examine(path.parent.name, tuple(each.read_bytes() for each in batch)))
+        if self.setup.files:
+            return
+        total = sum(KINDS[kind].weight for kind in self.setup.kinds)
+        chunk = min(CHUNK, self.setup.inputs / total)
+        for kind in itertools.cycle(self.setup.kinds):
+            left = self.setup.inputs - len(self.done)
+            if left <= 0 or time.time() > self.setup.end:
+                return
+            self.search(kind, int(max(1, min(left, chunk * KINDS[kind].weight))))
 
-    def examine(self, kind: str, content: bytes, others: Sequence[bytes] = ()) -> Verdict:
-        """Give `content` to everything that takes its kind; for an image with `others` in one batch, if there are."""
-        path = self._written(f"input{KINDS[kind].suffix}", content)
-        paths = [self._written(f"other{i}{KINDS[kind].suffix}", other) for i, other in enumerate(others)]
+    def search(self, kind: str, count: int) -> None:
+        """Examine inputs that Hypothesis makes, and those it shrinks findings to."""
+        known = {verdict.key for verdict in self.done}
+
+        @hypothesis.settings(
+            phases=(Phase.reuse, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            deadline=None,  # which it would compare afterwards; faulthandler ends what hangs
+            database=InMemoryExampleDatabase(),
+            verbosity=hypothesis.Verbosity.quiet,
+        )
+        @hypothesis.given(inputs(kind, self.corpus[kind]))
+        def examine(files: tuple[bytes, ...]) -> None:
+            if time.time() > self.setup.end:
+                raise KeyboardInterrupt
+            verdict = self.examine(kind, files)
+            self.report(verdict)
+            if verdict.is_finding and verdict.key not in known:
+                raise Found.of(verdict.key)
+
+        start = len(self.done)
+        rng = Random(self.seed + 64 * start)  # noqa: S311
+        while len(self.done) < start + count:
+            try:
+                # Half of what its own generate phase makes are doublets of what it made before.
+                examine.hypothesis.fuzz_one_input(rng.randbytes(4096))  # type: ignore[attr-defined]
+            except Found:
+                try:
+                    examine()
+                # They are reported; a flaky one fails only once.
+                except* (Found, hypothesis.errors.Flaky):
+                    pass
+                known = {verdict.key for verdict in self.done}
+
+    def report(self, verdict: Verdict) -> None:
+        """Log a verdict, and save a finding's input."""
+        self.done.append(verdict)
+        record(self.setup, self.log, verdict, self.work)
+
+    def examine(self, kind: str, files: tuple[bytes, ...]) -> Verdict:
+        """Give an input to everything that takes its kind."""
+        shutil.rmtree(self.work)  # files of the last one may still be mapped, so they are not written over
+        self.work.mkdir()
+        paths = [self.work / f"input{i}{KINDS[kind].suffix}" for i in range(len(files))]
+        for path, content in zip(paths, files, strict=True):
+            path.write_bytes(content)
+        (self.work / "kind").write_text(kind)
+        steps = self.steps(kind, paths)
+        present = set(self.work.iterdir())
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = memory("VmRSS")
-        verdict = Verdict("accepted")
-        for step in self.steps(kind, path, paths):
+        before, verdict, recursion = memory("VmRSS"), Verdict(), sys.getrecursionlimit()
+        sys.setrecursionlimit(1000)  # Hypothesis raises it
+        faulthandler.dump_traceback_later(self.setup.limit, exit=True, file=2)
+        for step in (*steps, lambda: self._check_folder(present)):
             verdict = _judged(step, verdict)
             if verdict.is_finding:
                 break
+        faulthandler.cancel_dump_traceback_later()
+        sys.setrecursionlimit(recursion)
         grew = (memory("VmHWM") - before) >> 20
         if grew > KINDS[kind].memory and not verdict.is_finding:
-            verdict = Verdict("memory", f"grew by {grew} MiB, then was {verdict.what}: {verdict.detail}")
-        return replace(verdict, grew=grew)
+            verdict = Verdict(what="memory", detail=f"grew by {grew} MiB, then was {verdict.what}: {verdict.detail}")
+        return replace(verdict, kind=kind, grew=grew)
 
-    def _written(self, name: str, content: bytes) -> Path:
-        path = self.work / name
-        path.unlink(missing_ok=True)  # the last one of this name may still be mapped
-        path.write_bytes(content)
-        return path
-
-    def steps(self, kind: str, path: Path, others: Sequence[Path]) -> tuple[Callable[[], object], ...]:
+    def steps(self, kind: str, paths: Sequence[Path]) -> tuple[Callable[[], object], ...]:
         """What is called, one after the other, whether or not the one before refused."""
+        path = paths[0]
         if kind in IMAGES:
-            return (lambda: self._load_image(path), *((lambda: self._classify(path, others),) if others else ()))
+            return (lambda: self._load_image(path), lambda: self._classify(paths))
         if kind in ("onnx", "metadata"):
             return (lambda: _facts(path), lambda: self._run_graph(path))
         if kind == "engine":
-            engine = self._written(path.name.removesuffix(".json"), STAND_IN_ENGINE)
+            engine = path.with_suffix("")
+            shutil.copy(self.beside / "x.engine", engine)
             return (lambda: read_manifest(engine).to_json().encode(), lambda: _facts(engine))
         if kind == "table":
             return (lambda: read_table(path).to_json().encode(),)
-        if kind == "card":
-            path = self._written(path.with_suffix(".pth").name, (self.beside / "good.pth").read_bytes())
+        if kind == "sidecar":
+            path = path.with_suffix(".pth")
+            shutil.copy(self.beside / "good.pth", path)
         return (lambda: self._run_checkpoint(path), lambda: _facts(path))
 
     def _load_image(self, path: Path) -> None:
@@ -184,12 +277,9 @@ class Examiner:
         if image.shape != wanted or image.dtype != np.float32 or not np.isfinite(image).all():
             raise Broken("records", f"an image became {image.dtype} {image.shape}")
 
-    def _classify(self, path: Path, others: Sequence[Path]) -> None:
-        paths = [path, *others[: BATCH // 2], self.good_image, *others[BATCH // 2 :]]
-        records = list(self.classifier.classify(paths, batch_size=BATCH, workers=1))
-        _check_records(records, paths)
-        if records[paths.index(self.good_image)].error is not None:
-            raise Broken("records", f"a good image got {records[paths.index(self.good_image)].error}")
+    def _classify(self, paths: Sequence[Path]) -> None:
+        middle, good = len(paths) // 2, self.beside / "good.png"
+        _classify(self.classifier, [*paths[: middle + 1], good, *paths[middle + 1 :]])
 
     def _run_graph(self, path: Path) -> None:
         with open_runner(path) as runner:
@@ -199,7 +289,7 @@ class Examiner:
                 logits = runner.infer(np.zeros((2, 3, size, size), np.float32))
                 if logits.shape != (2, classes) or logits.dtype != np.float32:
                     raise Broken("records", f"logits are {logits.dtype} {logits.shape}, labels {classes}")
-            _check_records(list(Classifier(runner).classify([self.good_image], workers=1)), [self.good_image])
+            _classify(Classifier(runner), [self.beside / "good.png"], any_result=True)
 
     def _run_checkpoint(self, path: Path) -> None:
         checkpoint = load_checkpoint(path)
@@ -208,17 +298,24 @@ class Examiner:
             checkpoint.network()(torch.zeros(1, 3, size, size))
         describe(checkpoint).to_json().encode()
 
+    def _check_folder(self, present: set[Path]) -> None:
+        if more := set(self.work.iterdir()) - present:
+            raise Broken("files", f"left behind: {', '.join(sorted(path.name for path in more))}")
+
 
 def _facts(path: Path) -> None:
     json.dumps(inspect_file(path)).encode()
 
 
-def _check_records(records: Sequence[Prediction], paths: Sequence[Path]) -> None:
+def _classify(classifier: Classifier, paths: Sequence[Path], *, any_result: bool = False) -> None:
+    records: list[Prediction] = list(classifier.classify(paths, batch_size=8, workers=1))
     if [record.path for record in records] != [str(path) for path in paths]:
         raise Broken("records", f"{len(records)} records for {len(paths)} inputs, or in another order")
     for record in records:
         if record.error is not None:
             _check_message(record.error)
+            if Path(record.path).name == "good.png" and not any_result:
+                raise Broken("records", f"a good image got {record.error}")
 
 
 def _check_message(message: str) -> None:
@@ -229,314 +326,115 @@ def _check_message(message: str) -> None:
 
 def _judged(step: Callable[[], object], before: Verdict) -> Verdict:
     try:
-        step()
+        try:
+            step()
+            return before
+        except SmlpError as error:
+            _check_message(str(error))
+            return Verdict(what="refused", detail=str(error), exception=type(error).__name__)
     except KeyboardInterrupt:
         raise
     # Rust's panics are no Exceptions.
     except BaseException as error:
-        return _verdict_of(error)
-    return before
-
-
-def _verdict_of(error: BaseException) -> Verdict:
-    what, cause = "traceback", error
-    if isinstance(error, SmlpError):
-        try:
-            _check_message(str(error))
-            return Verdict("refused", str(error), type(error).__name__)
-        except Broken as broken:
-            cause = broken
-    if isinstance(cause, Broken):
-        what = cause.what
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(PACKAGE)]
-    where = f"{Path(frames[-1].filename).relative_to(PACKAGE)}:{frames[-1].lineno}" if frames else ""
-    text = "".join(traceback.format_exception(error)) if what == "traceback" else str(cause)
-    return Verdict(what, text[-4000:], type(error).__name__, where)
+        source = error.__context__ if isinstance(error, Broken) and error.__context__ else error
+        frames = [frame for frame in traceback.extract_tb(source.__traceback__) if frame.filename.startswith(PACKAGE)]
+        where = f"{Path(frames[-1].filename).relative_to(PACKAGE)}:{frames[-1].lineno}" if frames else ""
+        what = error.what if isinstance(error, Broken) else "traceback"
+        text = str(error) if isinstance(error, Broken) else "".join(traceback.format_exception(error))
+        return Verdict(what=what, detail=text[-4000:], exception=type(source).__name__, where=where)
 
 
 def memory(name: str) -> int:
     """Bytes of this process, as the kernel counts them: VmRSS, VmHWM, VmData."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise LookupError(name)
+    (line,) = re.findall(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line) << 10
 
 
-@dataclass(frozen=True)
-class Task:
-    """Inputs `first` to `first + count` of a kind; or the content of a file."""
-
-    kind: str
-    first: int = 0
-    count: int = 1
-    content: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a child is told at its start."""
-
-    folder: Path
-    kinds: tuple[str, ...]
-    seed: int = 0
-    limit: float = 10.0
-    examiner: type[Examiner] = Examiner
-
-
-def serve(connection: Connection, setup: Setup, core: int, log: Path) -> None:
-    """A child's life: examine what the connection asks for until it closes. Its output goes to `log`."""
-    with log.open("w") as output:
+def serve(make: type[Examiner], setup: Setup, number: int) -> None:
+    """A child's life."""
+    with (setup.folder / f"child-{number}.log").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        faulthandler.enable(output)
-        os.sched_setaffinity(0, {core})
-        torch.set_num_threads(1)
-        examiner = setup.examiner(setup.folder, setup.kinds, setup.seed)
+    faulthandler.enable(2)
+    torch.set_num_threads(1)
+    hypothesis.configuration.set_hypothesis_home_dir(setup.folder / "hypothesis")
+    with suppress(KeyboardInterrupt):
+        examiner = make(setup, number)
+        (setup.folder / f"ready-{number}").touch()
         limits = {resource.RLIMIT_DATA: memory("VmData") + HEADROOM, resource.RLIMIT_FSIZE: 64 << 20}
-        for number, limit in {**limits, resource.RLIMIT_CORE: 0}.items():
-            resource.setrlimit(number, (limit, limit))
-        connection.send(Verdict("accepted"))
-        while True:
-            try:
-                task: Task = connection.recv()
-            except EOFError:
-                return
-            for index in range(task.first, task.first + task.count):
-                faulthandler.dump_traceback_later(setup.limit, exit=True, file=output)
-                if task.content is None:
-                    verdict = examiner.examine_made(task.kind, index)
-                else:
-                    verdict = examiner.examine(task.kind, task.content)
-                faulthandler.cancel_dump_traceback_later()
-                connection.send(verdict)
+        for resource_limit, most in {**limits, resource.RLIMIT_CORE: 0}.items():
+            resource.setrlimit(resource_limit, (most, most))
+        examiner.run()
 
 
 # ------------------------------------------------------------------------------------------------ around the children
 
 
-class Child:
-    """A process that examines inputs, started anew whenever one kills it.
+def record(setup: Setup, log: Path, verdict: Verdict, work: Path) -> None:
+    """Append a verdict to the log; of a finding, keep the input that is in the folder `work` if it is the smallest."""
+    with log.open("a") as file:
+        file.write(json.dumps(asdict(verdict)) + "\n")
+    if not verdict.is_finding or setup.files:
+        return
+    target = saved(setup, verdict)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = sorted(work.glob(f"input*{KINDS[verdict.kind].suffix}"))
+    kept = [path for path in (target, *target.parent.glob(f"{target.name}.?")) if path.exists()]
+    if not kept or sum(path.stat().st_size for path in made) < sum(path.stat().st_size for path in kept):
+        for path in kept:
+            path.unlink()
+        for i, path in enumerate(made):  # an image, and those that it needs beside it
+            shutil.copy(path, target.with_name(target.name + f".{i}" * (i > 0)))
 
-    Args:
-        setup: what it is told.
-        number: of this child, which decides its core.
-    """
 
-    def __init__(self, setup: Setup, number: int = 0) -> None:
-        self._setup = setup
-        cores = sorted(os.sched_getaffinity(0))
-        self._core = cores[number % len(cores)]
-        self._log = setup.folder / f"child-{number}.log"
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._served = 0
+def saved(setup: Setup, verdict: Verdict) -> Path:
+    """Where the smallest input of a finding is."""
+    name = re.sub(r"\W+", "-", " ".join(filter(None, verdict.key[1:])))
+    return setup.output / verdict.kind / f"{name}{KINDS[verdict.kind].suffix}"
 
-    def verdicts(self, task: Task) -> Iterator[Verdict]:
-        """One verdict per input of `task`, in their order."""
-        done = 0
-        while done < task.count:
-            self._ensure()
-            self._connection.send(replace(task, first=task.first + done, count=task.count - done))
-            while done < task.count:
-                verdict = self._received(self._setup.limit + GRACE_S)
-                done += 1
-                self._served += 1
-                yield verdict
-                if self._process is None:
-                    break
 
-    def _ensure(self) -> None:
-        if self._served >= INPUTS_PER_CHILD:
-            self.close()
-        if self._process is not None:
+def read_verdicts(folder: Path, number: int | str = "*") -> list[Verdict]:
+    """What a child, or all of them, logged so far."""
+    logs = sorted(folder.glob(f"verdicts-{number}.jsonl"))
+    return [Verdict(**json.loads(line)) for log in logs for line in log.read_text().splitlines()]
+
+
+def fuzz(setup: Setup, *, jobs: int = 1, examiner: type[Examiner] = Examiner) -> list[Verdict]:
+    """The verdicts of `jobs` children, each started anew when an input kills it. Ctrl-C ends them early and well."""
+    with ThreadPoolExecutor(jobs) as pool, Console(stderr=True).status("starting") as status:
+        running = [pool.submit(_keep_running, setup, number, examiner) for number in range(jobs)]
+        with suppress(KeyboardInterrupt):
+            while wait(running, 1).not_done:
+                status.update(f"{sum(log.read_bytes().count(10) for log in setup.folder.glob('*.jsonl'))} inputs")
+    for each in running:
+        each.result()
+    return read_verdicts(setup.folder)
+
+
+def _keep_running(setup: Setup, number: int, examiner: type[Examiner]) -> None:
+    log, ready = setup.folder / f"child-{number}.log", setup.folder / f"ready-{number}"
+    spawn = multiprocessing.get_context("spawn")
+    while True:
+        ready.unlink(missing_ok=True)
+        process = spawn.Process(target=serve, args=(examiner, setup, number), daemon=True)
+        process.start()
+        process.join()
+        if process.exitcode == 0:
             return
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, self._setup, self._core, self._log), daemon=True)
-        self._process.start()
-        other.close()
-        self._served = 0
-        if self._received(START_S).is_finding:
-            raise RuntimeError(f"a child does not start:\n{self._log.read_text()}")
-
-    def _received(self, seconds: float) -> Verdict:
-        try:
-            if self._connection.poll(seconds):
-                verdict: Verdict = self._connection.recv()
-                return verdict
-        except (EOFError, ConnectionResetError):
-            pass
-        return self._post_mortem()
-
-    def _post_mortem(self) -> Verdict:
-        """What the log of a child that died or hangs says; the child is gone then."""
-        assert self._process is not None
-        self._process.join(2)
-        code = self._process.exitcode
-        self.close()
-        log = self._log.read_text(errors="replace")[-4000:]
-        hung = code is None or "Timeout (" in log
-        frame = re.search(rf'File "{re.escape(PACKAGE)}/([^"]+)", line (\d+)', log)
-        where = f"{frame[1]}:{frame[2]}" if frame else ""
-        return Verdict("hang" if hung else "crash", f"exit code {code}\n{log}", "" if hung else f"exit {code}", where)
-
-    def close(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._connection.close()
-            self._process.join(1)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
-            self._process = None
-
-
-class Schedule:
-    """Hands out inputs to whoever asks, each kind by its weight, until they or the time are used up."""
-
-    def __init__(self, kinds: Sequence[str], *, inputs: int | None, seconds: float | None) -> None:
-        self.handed = dict.fromkeys(kinds, 0)
-        self._left = math.inf if inputs is None else inputs
-        self._end = math.inf if seconds is None else time.monotonic() + seconds
-        self._lock = threading.Lock()
-
-    def next(self) -> Task | None:
-        with self._lock:
-            count = int(min(self._left, CHUNK, max(1, self._left // len(self.handed))))
-            if count == 0 or time.monotonic() > self._end:
-                return None
-            kind = min(self.handed, key=lambda kind: self.handed[kind] / KINDS[kind].weight)
-            task = Task(kind, self.handed[kind], count)
-            self.handed[kind] += count
-            self._left -= count
-            return task
-
-    def stop(self) -> None:
-        """No more after what was handed out."""
-        self._left = 0
-
-
-@dataclass
-class Count:
-    """Inputs of one kind by what became of them, and the most MiB that one took."""
-
-    inputs: int = 0
-    accepted: int = 0
-    refused: int = 0
-    findings: int = 0
-    most_mib: int = 0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One way to break the package: its smallest input so far, and how many there were."""
-
-    kind: str
-    verdict: Verdict
-    path: Path
-    size: int
-    replay: str
-    times: int = 1
-
-
-@dataclass
-class Tally:
-    """What was found; threads write to it one at a time."""
-
-    kinds: Sequence[str]
-    output: Path
-    counts: dict[str, Count] = field(init=False)
-    findings: dict[tuple[str, ...], Finding] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.counts = {kind: Count() for kind in self.kinds}
-
-    def add(self, kind: str, name: str, verdict: Verdict, content: Callable[[], bytes]) -> None:
-        """Count a verdict; of a finding, keep the input if it is the smallest."""
-        with self.lock:
-            count = self.counts[kind]
-            count.inputs += 1
-            count.accepted += verdict.what == "accepted"
-            count.refused += verdict.what == "refused"
-            count.findings += verdict.is_finding
-            count.most_mib = max(count.most_mib, verdict.grew)
-            if verdict.is_finding:
-                self._keep(kind, name, verdict, content())
-
-    def _keep(self, kind: str, name: str, verdict: Verdict, content: bytes) -> None:
-        key = (kind, verdict.what, verdict.exception, verdict.where)
-        known = self.findings.get(key)
-        if known is not None:
-            self.findings[key] = replace(known, times=known.times + 1)
-            if known.size <= len(content):
-                return
-            known.path.unlink(missing_ok=True)
-        path = self.output / kind / f"{name.replace(':', '-')}{KINDS[kind].suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        replay = f"python -m scripts.fuzz --replay {name} --kind {kind}"
-        self.findings[key] = Finding(kind, verdict, path, len(content), replay, known.times + 1 if known else 1)
-
-
-def fuzz(setup: Setup, schedule: Schedule, tally: Tally, *, jobs: int) -> None:
-    """Have `jobs` children examine what `schedule` hands out. Ctrl-C ends it early and well."""
-    corpus = read_corpus(setup.folder, setup.kinds)
-    failures: list[BaseException] = []
-
-    def work(number: int) -> None:
-        child = Child(setup, number)
-        try:
-            while task := schedule.next():
-                for index, verdict in enumerate(child.verdicts(task), task.first):
-                    content = partial(make_input, corpus, task.kind, setup.seed, index)
-                    tally.add(task.kind, f"{setup.seed}:{index}", verdict, content)
-        except BaseException as error:  # given to the main thread
-            failures.append(error)
-            schedule.stop()
-        finally:
-            child.close()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(jobs)]
-    for thread in threads:
-        thread.start()
-    try:
-        _watch(threads, tally)
-    except KeyboardInterrupt:
-        schedule.stop()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _watch(threads: Sequence[threading.Thread], tally: Tally) -> None:
-    console = Console(stderr=True)
-    text = TextColumn("{task.completed} inputs, {task.fields[findings]} findings")
-    with Progress(BarColumn(), text, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("fuzzing", total=None, findings=0)
-        while any(thread.is_alive() for thread in threads):
-            threads[0].join(0.5) if threads[0].is_alive() else time.sleep(0.1)
-            done = sum(count.inputs for count in tally.counts.values())
-            progress.update(bar, completed=done, findings=len(tally.findings))
-
-
-def check_files(setup: Setup, files: Sequence[tuple[str, Path]]) -> list[Verdict]:
-    """Verdicts on files of these kinds, from one child."""
-    child = Child(setup)
-    try:
-        return [v for kind, path in files for v in child.verdicts(Task(kind, content=path.read_bytes()))]
-    finally:
-        child.close()
-
-
-def replay(setup: Setup, kind: str, index: int) -> Verdict:
-    """The verdict on input `index`, from a child of its own."""
-    child = Child(setup)
-    try:
-        return next(child.verdicts(Task(kind, index)))
-    finally:
-        child.close()
+        text = log.read_text(errors="replace")[-4000:]
+        if (process.exitcode == 1 and "Timeout (" not in text) or not ready.exists():
+            raise RuntimeError(f"a child failed:\n{text}")
+        work = setup.folder / f"work-{number}"
+        hung = "Timeout (" in text
+        frame = re.search(rf'File "{re.escape(PACKAGE)}/([^"]+)", line (\d+)', text)
+        verdict = Verdict(
+            kind=(work / "kind").read_text(),
+            what="hang" if hung else "crash",
+            detail=f"exit code {process.exitcode}\n{text}",
+            exception="" if hung else f"exit {process.exitcode}",
+            where=f"{frame[1]}:{frame[2]}" if frame else "",
+        )
+        record(setup, setup.folder / f"verdicts-{number}.jsonl", verdict, work)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -544,86 +442,57 @@ def replay(setup: Setup, kind: str, index: int) -> Verdict:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    kinds = tuple(options.kind or KINDS)
+    kinds = tuple(sorted({path.parent.name for path in options.check}) or options.kind or KINDS)
     with tempfile.TemporaryDirectory(prefix="smlp-fuzz-") as name:
         build_corpus(Path(name), kinds)
-        seed = options.replay[0] if options.replay else options.seed
-        setup = Setup(Path(name), kinds, seed, options.limit)
-        if options.check:
-            return _show(options.check, check_files(setup, [(path.parent.name, path) for path in options.check]))
-        if options.replay:
-            return _replay(setup, options.replay[1], options.output)
-        started = time.monotonic()
-        seconds = None if options.minutes is None else 60 * options.minutes
-        tally = Tally(kinds, options.output)
-        fuzz(setup, Schedule(kinds, inputs=options.inputs, seconds=seconds), tally, jobs=options.jobs)
-    _report(tally, seed, time.monotonic() - started, options.json)
-    return 1 if tally.findings else 0
+        started = time.time()
+        setup = Setup(
+            folder=Path(name),
+            output=options.output,
+            kinds=kinds,
+            seed=options.seed,
+            inputs=-(-options.inputs // options.jobs) if options.inputs else float("inf"),
+            end=started + 60 * (options.minutes or (1e9 if options.inputs else 20)),
+            limit=options.limit,
+            files=tuple(options.check),
+        )
+        verdicts = fuzz(setup, jobs=1 if options.check else options.jobs)
+    for path, verdict in zip(options.check, verdicts, strict=bool(options.check)):
+        print(f"{path}: {verdict.what} {verdict.exception} {verdict.where} (+{verdict.grew} MiB)\n{verdict.detail}")
+    if not options.check:
+        _report(setup, verdicts, time.time() - started)
+    return 1 if any(verdict.is_finding for verdict in verdicts) else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs; the same libraries make the same ones")
     parser.add_argument("--minutes", type=float, help="stop after these (20, if there is no --inputs)")
     parser.add_argument("--inputs", type=int, help="stop after so many")
     parser.add_argument("--jobs", type=int, default=2, help="child processes (2)")
     parser.add_argument("--kind", action="append", choices=KINDS, help="only this one; may be given again")
     parser.add_argument("--limit", type=float, default=10.0, help="seconds that one input may take (10)")
     parser.add_argument("--output", type=Path, default=Path("artifacts/fuzz"), help="where findings are saved")
-    parser.add_argument("--json", type=Path, help="write the counts and findings to this file, too")
-    parser.add_argument(
-        "--replay", type=_seed_and_index, metavar="SEED:INDEX", help="one input again; needs one --kind"
-    )
-    parser.add_argument("--check", type=Path, nargs="+", metavar="KIND/FILE", help="examine these files")
+    parser.add_argument("--check", type=Path, nargs="+", default=[], metavar="KIND/FILE", help="examine these files")
     options = parser.parse_args(arguments)
-    if options.replay and len(options.kind or ()) != 1:
-        parser.error("--replay needs one --kind")
-    if options.check:
-        unknown = {path.parent.name for path in options.check} - set(KINDS)
-        if unknown:
-            parser.error(f"--check takes files in folders named like their kind, not {', '.join(sorted(unknown))}")
-        options.kind = sorted({path.parent.name for path in options.check})
-    if options.minutes is None and options.inputs is None:
-        options.minutes = 20.0
+    if unknown := {path.parent.name for path in options.check} - set(KINDS):
+        parser.error(f"--check takes files in folders named like their kind, not {', '.join(sorted(unknown))}")
     return options
 
 
-def _seed_and_index(text: str) -> tuple[int, int]:
-    seed, _, index = text.partition(":")
-    return int(seed), int(index)
-
-
-def _replay(setup: Setup, index: int, output: Path) -> int:
-    (kind,) = setup.kinds
-    path = output / kind / f"{setup.seed}-{index}{KINDS[kind].suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(make_input(read_corpus(setup.folder, setup.kinds), kind, setup.seed, index))
-    return _show([path], [replay(setup, kind, index)])
-
-
-def _show(paths: Sequence[Path], verdicts: Sequence[Verdict]) -> int:
-    for path, verdict in zip(paths, verdicts, strict=True):
-        print(f"{path}: {verdict.what} {verdict.exception} {verdict.where} (+{verdict.grew} MiB)\n{verdict.detail}")
-    return 1 if any(verdict.is_finding for verdict in verdicts) else 0
-
-
-def _report(tally: Tally, seed: int, seconds: float, target: Path | None) -> None:
-    counts = {kind: asdict(count) for kind, count in tally.counts.items()}
-    names = list(asdict(Count()))
-    total = {name: (max if name == "most_mib" else sum)(count[name] for count in counts.values()) for name in names}
-    table = Table("kind", *names, title=f"seed {seed}, {seconds:.0f} s")
-    for kind, count in {**counts, "all": total}.items():
-        table.add_row(kind, *(str(count[name]) for name in names))
+def _report(setup: Setup, verdicts: Sequence[Verdict], seconds: float) -> None:
+    table = Table("kind", "inputs", "accepted", "refused", "findings", "most MiB")
+    table.title = f"seed {setup.seed}, {seconds:.0f} s"
+    for kind in (*setup.kinds, "all"):
+        of = [verdict for verdict in verdicts if kind in (verdict.kind, "all")]
+        accepted, refused = (sum(verdict.what == what for verdict in of) for what in ("accepted", "refused"))
+        numbers = (len(of), accepted, refused, len(of) - accepted - refused, max((v.grew for v in of), default=0))
+        table.add_row(kind, *map(str, numbers))
     Console().print(table)
-    for finding in tally.findings.values():
-        verdict = finding.verdict
-        print(f"\n{finding.kind}: {verdict.what} {verdict.exception} {verdict.where}, {finding.times} times")
-        print(f"{verdict.detail}\n  {finding.path}\n  {finding.replay}")
-    if target is not None:
-        findings = [{**asdict(finding), "path": str(finding.path)} for finding in tally.findings.values()]
-        document = {"seed": seed, "seconds": round(seconds), "kinds": counts, "all": total, "findings": findings}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(document, indent=2) + "\n")
+    findings = {verdict.key: verdict for verdict in verdicts if verdict.is_finding}
+    for key, verdict in findings.items():
+        print(f"\n{' '.join(key)}, {sum(v.key == key for v in verdicts)} times\n{verdict.detail}")
+        print(f"  python -m scripts.fuzz --check {saved(setup, verdict)}")
 
 
 if __name__ == "__main__":
