@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from smlp_deploy.exporters.int8 import CalibrationTable
+from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import DATA_FOLDER, sha256_of
 from smlp_deploy.metadata import (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 IMAGES = Path(__file__).parent.parent / "images"
@@ -22,10 +24,24 @@ def digits() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def digits_export(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """The bundled model as an ONNX file that passed parity; not to be written to."""
-    target = tmp_path_factory.mktemp("export") / "digits-fp32.onnx"
-    return export_checkpoint(digits, describe(digits), target)
+def exported(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The bundled model as ONNX files that passed parity, each made once; not to be written to."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def export(precision: str = "fp32", batch: int | None = None) -> Export:
+        target = folder / f"digits-{precision}{f'-batch{batch}' if batch else ''}.onnx"
+        result = export_checkpoint(digits, describe(digits, precision=precision, batch=batch), target)
+        assert result.report.passed, result.report.failures
+        return result
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def digits_export(exported: Exported) -> Export:
+    """The bundled model in fp32 as an ONNX file; not to be written to."""
+    return exported("fp32")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +21,11 @@ from PIL import Image
 from smlp_deploy import __version__, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
+from tests.support.processes import after_bytes, at_open, start
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -574,33 +574,45 @@ class TestDoctor:
 class TestInterruptions:
     """Commands in processes of their own."""
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "smlp_deploy", *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-        )
-
     @pytest.mark.parametrize(
         ("number", "code", "message"),
         [
-            (signal.SIGINT, 130, "error: stopped by Ctrl-C; nothing is left half-made"),
-            (signal.SIGTERM, 143, "error: stopped by SIGTERM; nothing is left half-made"),
+            (signal.SIGINT, 130, "error: stopped by Ctrl-C; no partial files left"),
+            (signal.SIGTERM, 143, "error: stopped by SIGTERM; no partial files left"),
         ],
     )
-    @pytest.mark.parametrize("verb", [["export"], ["export", "--int8"], ["build-engine", "--fp16", "-o"]], ids=" ".join)
-    def test_leave_nothing_half_made(
-        self, artifact: Path, tmp_path: Path, verb: list[str], number: signal.Signals, code: int, message: str
+    @pytest.mark.parametrize(
+        ("verb", "folder", "times"),
+        [
+            ("export", None, 1),
+            ("export", None, 2),
+            ("export", "parity", 5),
+            ("export --int8", "calibration", 100),
+            ("build-engine --gpu-arch sm89", None, 1),
+            ("build-engine --gpu-arch sm89", None, 2),
+            ("build-engine --gpu-arch sm89 --fp16", "parity", 5),
+        ],
+    )
+    def test_no_partial_files_are_left(
+        self,
+        artifact: Path,
+        tmp_path: Path,
+        verb: str,
+        folder: str | None,
+        times: int,
+        number: signal.Signals,
+        code: int,
+        message: str,
     ) -> None:
-        folder = tmp_path / "out"
-        target = folder / ("x.engine" if verb[0] == "build-engine" else "x.onnx")
-        arguments = [verb[0], artifact, *verb[1:]] if verb[0] == "build-engine" else [*verb, "-o"]
-        with self.start(*arguments, target) as process:
-            while process.poll() is None and not (folder.exists() and any(folder.iterdir())):
-                time.sleep(0.001)
-            process.send_signal(number)
+        """The signal comes when a file is made or written, or an image is read to calibrate with or to prove on."""
+        name, *options = verb.split()
+        target = tmp_path / "out" / ("x.engine" if name == "build-engine" else "x.onnx")
+        source = [artifact] if name == "build-engine" else []
+        before = at_open(DATA_FOLDER / folder if folder else target.parent, number, times=times)
+        with start(name, *source, *options, "-o", target, before=before) as process:
             _, err = process.communicate()
         assert (process.returncode, err.splitlines()[-1]) == (code, message)
-        assert not list(folder.iterdir())
+        assert not list(target.parent.iterdir())
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
     def test_an_evaluation_goes_on_where_it_was_stopped(
@@ -612,14 +624,11 @@ class TestInterruptions:
         dataset.write_text("\n".join(["path,label", *rows * 120]))
         models: list[str | Path] = ["-m", artifact, "-m", artifact]
         arguments = ["eval", dataset, *models, "--batch-size", "7", "-o", target]
-        with self.start(*arguments) as process:
+        with start(*arguments) as process:
             assert process.communicate()[1] == ""
         expected = target.read_bytes()
         target.unlink()
-        with self.start(*arguments) as process:
-            while process.poll() is None and not (partial.exists() and partial.stat().st_size):
-                time.sleep(0.001)
-            process.send_signal(number)
+        with start(*arguments, before=after_bytes(number, 5000)) as process:
             _, err = process.communicate()
         whole = partial.read_bytes().count(b"\n")
         if number == signal.SIGKILL:
@@ -631,20 +640,20 @@ class TestInterruptions:
             assert line.endswith(f" after {whole} images · {partial} · the same command with --resume continues")
         assert 0 < whole < 13 * 120
         assert not target.exists()
-        with self.start(*arguments) as process:
+        with start(*arguments) as process:
             assert "add --resume, or delete it to start over" in process.communicate()[1]
-        with self.start(*arguments, "--resume") as process:
+        with start(*arguments, "--resume") as process:
             assert process.communicate()[1] == ""
         assert (process.returncode, target.read_bytes() == expected) == (0, True)
         assert not partial.exists()
 
     def test_two_exports_at_once_leave_one_whole_file(self, tmp_path: Path) -> None:
         target = tmp_path / "x.onnx"
-        with self.start("export", "-o", target) as first, self.start("export", "-o", target) as second:
+        with start("export", "-o", target) as first, start("export", "-o", target) as second:
             errors = [process.communicate()[1] for process in (first, second)]
         assert (first.returncode, second.returncode) == (0, 0), errors
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.parity.json"]
-        with self.start("verify", target) as check:
+        with start("verify", target) as check:
             assert check.communicate()[1] == ""
         assert check.returncode == 0
 
@@ -689,27 +698,14 @@ class TestInterruptions:
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
             assert process.stdin is not None
+            room = fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, 4096)
             for path in digit_images:
                 print(path, file=process.stdin, flush=True)
-            wait_until_all_is_read(process)
+            # Blank lines name nothing. Once twice as many as the pipe holds are written, all the names were read.
+            process.stdin.write("\n" * 2 * room)
+            process.stdin.flush()
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate()
         assert process.returncode == 143
         assert [json.loads(line)["path"] for line in out.splitlines()] == list(map(str, digit_images))
         assert err == "error: stopped by SIGTERM after 12 images\n"
-
-
-def heed_ctrl_c() -> None:
-    """Whoever runs the tests in the background has made them ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def wait_until_all_is_read(process: subprocess.Popen[str]) -> None:
-    """Until a process has read all of its standard input so far, and sleeps."""
-    assert process.stdin is not None
-    status = Path(f"/proc/{process.pid}/stat")
-    asleep = 0
-    while asleep < 20:
-        unread = int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder)
-        asleep = asleep + 1 if not unread and status.read_text().rpartition(")")[2].split()[0] == "S" else 0
-        time.sleep(0.01)

@@ -24,7 +24,7 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners.base import LayerOutput
-from tests.support.fakes import FakeRunner, metadata, quadrant_means
+from tests.support.fakes import Exported, FakeRunner, metadata, quadrant_means
 
 IMAGES = bundled_images()[:3]
 
@@ -169,10 +169,9 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
 class TestRealNetworks:
     @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
     def test_each_precision_is_within_its_gate_and_beyond_the_one_before(
-        self, digits: Checkpoint, tmp_path: Path, precision: str
+        self, exported: Exported, precision: str
     ) -> None:
-        path = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "x.onnx").path
-        report = verify_layers(path)
+        report = verify_layers(exported(precision).path)
         assert report.first_over is None
         assert report.precision == precision
         assert len(report.layers) == (33 if precision == "int8" else 0)
@@ -221,9 +220,8 @@ class TestRealNetworks:
         with pytest.raises(ArtifactError, match=r"cannot be looked into: no stage 1 embedding in it · .*x\.onnx"):
             verify_layers(tmp_path / "x.onnx")
 
-    def test_a_file_of_a_fixed_batch_size_is_looked_into(self, digits: Checkpoint, tmp_path: Path) -> None:
-        path = export_checkpoint(digits, describe(digits, batch=3), tmp_path / "x.onnx").path
-        report = verify_layers(path)
+    def test_a_file_of_a_fixed_batch_size_is_looked_into(self, exported: Exported) -> None:
+        report = verify_layers(exported(batch=4).path)
         assert report.images == 18
         assert report.first_over is None
 
@@ -232,11 +230,10 @@ class TestRealNetworks:
             verify_layers(tmp_path / "x.engine")
 
 
-@pytest.fixture(scope="module")
-def int8(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def int8(exported: Exported) -> Path:
     """The bundled model in int8; not to be written to."""
-    target = tmp_path_factory.mktemp("int8") / "x.onnx"
-    return export_checkpoint(digits, describe(digits, precision="int8"), target).path
+    return exported("int8").path
 
 
 class TestInt8Layers:

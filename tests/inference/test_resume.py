@@ -7,8 +7,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.inference.records import RunIdentity
 from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.pipeline.export import Export
+from tests.support.processes import after_bytes, start
 
 ODD_NAMES = [os.fsdecode(b"\xff.jpg"), 'a "b",\n\t\x1b.jpg', "c\r\nd.jpg", "\n", "図.jpg", "'", '"', "e,f"]
 IDENTITY = RunIdentity(
@@ -182,9 +181,9 @@ class Predict:
         (folder / "images").mkdir()
 
     def start(self, target: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "smlp_deploy", "predict", str(self.folder / "images"), "--allow-errors"]
-        command += ["-m", str(self._model), "-o", str(target), "--batch-size", "3", "--topk", "2", *options]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **settings)
+        images = self.folder / "images"
+        shape = ["--batch-size", "3", "--topk", "2", "--allow-errors", *options]
+        return start("predict", images, "-m", self._model, "-o", target, *shape, **settings)
 
     def finish(self, target: Path, *options: str, **settings: Any) -> tuple[int, str]:
         """Exit code and stderr of a run that is left alone."""
@@ -194,15 +193,7 @@ class Predict:
 
     def stop(self, target: Path, number: signal.Signals, *options: str, after: int) -> tuple[int, str]:
         """Exit code and stderr of a run that gets a signal once `after` bytes are written."""
-        partial = target.with_name(target.name + ".partial")
-        with self.start(target, *options) as process:
-            while process.poll() is None:
-                if partial.exists() and partial.stat().st_size >= after:
-                    process.send_signal(number)
-                    break
-                time.sleep(0.001)
-            _, err = process.communicate()
-        return process.returncode, err
+        return self.finish(target, *options, before=after_bytes(number, after))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +221,7 @@ def test_killed_again_and_again_it_loses_and_doubles_nothing(
     partial = tmp_path / f"x.{kind}.partial"
     while kills:
         at = partial.stat().st_size if partial.exists() else 0
-        code, _ = predict.stop(target, signal.SIGKILL, "--resume", after=at + rng.randrange(len(expected) // 10))
+        code, _ = predict.stop(target, signal.SIGKILL, "--resume", after=at + 1 + rng.randrange(len(expected) // 10))
         if code == -signal.SIGKILL:
             kills -= 1
         else:

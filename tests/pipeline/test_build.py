@@ -32,7 +32,7 @@ from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, read_manifest
-from tests.support.fakes import FakeRunner
+from tests.support.fakes import Exported, FakeRunner
 from tests.support.onnx_session import OnnxSession
 
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
@@ -197,11 +197,10 @@ class TestLayerByLayer:
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_its_blocks_are_compared_with_those_of_its_onnx_file(
-        self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop, precision: str
+        self, digits_export: Export, exported: Exported, tmp_path: Path, workshop: Workshop, precision: str
     ) -> None:
         report = verify_layers(engine_of(digits_export.path, tmp_path, precision))
-        same = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "same.onnx").path
-        expected = verify_layers(same, reference=digits_export.path)
+        expected = verify_layers(exported(precision).path, reference=digits_export.path)
         assert report.first_over is None
         assert report.precision == precision
         assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
@@ -255,9 +254,8 @@ class TestLayerByLayer:
         verify_layers(engine_of(digits_export.path, tmp_path), images=bundled_images()[:1])
         assert workshop.options[0].architectures == ()
 
-    def test_an_int8_file(self, digits: Checkpoint, tmp_path: Path, workshop: Workshop) -> None:
-        source = export_checkpoint(digits, describe(digits, precision="int8"), tmp_path / "int8.onnx").path
-        report = verify_layers(engine_of(source, tmp_path, "int8"))
+    def test_an_int8_file(self, exported: Exported, tmp_path: Path, workshop: Workshop) -> None:
+        report = verify_layers(engine_of(exported("int8").path, tmp_path, "int8"))
         assert [point.error for point in report.points] == pytest.approx([0] * 15, abs=1e-5)
 
     def test_an_engine_that_was_quantized_while_it_was_built(
@@ -363,17 +361,13 @@ class TestLayerByLayer:
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
     def test_tensorrt_rtx_builds_the_second_engine(
         self,
-        digits_export: Export,
-        digits: Checkpoint,
+        exported: Exported,
         tmp_path: Path,
         workshop: Workshop,
         monkeypatch: pytest.MonkeyPatch,
         precision: str,
     ) -> None:
-        if precision == "int8":
-            source = export_checkpoint(digits, describe(digits, precision="int8"), tmp_path / "int8.onnx").path
-        else:
-            source = digits_export.path
+        source = exported("int8" if precision == "int8" else "fp32").path
         engines: list[Engine] = []
 
         def build_and_stop(tensorrt: TensorRT, graph: bytes, options: BuildOptions) -> Engine:

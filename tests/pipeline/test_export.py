@@ -25,6 +25,7 @@ from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.verify import prove_against_checkpoint, verify_artifact
 from smlp_deploy.runners.base import Runner
+from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -44,8 +45,8 @@ def test_own_images_are_compared(digits: Checkpoint, digit_images: list[Path], t
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_is_proven_too(digits: Checkpoint, tmp_path: Path, precision: str) -> None:
-    result = export_checkpoint(digits, describe(digits, precision=precision), tmp_path / "x.onnx")
+def test_half_precision_is_proven_too(exported: Exported, precision: str) -> None:
+    result = exported(precision)
     assert result.report.passed
     assert result.report.precision == precision
     assert 1e-5 < result.report.max_relative < 0.1

@@ -26,14 +26,13 @@ from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
 from smlp_deploy.pipeline.verify import verify_artifact
 from smlp_deploy.runners import open_runner
+from tests.support.fakes import Exported
 
 
-@pytest.fixture(scope="session")
-def int8_export(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
+@pytest.fixture
+def int8_export(exported: Exported) -> Export:
     """The bundled model in int8; not to be written to."""
-    return export_checkpoint(
-        digits, describe(digits, precision="int8"), tmp_path_factory.mktemp("int8") / "digits-int8.onnx"
-    )
+    return exported("int8")
 
 
 @pytest.fixture
@@ -80,11 +79,8 @@ def top1_on_held_out_digits(*paths: Path) -> list[float]:
     return found
 
 
-def test_accuracy_on_held_out_digits_is_kept(
-    digits: Checkpoint, int8_export: Export, digits_export: Export, tmp_path: Path
-) -> None:
-    fp16_export = export_checkpoint(digits, describe(digits, precision="fp16"), tmp_path / "x.onnx")
-    fp32, fp16, int8 = top1_on_held_out_digits(digits_export.path, fp16_export.path, int8_export.path)
+def test_accuracy_on_held_out_digits_is_kept(exported: Exported) -> None:
+    fp32, fp16, int8 = top1_on_held_out_digits(*(exported(name).path for name in ("fp32", "fp16", "int8")))
     assert abs(fp32 - fp16) < 0.1 + 1e-9
     assert abs(fp32 - int8) < 0.5 + 1e-9
 

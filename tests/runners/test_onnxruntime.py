@@ -10,15 +10,14 @@ import pytest
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
-from smlp_deploy.models.checkpoint import Checkpoint
-from smlp_deploy.models.description import describe
-from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
+from tests.support.fakes import Exported
 
 
-def test_a_fixed_batch_takes_any_number_of_images(digits: Checkpoint, digits_export: Export, tmp_path: Path) -> None:
-    fixed = export_checkpoint(digits, describe(digits, batch=4), tmp_path / "fixed.onnx").path
+def test_a_fixed_batch_takes_any_number_of_images(exported: Exported, digits_export: Export) -> None:
+    fixed = exported(batch=4).path
     batch = np.random.default_rng(0).standard_normal((6, 3, 32, 32), dtype=np.float32)
     with OnnxRuntimeRunner.open(fixed) as of_four, OnnxRuntimeRunner.open(digits_export.path) as of_any:
         assert np.abs(of_four.infer(batch) - of_any.infer(batch)).max() < 1e-4

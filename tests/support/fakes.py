@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import ModelMetadata, Preprocessing, SMLPNetConfig
+from smlp_deploy.pipeline.export import Export
 
 
 def metadata(*, classes: int = 4, image_size: int = 8, batch: int | None = None) -> ModelMetadata:
@@ -20,6 +21,12 @@ def metadata(*, classes: int = 4, image_size: int = 8, batch: int | None = None)
         preprocessing=Preprocessing(image_size=image_size, crop_pct=1.0),
         batch=batch,
     )
+
+
+class Exported(Protocol):
+    """The fixture `exported`."""
+
+    def __call__(self, precision: str = "fp32", batch: int | None = None) -> Export: ...
 
 
 class FakeRunner:
