@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
+
+
+def pytest_configure() -> None:
+    """Give each process of a parallel run a core of its own: frameworks start a thread for each core they may use."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+        torch.set_num_threads(1)
+
 
 IMAGES = Path(__file__).parent.parent / "images"
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
+from typing import Any
+
+import pytest
 
 import smlp_deploy
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import BUNDLED_CHECKPOINT
-from smlp_deploy.models.checkpoint import load_checkpoint
-from smlp_deploy.models.description import describe
-from smlp_deploy.pipeline.build import build_engine, prepare_graph
-from smlp_deploy.pipeline.export import export_checkpoint
+from smlp_deploy.models import checkpoint as checkpoints
+from smlp_deploy.models import description
+from smlp_deploy.pipeline import build, export
 from tests.test_layers import LAYERS
 
 PACKAGE = Path(smlp_deploy.__file__).parent
@@ -29,36 +30,40 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@contextmanager
-def calls_recorded() -> Iterator[list[tuple[str, str]]]:
-    """Module and function of every call of this package's functions, in order."""
-    found: list[tuple[str, str]] = []
+def record_calls(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The steps in the order in which they will be called, from wherever in the package that is."""
+    called: list[tuple[str, str]] = []
+    loaded = [module for name, module in sys.modules.items() if name.startswith("smlp_deploy.")]
 
-    def see(frame: FrameType, event: str, argument: object) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(str(PACKAGE)):
-            found.append((str(Path(code.co_filename).relative_to(PACKAGE)), code.co_name))
+    def recorded(step: tuple[str, str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            called.append(step)
+            return function(*arguments, **keywords)
 
-    sys.setprofile(see)
-    try:
-        yield found
-    finally:
-        sys.setprofile(None)
+        return call
+
+    for module, name in steps:
+        home = import_module(f"smlp_deploy.{module.removesuffix('.py').replace('/', '.')}")
+        function: Callable[..., Any] = getattr(home, name)
+        for user in loaded:
+            if vars(user).get(name) is function:
+                monkeypatch.setattr(user, name, recorded((module, name), function))
+    return called
 
 
-def test_the_way_down_is_the_one_that_is_drawn(tmp_path: Path) -> None:
+def test_the_way_down_is_the_one_that_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [(module.strip("`"), function.strip("`")) for _, function, module, *_ in rows("The way down")]
-    with calls_recorded() as calls:
-        checkpoint = load_checkpoint(BUNDLED_CHECKPOINT)
-        export = export_checkpoint(checkpoint, describe(checkpoint, precision="int8"), tmp_path / "x.onnx")
-        prepared = prepare_graph(export.graph, None)
-        options = BuildOptions(architectures=("sm89",))
-        build_engine(prepared, tmp_path / "x.engine", options, backend="tensorrt-rtx")
-    # The proof of a 16-bit graph lowers the network once more, to run it in true fp16 arithmetic and to record it.
-    down = calls[: calls.index(("evaluation/parity.py", "prove")) + 1]
-    after = calls[len(down) :]
-    taken = [call for call in down if call in steps] + [call for call in after if call in steps[9:]]
-    assert taken == steps
+    called = record_calls(monkeypatch, steps)
+    checkpoint = checkpoints.load_checkpoint(BUNDLED_CHECKPOINT)
+    metadata = description.describe(checkpoint, precision="int8")
+    graph = export.export_checkpoint(checkpoint, metadata, tmp_path / "x.onnx").graph
+    prepared = build.prepare_graph(graph, None)
+    options = BuildOptions(architectures=("sm89",))
+    build.build_engine(prepared, tmp_path / "x.engine", options, backend="tensorrt-rtx")
+    # The proof itself lowers the network again: it runs it in true fp16 arithmetic, and records its activations.
+    proof = ("evaluation/parity.py", "prove")
+    way = [step for i, step in enumerate(called) if step[1] != "lower" or i < called.index(proof)]
+    assert way == steps
     modules = [module for module, _ in steps]
     assert [m for i, m in enumerate(modules) if m in modules[:i] and m != modules[i - 1]] == []
 
