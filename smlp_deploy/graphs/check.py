@@ -96,7 +96,7 @@ class OnnxFile:
     spans: tuple[tuple[_Span, ...], ...]
 
     def model(self) -> ModelProto:
-        """The model with its weights, parsed anew.
+        """The model with its weights, parsed again.
 
         Raises:
             ArtifactError: its messages are nested deeper than protobuf parses.
