@@ -82,7 +82,7 @@ class GpuDevice:
 
 
 def find_gpu() -> GpuDevice | None:
-    """The first NVIDIA GPU that CUDA uses, or None without a driver or a visible GPU.
+    """The NVIDIA GPU that CUDA uses first, or None without a driver or a visible GPU.
 
     The CUDA driver itself is queried, through ctypes. NVML (nvidia-ml-py) cannot tell which GPU comes first: it lists
     all of them by PCI address, whereas CUDA lists the fastest first, only those in CUDA_VISIBLE_DEVICES, and MIG

@@ -31,9 +31,9 @@ MAX_PARTS = 200_000
 MAX_NODES = 20_000
 """Also the largest number of weights."""
 MAX_ATTRIBUTES = 32
-"""Of one node; no operator below has more than 8."""
+"""Per node; no operator below has more than 8."""
 MAX_ELEMENTS = 1 << 26
-"""Of any value, per image; sMLPNet-Base at 224 pixels needs 2^20."""
+"""Per value and image; sMLPNet-Base at 224 pixels needs 2^20."""
 MAX_TOTAL_ELEMENTS = 1 << 31
 """Of all values in total, per image; sMLPNet-Base at 224 pixels needs 2^27."""
 MAX_MACS = 1 << 40

@@ -31,7 +31,7 @@ OUTPUT_NAME = "logits"
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """An ONNX graph that was checked, with its metadata; what is run, hashed and written are the bytes it holds.
+    """A checked ONNX graph with its metadata; the bytes it holds are what is run, hashed and written.
 
     Attributes:
         file: its bytes, and the file it was read from or is to become, which is not opened again.

@@ -129,8 +129,8 @@ class TestMapping:
     @pytest.mark.parametrize(
         ("name", "text", "reason"),
         [
-            ("m.json", '["cat"]', "no JSON object"),
-            ("m.json", '{"a": 1}', "no JSON object"),
+            ("m.json", '["cat"]', "not a JSON object"),
+            ("m.json", '{"a": 1}', "not a JSON object"),
             ("m.json", '{"a": "b", "a": "c"}', "a key occurs twice"),
             ("m.csv", "folder,label\na,b\na,c\n", "maps a folder twice"),
         ],
