@@ -24,17 +24,17 @@ def engine_path(metadata: ModelMetadata) -> Path:
 
 
 def engine_manifest_path(engine: Path) -> Path:
-    """Where the facts about an engine go, whose own bytes stay as TensorRT wrote them: `x.engine.json`."""
+    """Where an engine's manifest goes: `x.engine.json`. The engine's bytes stay as TensorRT wrote them."""
     return engine.with_name(engine.name + ".json")
 
 
 def calibration_path(artifact: Path) -> Path:
-    """Where the ranges of an int8 artifact go, which a later one can reuse: `x.calibration.json`."""
+    """Where an int8 artifact's calibration table goes, for later exports to reuse: `x.calibration.json`."""
     return artifact.with_suffix(".calibration.json")
 
 
 def sensitivity_path(artifact: Path) -> Path:
-    """Where the harm of each layer in int8 goes: `x.sensitivity.json`."""
+    """Where the int8 sensitivity of each layer goes: `x.sensitivity.json`."""
     return artifact.with_suffix(".sensitivity.json")
 
 
@@ -44,20 +44,19 @@ def parity_path(artifact: Path) -> Path:
 
 
 def failed_path(artifact: Path) -> Path:
-    """The name under which an artifact that failed parity is kept, which nothing picks up by itself."""
+    """The name under which an artifact that failed parity is kept; no command picks it up on its own."""
     return artifact.with_name(artifact.name + ".failed")
 
 
 def newest_artifact(pattern: str = "*.onnx") -> Path | None:
-    """The file of this pattern that was written last into the artifacts folder, if there is one.
+    """The newest file in the artifacts folder that matches the pattern, or None.
 
-    Only regular files that lie in that folder count: what a link there leads to elsewhere is never picked, because an
-    engine is code.
+    Only regular files inside that folder count; a link to a file elsewhere is never picked, because an engine is code.
     """
     folder = ARTIFACTS_FOLDER.resolve()
     times: dict[Path, int] = {}
     for path in ARTIFACTS_FOLDER.glob(pattern):
-        # A loop of links raises RuntimeError, a file that vanishes meanwhile OSError.
+        # A symlink loop raises RuntimeError, a file that has just vanished OSError.
         with suppress(OSError, RuntimeError):
             status = path.stat()
             inside = path.resolve(strict=True).is_relative_to(folder)

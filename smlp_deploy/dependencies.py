@@ -1,4 +1,4 @@
-"""Which optional packages are needed for what, and how to get them. Nothing is ever installed or replaced silently."""
+"""What each optional package is needed for, and how to install it. Nothing is installed or replaced silently."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from importlib.util import find_spec
 from smlp_deploy.errors import MissingDependencyError
 
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""The module of each backend of TensorRT."""
+"""The module of each TensorRT backend."""
 
 TENSORRT_DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 }
-"""The distributions that contain each of these modules."""
+"""The distributions that provide each of these modules."""
 
-# Of the CUDA driver interface's device attributes.
+# Device attributes of the CUDA driver API.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
@@ -54,7 +54,7 @@ def require_onnxruntime() -> None:
     """Check that exactly one onnxruntime package is installed.
 
     Raises:
-        MissingDependencyError: none is installed; or both are, which overwrite each other's files.
+        MissingDependencyError: neither package is installed, or both are and overwrite each other's files.
     """
     require("onnxruntime", purpose="to run ONNX files", extra='cpu]" or "smlp-deploy[gpu')
     if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
@@ -69,10 +69,10 @@ class GpuDevice:
     """The first NVIDIA GPU, as its driver describes it.
 
     Attributes:
-        name: as sold.
-        architecture: its compute capability: `sm89` for 8.9.
-        driver: the CUDA version of the driver: 12080 for 12.8.
-        pci_bus_id: `0000:3B:00.0`, by which NVML knows it, too; of the whole GPU if this is a MIG instance of it.
+        name: product name.
+        architecture: compute capability, `sm89` for 8.9.
+        driver: CUDA version of the driver, 12080 for 12.8.
+        pci_bus_id: `0000:3B:00.0`, as in NVML; for a MIG instance, that of the whole GPU.
     """
 
     name: str
@@ -82,11 +82,11 @@ class GpuDevice:
 
 
 def find_gpu() -> GpuDevice | None:
-    """The NVIDIA GPU that CUDA uses first, or None without a driver, or without a GPU that it makes visible.
+    """The NVIDIA GPU that CUDA uses first, or None without a driver or a visible GPU.
 
-    The CUDA driver is asked itself, through ctypes. NVML (nvidia-ml-py) cannot tell which GPU that is: it lists all of
-    them by PCI address, whereas CUDA lists the fastest first, and only those in CUDA_VISIBLE_DEVICES, and MIG
-    instances in place of their GPU. cuda-bindings could tell, but is 31 MB for the seven calls below.
+    The CUDA driver itself is queried, through ctypes. NVML (nvidia-ml-py) cannot tell which GPU comes first: it lists
+    all of them by PCI address, whereas CUDA lists the fastest first, only those in CUDA_VISIBLE_DEVICES, and MIG
+    instances in place of their GPU. cuda-bindings could tell, but takes 31 MB for the seven calls below.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -1,6 +1,6 @@
-"""What works on this machine, and what to do about the rest. Nothing is changed, and nothing is printed.
+"""What works on this machine, and how to fix the rest. Nothing is changed or printed.
 
-Packages are tried in processes of their own: one that crashes when it is imported must not take this process along.
+Each package is imported in its own process, because one that crashes on import must not take this process down.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ Status = Literal["ok", "warning", "error"]
 _STATUSES: tuple[Status, ...] = ("ok", "warning", "error")
 _TIMEOUT_SECONDS = 120
 _LEAST_FREE = 1 << 30
-"""The weights of smlpnet_base and one fp32 export of them take half of it."""
+"""The smlpnet_base weights and one fp32 export take half of it."""
 _LONGEST = 300
 _DEVICES = "print(it.version.cuda or '-', it.cuda.is_available())"
-"""For what PyTorch is built, and whether it sees a GPU."""
+"""What PyTorch is built for, and whether it sees a GPU."""
 _PROVIDER_TENSORRT = "10"
-"""The major version of TensorRT that ONNX Runtime's provider is linked with."""
+"""The major version of TensorRT that ONNX Runtime's provider is linked against."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: of it.
-        status: "ok"; "warning" for what is missing or does not fit; "error" for what is broken.
+        name: what was checked.
+        status: "ok"; "warning" if something is missing or incompatible; "error" if it is broken.
         detail: what was found, in one line.
-        fix: the command that helps, or None.
+        fix: the command or step that helps, or None.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Package:
-    """An optional package. Of its `rivals`, which own the same folder, at most one may be installed."""
+    """An optional package; at most one of its `rivals`, which own the same folder, may be installed."""
 
     module: str
     extra: str
@@ -69,7 +69,7 @@ class _Package:
     rivals: tuple[str, ...] = ()
 
     def installed(self) -> dict[str, str]:
-        """The version of each of its distributions that is installed."""
+        """The version of each installed distribution of it."""
         found = {name: installed_version(name) for name in (self.module.replace("_", "-"), *self.rivals)}
         return {name: version for name, version in found.items() if version}
 
@@ -97,9 +97,9 @@ _PACKAGES = (
 
 
 def examine() -> tuple[Finding, ...]:
-    """Look at Python, packages, the GPU, folders and the artifacts in `artifacts/`."""
+    """Check Python, packages, the GPU, folders and the artifacts in `artifacts/`."""
     gpu = find_gpu()
-    # Each of them waits for a process of its own.
+    # Each of them waits for its own process.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         providers = pool.submit(_providers, gpu)
         packages = list(pool.map(lambda package: _package(package, gpu), _PACKAGES))
@@ -119,7 +119,7 @@ def to_json(findings: Sequence[Finding]) -> str:
 
 
 def _finding(name: str, status: Status, detail: str, fix: str | None = None) -> Finding:
-    """A finding fit to be shown: names of files and words of libraries may hold anything."""
+    """A finding safe to print: file names and library messages may contain anything."""
     shown = detail if len(detail) <= _LONGEST else f"{detail[:_LONGEST]}…"
     return Finding(name=printable(name), status=status, detail=printable(shown), fix=fix and printable(fix))
 
@@ -145,7 +145,7 @@ def _package(package: _Package, gpu: GpuDevice | None) -> Finding:
     again = f"pip install --force-reinstall {' '.join(installed) or package.module}"
     cuda = _cuda_major(installed)
     if gpu and package is not _PYTORCH and cuda > gpu.driver // 1000:
-        what = f"{text}: is for CUDA {cuda}, the NVIDIA driver for CUDA {gpu.driver // 1000}"
+        what = f"{text}: built for CUDA {cuda}, but the NVIDIA driver is for CUDA {gpu.driver // 1000}"
         return _finding(package.module, "error", what, f"update the NVIDIA driver to one for CUDA {cuda}")
     output, failure = _run(f"import {package.module} as it; {_DEVICES if package is _PYTORCH else ''}")
     if failure:
@@ -160,7 +160,7 @@ def _torch(text: str, output: str, gpu: GpuDevice | None) -> Finding:
     if cuda == "-":
         return _finding("torch", "ok", f"{text}, built for the CPU")
     if gpu and available != "True":
-        fix = "update the NVIDIA driver, or install the PyTorch of its CUDA version"
+        fix = "update the NVIDIA driver, or install PyTorch for its CUDA version"
         return _finding("torch", "warning", f"{text}, built for CUDA {cuda}, does not see the GPU", fix)
     return _finding("torch", "ok", f"{text}, built for CUDA {cuda}")
 
@@ -170,7 +170,7 @@ def _rivalry(package: _Package, rivals: Sequence[str], gpu: GpuDevice | None) ->
     return _finding(
         package.module,
         "error",
-        f"{' and '.join(rivals)} are installed at once and own the same folder, so none can be trusted; "
+        f"{' and '.join(rivals)} are installed together and own the same folder, so none can be trusted; "
         f"keep one of them, here {keep}",
         f"pip uninstall -y {' '.join(rivals)} && pip install {keep}",
     )
@@ -185,13 +185,13 @@ def _absence(package: _Package, gpu: GpuDevice | None) -> Finding:
 
 
 def _cuda_major(distributions: Iterable[str]) -> int:
-    """The major version of CUDA in the names of distributions or of what they require; 0 if none states it."""
+    """The CUDA major version in the names of distributions or their requirements; 0 if none states it."""
     texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
     return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
 
 
 def _run(code: str) -> tuple[str, str | None]:
-    """The last line that code prints in a process that sees the packages of this one, and why it failed, if it did."""
+    """The last line that code prints in a process with this one's packages, and why it failed, if it did."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-P", "-c", code]
     try:
@@ -199,32 +199,32 @@ def _run(code: str) -> tuple[str, str | None]:
             command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=_TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return "", f"it does not end within {_TIMEOUT_SECONDS} s"
+        return "", f"it did not finish within {_TIMEOUT_SECONDS} s"
     output, errors = (text.decode(errors="replace").strip().splitlines() for text in (done.stdout, done.stderr))
     if done.returncode < 0:
-        return "", f"it crashes with signal {-done.returncode}"
+        return "", f"it crashed with signal {-done.returncode}"
     if done.returncode:
-        return "", errors[-1] if errors else f"it exits with {done.returncode}"
+        return "", errors[-1] if errors else f"it exited with {done.returncode}"
     return output[-1] if output else "", None
 
 
 def _providers(gpu: GpuDevice | None) -> list[Finding]:
-    """What each provider that ONNX Runtime lists really gives."""
+    """Whether each provider that ONNX Runtime lists really works."""
     if not (_ONNXRUNTIME.is_here() and _ONNX.is_here()) or len(_ONNXRUNTIME.installed()) > 1:
         return []
     code = "import json; from smlp_deploy.runners.onnxruntime import working_providers as w; print(json.dumps(w()))"
     output, failure = _run(code)
     if failure:
         fix = f"pip install --force-reinstall onnx {' '.join(_ONNXRUNTIME.installed())}"
-        return [_finding("providers", "error", f"ONNX Runtime has no session: {failure}", fix)]
+        return [_finding("providers", "error", f"ONNX Runtime cannot create a session: {failure}", fix)]
     return [_provider(name, works, gpu) for name, works in json.loads(output).items()]
 
 
 def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
     name = f"provider {provider}"
     if works:
-        return _finding(name, "ok", "a session gets it")
-    lost = "is listed, but a session does not get it"
+        return _finding(name, "ok", "works in a session")
+    lost = "listed, but does not work in a session"
     if provider == "cpu":
         return _finding(name, "error", lost, f"pip install --force-reinstall {' '.join(_ONNXRUNTIME.installed())}")
     if gpu is None:
@@ -232,9 +232,9 @@ def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
     tensorrt = next(iter(_TENSORRT.installed().values()), None)
     if provider == "cuda":
         fix = 'pip install "onnxruntime-gpu[cuda,cudnn]", with its libraries on LD_LIBRARY_PATH'
-        return _finding(name, "error", f"{lost}: libraries of CUDA or cuDNN are not found or do not fit", fix)
+        return _finding(name, "error", f"{lost}: CUDA or cuDNN libraries are missing or incompatible", fix)
     if tensorrt is None or tensorrt.split(".")[0] != _PROVIDER_TENSORRT:
-        what = f"{lost}: it needs TensorRT {_PROVIDER_TENSORRT}, installed is {tensorrt or 'none'}"
+        what = f"{lost}: it needs TensorRT {_PROVIDER_TENSORRT}, but {tensorrt or 'none'} is installed"
         return _finding(name, "warning", what, 'pip install "tensorrt>=10.12,<11"')
     return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", "put them on LD_LIBRARY_PATH")
 
@@ -243,11 +243,11 @@ def _folder(name: str, path: Path) -> Finding:
     there = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
     sizes = list(_sizes(path))
     free = shutil.disk_usage(there).free
-    holds = f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} files" if there == path else "not there yet"
+    holds = f"{sum(sizes) / 1e6:.1f} MB in {len(sizes)} files" if there == path else "does not exist yet"
     detail = f"{path}: {holds}, {free / 1e9:.1f} GB free"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         fix = f"make {there} a folder that you can write to"
-        return _finding(name, "warning", f"{detail}, cannot be written to", fix)
+        return _finding(name, "warning", f"{detail}, not writable", fix)
     if free < _LEAST_FREE:
         return _finding(name, "warning", detail, "make room on that disk")
     return _finding(name, "ok", detail)
@@ -256,19 +256,19 @@ def _folder(name: str, path: Path) -> Finding:
 def _sizes(folder: Path) -> Iterator[int]:
     for parent, _, names in os.walk(folder):
         for name in names:
-            with suppress(OSError):  # it vanished meanwhile
+            with suppress(OSError):  # it has just vanished
                 yield (Path(parent) / name).lstat().st_size
 
 
 def _artifacts(reads_onnx: Finding) -> Iterator[Finding]:
-    """Whether each ONNX file and engine in the artifacts folder is sound, and an engine fits this machine."""
+    """Whether each ONNX file and engine in the artifacts folder is valid, and each engine fits this machine."""
     for path in sorted(ARTIFACTS_FOLDER.glob("*")):
         if path.name.startswith(".") or path.suffix.lower() not in (".onnx", ".engine"):
             continue
         try:
             yield _engine(path) if path.suffix.lower() == ".engine" else _onnx(path, reads_onnx)
         except SmlpError as error:
-            yield _finding(str(path), "error", error.what, error.fix or "make it again, or remove it")
+            yield _finding(str(path), "error", error.what, error.fix or "create it again, or remove it")
         except OSError as error:
             yield _finding(str(path), "error", f"cannot be read: {error.strerror}", "make it readable, or remove it")
 

@@ -1,15 +1,15 @@
 """The error tree. Every error a user can cause or act on is an `SmlpError`; anything else is a bug.
 
 SmlpError                  exit code 1
-├── UsageError             an option or argument that cannot be right (exit code 2)
-├── ConfigError            a network or preprocessing configuration that cannot exist
+├── UsageError             an invalid option or argument (exit code 2)
+├── ConfigError            an invalid network or preprocessing configuration
 ├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
 ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
-├── BuildError             an engine that TensorRT did not build, or not as asked
+├── BuildError             an engine that TensorRT did not build, or not as requested
 ├── ImageError             an image that cannot be read; becomes that image's record
-├── StoppedError           Ctrl-C or SIGTERM in the middle of a run that can be continued (exit code 130 or 143)
+├── StoppedError           Ctrl-C or SIGTERM during a run that can be resumed (exit code 130 or 143)
 ├── DownloadError          official weights that could not be fetched or verified
-└── MissingDependencyError a package that is needed and not installed, or installed wrongly
+└── MissingDependencyError a required package that is missing or wrongly installed
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SmlpError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        what = self.what if len(self.what) <= _LONGEST else f"{self.what[:_LONGEST]}…"  # a file's text can be in it
+        what = self.what if len(self.what) <= _LONGEST else f"{self.what[:_LONGEST]}…"  # it may quote a file
         return " · ".join(printable(part) for part in (what, self.where, self.fix) if part)
 
 
@@ -68,8 +68,8 @@ class StoppedError(SmlpError):
 
     Args:
         what: how far it got.
-        signal: its number.
-        where: the file with what is done.
+        signal: the signal's number.
+        where: the file with the results so far.
         fix: how to continue.
     """
 

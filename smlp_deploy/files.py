@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and known by their sha256."""
+"""Files are written whole or not at all, and identified by their sha256."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 from smlp_deploy.errors import SmlpError
 
 DATA_FOLDER = Path(__file__).parent / "data"
-"""What ships inside the package."""
+"""Data shipped with the package."""
 
 BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
-"""The small trained model that commands use when no other is given."""
+"""The small trained model that commands use when none is given."""
 
 MAX_TEXT_BYTES = 4 << 20
-"""Of JSON and of lists of names."""
+"""Limit for JSON files and lists of names."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside `target`; when the block ends well, move it onto `target`.
+    """Yield a temporary path beside `target`, and move it onto `target` if the block succeeds.
 
-    When the block raises, or has moved or removed the temporary file itself, `target` is untouched.
+    If the block raises, or moves or removes the temporary file itself, `target` is untouched.
 
     Raises:
-        SmlpError: the folder cannot be made or written to, or there is no room.
+        SmlpError: the folder cannot be created or written to, or there is no space left.
     """
     check_writable(target)
-    # Its name is chosen before it is made, so that no signal can come between it and its removal.
+    # The name is chosen before the file is created, so that a signal in between cannot leave the file behind.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with _explained(target):
@@ -54,10 +54,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def check_writable(target: Path) -> None:
-    """Make the folder of `target`, and check that nothing but a file would be replaced.
+    """Create the folder of `target`, and check that nothing but a regular file would be replaced.
 
     Raises:
-        SmlpError: it cannot be written there.
+        SmlpError: `target` cannot be written.
     """
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def check_writable(target: Path) -> None:
 
 @contextmanager
 def _explained(target: Path, *, only: Collection[int] | None = None) -> Iterator[None]:
-    """What the operating system refuses, as one line; `only` some of its errors, or all."""
+    """Report errors of the operating system in one line: those in `only`, or all."""
     try:
         yield
     except OSError as error:
@@ -81,14 +81,14 @@ def _explained(target: Path, *, only: Collection[int] | None = None) -> Iterator
 
 @contextmanager
 def alone(target: Path, *, waiting_for: str | None = None) -> Iterator[None]:
-    """Keep other processes from writing the same file, by a lock beside it that the system takes back from the dead.
+    """Keep other processes from writing the same file, with a lock beside it that the system frees if its owner dies.
 
     Args:
         target: the file.
-        waiting_for: what to say while another process holds the lock, which is then waited for; None to give up.
+        waiting_for: message to log while waiting for another process's lock; None to fail instead.
 
     Raises:
-        SmlpError: another process holds it, and it is not waited for.
+        SmlpError: another process holds the lock, and `waiting_for` is None.
     """
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
@@ -104,7 +104,7 @@ def alone(target: Path, *, waiting_for: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if waiting_for is None:  # else another process may be waiting for this very file
+        if waiting_for is None:  # else another process may be waiting for this lock file
             path.unlink(missing_ok=True)
         lock.release()
 
@@ -121,10 +121,10 @@ def write_bytes(target: Path, content: bytes) -> None:
 
 
 def check_regular(path: Path, *, error: type[SmlpError], fix: str, limit: int | None = None) -> int:
-    """The size of a file, after checking that it is a regular one: opening a FIFO would block for ever.
+    """The size of a file, after checking that it is a regular one: opening a FIFO would block forever.
 
     Raises:
-        SmlpError: it is none, or has more than `limit` bytes; of the type `error`.
+        SmlpError: it is not a regular file, or has more than `limit` bytes; of the type `error`.
     """
     try:
         status = path.stat()

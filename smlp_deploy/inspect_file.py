@@ -1,4 +1,4 @@
-"""What a file is, told from the file alone."""
+"""What a file is, from the file alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
     """Facts about a checkpoint, an ONNX file or an engine, ready for JSON.
 
     Raises:
-        UsageError: a file of another kind.
+        UsageError: it is a file of another kind.
         SmlpError: the file cannot be read.
     """
     if path.suffix.lower() == ".onnx":
@@ -59,7 +59,7 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
 
 
 def _engine_facts(path: Path) -> dict[str, Any]:
-    """From the JSON beside an engine, which must be of this very engine; the engine itself is never loaded."""
+    """From the manifest beside an engine, which must describe this very engine; the engine is never loaded."""
     return {"kind": "engine", **_file_facts(path), **asdict(read_manifest(path))}
 
 

@@ -1,4 +1,4 @@
-"""Long work: how it tells how far it is, and how Ctrl-C and SIGTERM end it, with the exit codes 130 and 143."""
+"""Long-running work: how it reports progress, and how Ctrl-C and SIGTERM end it, with exit codes 130 and 143."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from smlp_deploy.errors import StoppedError
 T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+"""Called with the name of the task, how much of it is done, and the total."""
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Terminated(SystemExit):
-    """SIGTERM, as an exception, so that what is half-made is removed on the way out."""
+    """SIGTERM as an exception, so that partial files are removed on the way out."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class StopRequest:
-    """A signal that came while it was put off.
+    """A signal that arrived while signals were put off.
 
     Attributes:
-        signal: which, or None.
+        signal: the signal, or None.
     """
 
     def __init__(self) -> None:
@@ -42,19 +42,19 @@ class StopRequest:
         return self.signal is not None
 
     def obey(self) -> None:
-        """Stop now, if that was asked for."""
+        """Stop now, if a signal arrived."""
         if self.signal is not None:
             _stop(self.signal)
 
     def report(self, images: int, *, partial: Path | None) -> None:
-        """Say how far a run came, if it was stopped.
+        """Report how far a run got, if it was stopped.
 
         Args:
-            images: that are done.
-            partial: the file with what is done, if it can be continued.
+            images: number done.
+            partial: the file with the results so far, if the run can be resumed.
 
         Raises:
-            StoppedError: a signal came.
+            StoppedError: a signal arrived.
         """
         if self.signal is not None:
             raise StoppedError(
@@ -65,7 +65,7 @@ class StopRequest:
             )
 
     def before(self, items: Iterable[T]) -> Iterator[T]:
-        """Those of `items` that come before a signal, even if it comes while the next one is awaited."""
+        """Yield `items` until a signal arrives, even one that arrives while waiting for the next item."""
         iterator = iter(items)
         while not self:
             try:
@@ -78,7 +78,7 @@ class StopRequest:
             yield item
 
     def receive(self, number: int) -> None:
-        """Note a signal; wake whoever is waiting in `before`."""
+        """Note a signal, and wake `before` if it is waiting."""
         self.signal = signal.Signals(number)
         if self._waiting:
             raise _Woken
@@ -99,7 +99,7 @@ def put_off(*, again: bool) -> Iterator[StopRequest]:
     """Note the first Ctrl-C or SIGTERM instead of stopping.
 
     Args:
-        again: a second one stops at once. False where code of others would be torn apart by an exception.
+        again: a second one stops at once. False where an exception would break third-party code.
     """
     request = StopRequest()
 

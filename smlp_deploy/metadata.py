@@ -1,9 +1,9 @@
 """The metadata stored with a model: configuration, labels, preprocessing, precision and provenance.
 
-It loads no framework, so that a machine that only predicts can read it. The JSON form is stored under `METADATA_KEY`
+It loads no framework, so that a machine that only runs models can read it. The JSON form is stored under `METADATA_KEY`
 in an ONNX file's `metadata_props` or a safetensors file's metadata, or as the `.json` file beside a checkpoint.
 
-The types of the fields are those that `strictjson.read` requires of a file; each `__post_init__` checks the values.
+`strictjson.read` enforces the types of the fields in a file; each `__post_init__` checks the values.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MANIFEST_SCHEMA = 2
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_NUMBER = 1 << 20
-"""The largest number in a configuration, far above those of any real network."""
+"""The largest number in a configuration, far above that of any real network."""
 MAX_BLOCKS = 2048
 MAX_IMAGE_SIZE = 2048
 """Pixels per side; an input of this size takes 50 MB."""
 MAX_BATCH = 65536
 MAX_TEXT = 1000
-"""Characters of a label, and of the other texts in a model's metadata."""
+"""Characters of a label or another text in a model's metadata."""
 _MAX_NAME_BYTES = 200
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,7 +48,7 @@ class SMLPNetConfig:
     Attributes:
         dim: channels of the first stage; stage `s` has `dim * 2**s`.
         depths: blocks per stage.
-        expansion: hidden width of the channel MLP over its channels.
+        expansion: hidden width of the channel MLP, as a multiple of its channels.
         patch_size: pixels per side of one patch.
         image_size: pixels per side of the input; the axial matrices fix it.
         num_classes: outputs of the head.
@@ -97,12 +97,12 @@ class SMLPNetConfig:
 
 @dataclass(frozen=True)
 class TracePoint:
-    """A point in the network at which the trained and the deployed form compute the same values.
+    """A point in the network where the trained and the deployed form compute the same values.
 
     Attributes:
-        name: to display: `stage 1 block 2`, counted from 1.
+        name: for display, counted from 1: `stage 1 block 2`.
         kind: "embedding", "tokens" (after a block's token mixing) or "block".
-        index: of the stage or, over the whole network, of the block; counted from 0.
+        index: of the stage, or of the block within the whole network; counted from 0.
     """
 
     name: str
@@ -111,7 +111,7 @@ class TracePoint:
 
 
 def trace_points(config: SMLPNetConfig) -> tuple[TracePoint, ...]:
-    """The points of a network, in the order of the computation."""
+    """The points of a network, in order of computation."""
     points = []
     for stage, depth in enumerate(config.depths):
         points.append(TracePoint(f"stage {stage + 1} embedding", "embedding", stage))
@@ -135,7 +135,7 @@ class Preprocessing:
     """
 
     image_size: int
-    crop_pct: int | float = 0.875  # a 1 that a file states stays 1, so that artifacts keep their bytes
+    crop_pct: int | float = 0.875  # an integer 1 in a file stays one, so that artifacts keep their bytes
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -182,18 +182,18 @@ class BatchProfile:
 
     @classmethod
     def fixed(cls, batch: int) -> BatchProfile:
-        """Exactly one size."""
+        """A profile of exactly one size."""
         return cls(min=batch, opt=batch, max=batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:
-    """What a checkpoint states about itself beside its weights; None where it states nothing.
+    """What a checkpoint states besides its weights; None where it states nothing.
 
     Attributes:
         labels: class names in the order of the logits.
         preprocessing: how its training images were prepared.
-        training: figures of the training run, for the reader.
+        training: figures of the training run, for information only.
     """
 
     labels: tuple[Text, ...] | None = None
@@ -210,10 +210,10 @@ class CheckpointMetadata:
         Args:
             text: a JSON object; its other fields are ignored, because other tools write such files too.
             where: the file it came from, for errors.
-            image_size: of the network, for a preprocessing that does not state it.
+            image_size: of the network, for preprocessing that does not state it.
 
         Raises:
-            ConfigError: not that form, or a value out of range.
+            ConfigError: the JSON has another form, or a value is out of range.
         """
 
         def own(document: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +285,7 @@ class ModelMetadata:
         """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ConfigError: not that form, another schema, or a value out of range.
+            ConfigError: the JSON has another form or schema, or a value is out of range.
         """
         return _read(text, where, cls)
 
@@ -302,10 +302,10 @@ class EngineManifest:
         backend: "tensorrt" or "tensorrt-rtx".
         version: of TensorRT.
         profile: batch sizes it accepts.
-        architectures: of the GPUs it was built for, ahead of time or where it was built.
+        architectures: of the GPUs it was built for, ahead of time or on the building machine.
         ran_here: whether it was run on the machine that built it.
         options: how it was built.
-        memory: the build log's figures.
+        memory: figures from the build log.
         kernels: a summary of its kernels.
         graph_parity: the 16-bit graph's comparison with the ONNX source, if the engine was built from one.
         engine_parity: the engine's comparison with the ONNX source, if it was run.
@@ -337,7 +337,7 @@ class EngineManifest:
         """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ConfigError: not that form, another schema, or a value out of range.
+            ConfigError: the JSON has another form or schema, or a value is out of range.
         """
         return _read(text, where, cls, schema=MANIFEST_SCHEMA, again="build the engine again")
 

@@ -1,6 +1,6 @@
-"""Untrusted JSON: unique keys, finite numbers, whole characters, bounded nesting and memory, fields of the right type.
+"""Untrusted JSON: unique keys, finite numbers, valid Unicode, bounded nesting and memory, fields of the right type.
 
-An empty list takes two bytes of text and some sixty of memory, so containers are counted before they are built.
+An empty list takes two bytes of text and about sixty of memory, so containers are counted before they are built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class SchemaError(ValueError):
-    """A JSON object of a schema that this version does not read."""
+    """A JSON object with a schema that this version cannot read."""
 
 
 def loads(text: str | bytes) -> Any:
@@ -51,18 +51,18 @@ def read(
     schema: int | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> T:
-    """An instance of a dataclass from a JSON object, every field of its declared type.
+    """A dataclass instance from a JSON object, with every field of its declared type.
 
-    What the `__post_init__` of a dataclass raises comes through.
+    Errors raised by a `__post_init__` pass through.
 
     Args:
         text: the JSON object.
         form: the dataclass.
         schema: the number that the object's `schema` must be; None if it has no such field.
-        prepare: makes the fields of the dataclass, and `schema`, from the object.
+        prepare: turns the object into the fields of the dataclass, and `schema`.
 
     Raises:
-        SchemaError: it is of another schema.
+        SchemaError: it has another schema.
         ValueError: it is not a JSON object, or is refused; or a field is missing, unknown or of another type.
     """
     document = loads(text)
@@ -101,7 +101,7 @@ def _check_nesting(value: Any, left: int) -> None:
 
 
 def _check_known(document: Any, built: object) -> None:
-    """Refuse the fields that a dataclass does not have: msgspec leaves them out."""
+    """Refuse fields that the dataclass does not have, because msgspec ignores them."""
     if is_dataclass(built):
         names = {field.name for field in fields(built)}
         for name, value in document.items():

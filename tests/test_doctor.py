@@ -147,7 +147,7 @@ class TestFourEnvironments:
         findings = examined(environments("cpu"), tmp_path, gpu)
         assert names(findings, "error") == {"onnxruntime"}
         found = findings["onnxruntime"]
-        assert "onnxruntime and onnxruntime-gpu are installed at once" in found.detail
+        assert "onnxruntime and onnxruntime-gpu are installed together" in found.detail
         assert found.fix == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {keep}"
         assert "provider cpu" not in findings
 
@@ -161,7 +161,7 @@ class TestPackages:
         stand_in(stand_ins, "polygraphy")  # its files are gone
         findings = examined(environments(""), tmp_path)
         assert names(findings, "error") == {"torch", "onnxscript", "polygraphy"}
-        assert findings["torch"].detail == "torch 2.0: cannot be imported: it crashes with signal 9"
+        assert findings["torch"].detail == "torch 2.0: cannot be imported: it crashed with signal 9"
         assert findings["onnxscript"].detail.endswith("OSError: libx.so.1: cannot open shared object file")
         assert findings["polygraphy"].fix == "pip install --force-reinstall polygraphy"
 
@@ -188,7 +188,7 @@ class TestPackages:
         finding = examined(environments(""), tmp_path, gpu)["tensorrt"]
         assert finding.status == status
         if status == "error":
-            assert finding.detail == "tensorrt 11.2: is for CUDA 13, the NVIDIA driver for CUDA 12"
+            assert finding.detail == "tensorrt 11.2: built for CUDA 13, but the NVIDIA driver is for CUDA 12"
             assert finding.fix == "update the NVIDIA driver to one for CUDA 13"
 
     def test_a_torch_that_does_not_see_the_gpu(
@@ -213,7 +213,7 @@ def test_providers_that_are_listed_but_not_given(
     assert findings["provider cuda"].status == cuda
     assert findings["provider tensorrt"].status == "warning"
     if gpu:
-        assert findings["provider tensorrt"].detail.endswith("it needs TensorRT 10, installed is none")
+        assert findings["provider tensorrt"].detail.endswith("it needs TensorRT 10, but none is installed")
         assert findings["provider tensorrt"].fix == 'pip install "tensorrt>=10.12,<11"'
 
 
@@ -234,7 +234,7 @@ class TestFolders:
         (weights / "a.pth").write_bytes(bytes(1_500_000))
         findings = examined(environments(""), tmp_path)
         assert f"{weights}: 1.5 MB in 1 files, " in findings["weights cache"].detail
-        assert "not there yet" in findings["artifacts"].detail
+        assert "does not exist yet" in findings["artifacts"].detail
 
 
 def write_engine(path: Path, **changes: Any) -> None:

@@ -435,12 +435,12 @@ def test_thin_images_are_classified(size: tuple[int, int], tmp_path: Path, class
 FTYP = struct.pack(">L", 24) + b"ftyp"
 HEIC = FTYP + b"heic\0\0\0\0mif1heic" + bytes(200)
 BAD: dict[str, tuple[bytes, str]] = {
-    "text": (b"this is no image", "not an image in a format that is read here"),
-    "HTML": (b"<!DOCTYPE html><html><body>404</body></html>", "not an image in a format that is read here"),
-    "NUL bytes": (bytes(1000), "not an image in a format that is read here"),
-    "PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not an image in a format that is read here"),
-    "EPS": (encoded(Image.new("RGB", (28, 28)), "EPS"), "not an image in a format that is read here"),
-    "PCX": (encoded(Image.new("RGB", (28, 28)), "PCX"), "not an image in a format that is read here"),
+    "text": (b"this is no image", "not an image in a supported format"),
+    "HTML": (b"<!DOCTYPE html><html><body>404</body></html>", "not an image in a supported format"),
+    "NUL bytes": (bytes(1000), "not an image in a supported format"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not an image in a supported format"),
+    "EPS": (encoded(Image.new("RGB", (28, 28)), "EPS"), "not an image in a supported format"),
+    "PCX": (encoded(Image.new("RGB", (28, 28)), "PCX"), "not an image in a supported format"),
     "HEIC": (HEIC, r"a HEIF \(HEIC\) image, which Pillow has no codec for; convert it to JPEG or PNG"),
     "JPEG's first bytes": (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "damaged image: Truncated File Read"),
     "JPEG's signature": (b"\xff\xd8\xff", "damaged image: its JPEG header cannot be read"),

@@ -1,4 +1,4 @@
-"""The ranges of activations, measured by ONNX Runtime's calibrators on real images, and the table that keeps them."""
+"""Activation ranges, measured by ONNX Runtime's calibrators on real images, and the table that stores them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _ENTROPY_BINS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTable:
-    """The result of a calibration, with which a graph is quantized without images.
+    """The result of a calibration, from which a graph is quantized without images.
 
     Attributes:
-        ranges: the largest absolute value to represent, of each tensor.
+        ranges: the largest absolute value to represent in each tensor.
         method: how it was chosen, one of `METHODS`.
         images: number of images used.
         checkpoint_sha256: of the weights in the calibrated graph.
@@ -67,7 +67,7 @@ class CalibrationTable:
         """Read the JSON form, which came from the file `where`.
 
         Raises:
-            ArtifactError: not that form, or of another schema.
+            ArtifactError: the JSON has another form or schema.
         """
         try:
             return strictjson.read(text, cls, schema=TABLE_SCHEMA)
@@ -98,9 +98,9 @@ def measure_ranges(
     method: str,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, float], int]:
-    """Run `model` on real images; the range of each of the tensors by name, and the number of images.
+    """Run `model` on real images; return the range of each tensor by name, and the number of images.
 
-    Memory holds the activations of one batch.
+    Only the activations of one batch are in memory.
 
     Args:
         model: the fp32 graph.
@@ -110,7 +110,7 @@ def measure_ranges(
         progress: called with the number of images done, after each batch.
 
     Raises:
-        UsageError: an unknown method, no images, or batches of a size that the graph does not take.
+        UsageError: an unknown method, no images, or batches of a size that the graph does not accept.
         ArtifactError: an activation is not finite.
     """
     if method not in METHODS:
@@ -130,13 +130,13 @@ def measure_ranges(
             if progress is not None:
                 progress(images)
         if not images:
-            raise UsageError("there are no calibration images", fix="give at least one, better 128 or more")
+            raise UsageError("there are no calibration images", fix="give at least one, preferably 128 or more")
         found = calibrator.compute_data()
     return {name: _range(name, found[name].range_value) for name in names}, images
 
 
 class _OneBatch:
-    """The data reader that ONNX Runtime's calibrators want."""
+    """The data reader that ONNX Runtime's calibrators expect."""
 
     def __init__(self, batch: FloatArray) -> None:
         self._inputs: list[dict[str, FloatArray]] = [{INPUT_NAME: batch}]
@@ -146,7 +146,7 @@ class _OneBatch:
 
 
 def _calibrator(model: ModelProto, tensors: list[str], *, method: str, folder: Path) -> Any:
-    """One of ONNX Runtime's calibrators, for these tensors only instead of all those of some types of operators."""
+    """An ONNX Runtime calibrator for exactly these tensors, instead of all those of given operator types."""
     source, augmented = folder / "graph.onnx", str(folder / "augmented.onnx")
     onnx.save(model, source)
     if method == "minmax":

@@ -5,15 +5,15 @@ Rules:
 1. The inputs and outputs of the graph stay float32.
 2. Operations whose sums overflow or lose digits in 16 bits stay float32: each decomposed LayerNorm from its mean to its
    last product, and the mean over tokens.
-3. In bf16, whose 8 digits would tie classes, the head stays float32 too. In fp16 it does not: every TensorRT kernel
-   sums fp16 operands in float32, and for sm75 TensorRT-RTX has no product of float32 operands.
+3. In bf16, whose 8 binary digits would tie classes, the head stays float32 too. In fp16 it does not: every TensorRT
+   kernel sums fp16 operands in float32, and TensorRT-RTX has no float32 matrix product for sm75.
 4. Every other operation reads and writes the 16-bit type wherever it had float32.
-5. Where the two types meet, a Cast stands before the first reader and serves all later ones.
-6. A weight is stored in the type that its readers take, twice if they take both; one without readers is dropped.
+5. Where the two types meet, a Cast is inserted before the first reader and serves all later ones.
+6. A weight is stored in the type that its readers use, twice if they use both; an unused weight is dropped.
 7. A weight beyond the range of the 16-bit type is an error.
 
-The pass is the project's own because the one converter of the field that keeps graphs valid
-(onnxconverter-common 1.16) knows no bf16, rounds the logits to fp16, and clamps weights without an error.
+The project has its own pass because the one available converter that keeps graphs valid (onnxconverter-common 1.16)
+does not support bf16, rounds the logits to fp16, and clamps weights without an error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HALVES = {
 
 
 def to_half(model: ModelProto, precision: str) -> ModelProto:
-    """The graph in `precision`, "fp16" or "bf16"; `model` itself is left alone.
+    """The graph in `precision`, "fp16" or "bf16"; `model` itself is unchanged.
 
     Raises:
         ArtifactError: a weight is beyond the type's range.
@@ -59,7 +59,7 @@ def to_half(model: ModelProto, precision: str) -> ModelProto:
 
 
 class HalfPass(ir.passes.InPlacePass):
-    """Narrows a graph whose values have types, as shape inference gives them, by the rules of this module."""
+    """Narrows a graph by the rules of this module; its values must have types, as shape inference sets them."""
 
     def __init__(self, half: _Half) -> None:
         self.half = half
@@ -115,12 +115,12 @@ def _converted(model: ModelProto, half: _Half) -> ModelProto:
     graph = ir.from_proto(model)
     HalfPass(half)(graph)
     converted = ir.to_proto(graph)
-    converted.graph.ClearField("value_info")  # shape inference writes it anew, in its own order
+    converted.graph.ClearField("value_info")  # shape inference rewrites it, in its own order
     return converted
 
 
 def _stays_float32(node: ir.Node, operators: frozenset[str]) -> bool:
-    """Rules 2 and 3; of a decomposed LayerNorm, the operations between its statistics too."""
+    """Rules 2 and 3, including the operations between the statistics of a decomposed LayerNorm."""
     sources = [producer.op_type for producer in node.predecessors()]
     square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
     centred = node.op_type in ("Sub", "Add") and "ReduceMean" in sources
@@ -129,7 +129,7 @@ def _stays_float32(node: ir.Node, operators: frozenset[str]) -> bool:
 
 
 def _store_what_is_read(graph: ir.Graph) -> None:
-    """Rule 6: the initializers become those that nodes read, in the order of their first readers."""
+    """Rule 6: keep exactly the initializers that nodes read, in the order of their first readers."""
     read = dict.fromkeys(
         value for node in graph for value in node.inputs if value is not None and value.const_value is not None
     )

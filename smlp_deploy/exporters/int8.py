@@ -1,23 +1,23 @@
-"""An fp32 graph to an int8 graph: Q/DQ pairs on what enters the weighted operations, and int8 weights.
+"""An fp32 graph to an int8 graph: Q/DQ pairs on the inputs of the weighted operations, and int8 weights.
 
 Rules:
 
-1. Quantized are the convolutions that are not depthwise, and the axial products: in each the weight, and the value it
-   is multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases stay as
+1. The convolutions that are not depthwise and the axial products are quantized: in each the weight, and the value it is
+   multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases are left as
    they are.
-2. A pair stands on the very value that the layer reads, behind any transpose or reshape, because ONNX Runtime 1.32 gets
-   pairs wrong that it has to move through a reshape. TensorRT moves them well.
+2. A pair is placed on the value that the layer reads, after any transpose or reshape, because ONNX Runtime 1.32
+   mishandles pairs that it has to move through a reshape. TensorRT moves them correctly.
 3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
 4. Values that are concatenated share one scale, for the same reason.
 5. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
-6. Scales of activations lie on a grid, a quarter octave apart: TensorRT writes a scale into the code of its kernel, so
-   layers of equal scale share kernels. The graph's input keeps its own: no other layer could share its layer's kernel.
+6. Activation scales lie on a grid, a quarter octave apart: TensorRT compiles a scale into the kernel, so layers of
+   equal scale share kernels. The graph's input keeps its own: no other layer could share the kernel that reads it.
 7. An axial matrix has one scale per row, the axis that the product keeps; a convolution's weight has one, or one per
    output channel.
-8. Weights in floating point without readers are dropped.
+8. Unused floating-point weights are dropped.
 
-ONNX Runtime's `QDQQuantizer` is not used: it leaves the nodes unsorted, and knows no scales that are exact in 16 bits
-or shared between tensors.
+ONNX Runtime's `QDQQuantizer` is not used: it leaves the nodes unsorted, and cannot make scales exact in 16 bits or
+share them between tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from smlp_deploy.images.batches import FloatArray
 _LARGEST = 127
 _MOVES = ("Transpose", "Reshape")
 _ZERO_POINT = "int8_zero_point"
-# Quarter octaves, in the 8 binary digits that bf16 has.
+# Quarter octaves, in bf16's 8 binary digits.
 _GRID = (128 / 256, 152 / 256, 181 / 256, 215 / 256, 1.0)
 # TensorRT multiplies by the reciprocal in fp16; below fp16's smallest normal number that overflows.
 _SMALLEST_ACTIVATION_SCALE = 2.0**-14
@@ -60,18 +60,18 @@ def calibrate(
     method: str = "minmax",
     progress: Callable[[int], None] | None = None,
 ) -> CalibrationTable:
-    """Measure the range of every tensor that is to be quantized, on real images.
+    """Measure the range of every tensor to quantize, on real images.
 
-    Memory holds the activations of one batch.
+    Only the activations of one batch are in memory.
 
     Args:
         model: the fp32 graph, as `smlp export` writes it.
         batches: preprocessed images N, 3, S, S.
-        method: "minmax" takes the largest value; "entropy" and "percentile" (99.999) leave outliers out.
+        method: "minmax" takes the largest value; "entropy" and "percentile" (99.999) ignore outliers.
         progress: called with the number of images done, after each batch.
 
     Raises:
-        UsageError: an unknown method, no images, or batches of a size that the graph does not take.
+        UsageError: an unknown method, no images, or batches of a size that the graph does not accept.
         ArtifactError: an activation is not finite.
     """
     tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model).graph)}
@@ -82,23 +82,23 @@ def calibrate(
 def quantize(
     model: ModelProto, table: CalibrationTable, *, per_channel: bool, exclude: Collection[str] = ()
 ) -> ModelProto:
-    """The graph with int8 layers; `model` itself is left alone, and the same input gives the same bytes.
+    """The graph with int8 layers; `model` itself is unchanged, and the same input gives the same bytes.
 
     Args:
         model: the fp32 graph that was calibrated.
         table: its ranges.
-        per_channel: scale convolution weights by output channel, which is finer. TensorRT-RTX has kernels that write
-            fp16 for one scale per weight; with finer ones its kernels write fp32.
-        exclude: layers to leave as they are, of `quantized_layers(model)`.
+        per_channel: scale convolution weights by output channel, which is finer. With one scale per weight
+            TensorRT-RTX has kernels that write fp16; with finer scales its kernels write fp32.
+        exclude: layers to leave as they are, from `quantized_layers(model)`.
 
     Raises:
-        UsageError: `exclude` names something else.
+        UsageError: `exclude` names any other layer.
         ArtifactError: the table lacks a tensor, or belongs to another checkpoint.
     """
     graph = ir.from_proto(model)
     unknown = sorted(set(exclude) - {layer.name for layer in _layers(graph.graph)})
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is not a layer that is quantized", fix="name layers as the report does")
+        raise UsageError(f"{unknown[0]!r} is not a quantized layer", fix="use layer names from the report")
     if table.checkpoint_sha256 != _checkpoint_sha256(model):
         raise ArtifactError("the calibration table was made for another checkpoint", fix="calibrate again")
     QuantizePass(table.ranges, per_channel=per_channel, exclude=exclude)(graph)
@@ -163,7 +163,7 @@ class QuantizePass(ir.passes.InPlacePass):
 
 
 def _layers(graph: ir.Graph) -> list[_Layer]:
-    """Rule 1: those to quantize, in the order of the graph."""
+    """Rule 1: the layers to quantize, in the order of the graph."""
     layers = []
     for node in graph:
         if node.op_type not in ("Conv", "MatMul") or node.attributes.get_int("group", 1) != 1:
@@ -185,7 +185,7 @@ def _source(value: ir.Value) -> ir.Value:
 
 
 def _add_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
-    """Quantize and dequantize an activation where it is computed; the result."""
+    """Quantize and dequantize an activation where it is computed; return the result."""
     constants = [
         _constant(graph, f"{value.name}_scale", np.array(scale, np.float32)),
         _constant(graph, _ZERO_POINT, np.array(0, np.int8)),
@@ -201,7 +201,7 @@ def _add_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
 
 
 def _narrow_weight(graph: ir.Graph, layer: _Layer, *, by_row: bool) -> ir.Value:
-    """A layer's weight in int8, dequantized before the layer; the result."""
+    """Store a layer's weight in int8, dequantize it before the layer, and return the result."""
     name, tensor = layer.weight.name, layer.weight.const_value
     assert tensor is not None
     values = tensor.numpy().astype(np.float64)
@@ -234,7 +234,7 @@ def _activation_scales(graph: ir.Graph, layers: Iterable[_Layer], ranges: Mappin
         name = str(source.name)
         if name not in ranges:
             raise ArtifactError(
-                f"the calibration table has no range of {name!r}, which {layer.name} reads", fix="calibrate again"
+                f"the calibration table has no range for {name!r}, which {layer.name} reads", fix="calibrate again"
             )
         found[source] = ranges[name]
     for node in graph:
@@ -246,7 +246,7 @@ def _activation_scales(graph: ir.Graph, layers: Iterable[_Layer], ranges: Mappin
 
 
 def _scale(largest: float, *, on_grid: bool) -> float:
-    """The next scale from above for an activation; the grid's steps cost an eighth of a bit on average."""
+    """The scale of an activation, rounded up; the grid's steps cost an eighth of a bit on average."""
     scale = max(largest / _LARGEST, _SMALLEST_ACTIVATION_SCALE)
     if not on_grid:
         return float(_exact_in_half(np.array(scale)))
@@ -255,7 +255,7 @@ def _scale(largest: float, *, on_grid: bool) -> float:
 
 
 def _exact_in_half(scales: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The next scales from above that fp16 and bf16 both hold exactly: of 8 binary digits, none below 2**-24."""
+    """The scales rounded up to what fp16 and bf16 both hold exactly: 8 binary digits, none below 2**-24."""
     _, exponents = np.frexp(scales)
     steps = np.maximum(np.exp2(exponents - 8.0), _SMALLEST_FP16)
     exact: NDArray[np.float64] = np.maximum(np.ceil(scales / steps), 1) * steps

@@ -1,4 +1,4 @@
-"""What is inside an engine: the kernels TensorRT made of a graph, read off its build log or its engine inspector.
+"""What is inside an engine: the kernels of a graph, read from TensorRT's build log or its engine inspector.
 
 TensorRT-RTX logs a line per kernel when it compiles a static shape with detailed verbosity, and needs no GPU for it.
 Bytes are those of each kernel's inputs and outputs: an estimate of memory traffic, not a measurement.
@@ -55,7 +55,7 @@ class Kernel:
         kind: gemm, correlation (convolution), runtime_fusion, kgen (generated element-wise code), ...
         inputs: without constants.
         outputs: what it writes.
-        nodes: the ONNX nodes it stands for.
+        nodes: the ONNX nodes it implements.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Kernel:
 
     @property
     def precision(self) -> str:
-        """The element type of its arithmetic: Int8 if it reads that, else what it writes."""
+        """The element type of its arithmetic: Int8 if it reads that, otherwise that of its output."""
         if self.computes and any(tensor.element == "Int8" for tensor in self.inputs):
             return "Int8"
         return self.outputs[0].element if self.outputs else "none"

@@ -1,4 +1,4 @@
-"""The trained network to an fp32 ONNX graph: lowered, traced, cleaned of what belongs to this machine, and checked."""
+"""The trained network to an fp32 ONNX graph: lowered, traced, cleaned of machine-specific data, and checked."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 
 def export_unlowered(network: SMLPNet, metadata: ModelMetadata, *, path: Path) -> Graph:
-    """`network` as `torch.onnx.export` makes it, not lowered: the baseline that the lowered graph is measured against.
+    """The unlowered baseline that the lowered graph is measured against: `network` as `torch.onnx.export` writes it.
 
     Args:
         network: the trained network, float32.
-        metadata: what the graph is to carry.
+        metadata: what to store in the graph.
         path: the file that it would become, for its name.
     """
     model = _trace(network, image_size=network.config.image_size, batch=metadata.batch, opset=DEFAULT_OPSET)
@@ -45,13 +45,13 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
 
     Args:
         network: the trained network, float32.
-        metadata: what the graph is to carry; its precision becomes fp32, the exporting libraries' versions are added.
+        metadata: what to store in the graph; its precision becomes fp32, the exporting libraries' versions are added.
         path: the file that it is to become; nothing is written.
         opset: version of ONNX's default operator set.
 
     Raises:
-        ArtifactError: a weight is not finite once it is folded.
-        SmlpError: the exporter made no valid graph, which is this tool's fault or torch's.
+        ArtifactError: a weight is not finite after folding.
+        SmlpError: the exporter did not make a valid graph; the fault is this tool's or torch's.
     """
     libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
     metadata = replace(metadata, precision="fp32", libraries={**metadata.libraries, **libraries})
@@ -89,7 +89,7 @@ def _trace(network: nn.Module, *, image_size: int, batch: int | None, opset: int
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes about packages and deprecations that are none of the user's business."""
+    """Silence the exporter's notes about packages and deprecations, which do not concern the user."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -102,7 +102,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _clean(model: onnx.ModelProto) -> None:
-    """Drop what the exporter noted for debugging, and name the nodes so that people find them.
+    """Drop the exporter's debugging notes, and give the nodes readable names.
 
     1. A node is named after the module it was traced in and its operation.
     2. Metadata and doc strings go, because they hold source paths: of nodes, values, the graph and the model.

@@ -1,8 +1,8 @@
 """An ONNX graph to a TensorRT engine, with TensorRT 10.12+, 11 or TensorRT-RTX, and proof of what is inside.
 
 The graph decides the precision: networks are strongly typed, and nothing here sets a precision flag. TensorRT-RTX
-builds ahead of time for named GPU architectures and needs no GPU; TensorRT builds for the GPU it finds. What a binding
-has is asked of the binding; all of them share the calls that are made without asking.
+builds ahead of time for named GPU architectures and needs no GPU; TensorRT builds for the GPU it finds. Features that
+differ are looked up in the binding; calls made without a check exist in all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 ALONE = "sm75"
-"""With any other architecture beside it the common plan is twice as large and slower on all of them."""
+"""Combined with any other architecture, the common plan is twice as large and slower on all of them."""
 
 _MEMORY_FIGURES = ("Max Scratch Memory", "Total Activation Memory", "Total Weights Memory", "Peak memory usage")
 
@@ -36,9 +36,9 @@ class BuildOptions:
 
     Attributes:
         profile: batch sizes the engine takes.
-        architectures: GPU architectures of an ahead-of-time build, `sm89` for example; empty for the GPU at hand.
-        workspace_gib: bound on scratch memory; None for TensorRT's own.
-        optimization_level: 0 to 5; None for TensorRT's own.
+        architectures: GPU architectures of an ahead-of-time build, `sm89` for example; empty for this machine's GPU.
+        workspace_gib: bound on scratch memory; None for TensorRT's default.
+        optimization_level: 0 to 5; None for TensorRT's default.
         timing_cache: contents of a timing cache to start from.
         version_compatible: loadable by later TensorRT versions.
         hardware_compatible: runs on every GPU from Ampere on; TensorRT only.
@@ -55,12 +55,12 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A built engine and what the build said of it.
+    """A built engine and what the build reported about it.
 
     Attributes:
         plan: the bytes as TensorRT wrote them.
         kernels: at the profile's optimal batch.
-        memory: the log's figures on memory, line by line.
+        memory: the log's memory figures, line by line.
         timing_cache: its contents after the build, or None.
     """
 
@@ -71,7 +71,7 @@ class Engine:
 
 
 def find_backend(target: str) -> str:
-    """The backend to build with: the one asked for, or for `auto` TensorRT where it and a GPU are there, else RTX.
+    """The backend to build with: `target`, or for `auto` TensorRT if it and a GPU are present, otherwise RTX.
 
     Raises:
         MissingDependencyError: it is not installed.
@@ -89,14 +89,14 @@ def find_backend(target: str) -> str:
 
 
 def check_alone(architectures: Sequence[str]) -> None:
-    """Check that sm75 stands by itself.
+    """Check that sm75 is not combined with another architecture.
 
     Raises:
-        UsageError: it stands beside another.
+        UsageError: it is.
     """
     if ALONE in architectures and len(architectures) > 1:
         raise UsageError(
-            f"{ALONE} beside other architectures makes one plan that is twice as large and slower on all of them",
+            f"{ALONE} combined with other architectures makes a plan that is twice as large and slower on all of them",
             where="--gpu-arch",
             fix=f"build {ALONE} by itself",
         )
@@ -126,7 +126,7 @@ class TensorRT:
         return str(self._trt.__version__)
 
     def architectures(self) -> tuple[str, ...]:
-        """Those it can build for ahead of time."""
+        """The architectures it can build for ahead of time."""
         names = (name.lower() for name in vars(self._trt.ComputeCapability)) if self.ahead_of_time else ()
         return tuple(sorted((name for name in names if name.startswith("sm")), key=lambda name: int(name[2:])))
 
@@ -136,7 +136,7 @@ class TensorRT:
         Args:
             graph: an ONNX model; its first input is the image batch.
             options: how to build it.
-            progress: told of each step; Ctrl-C cancels between steps.
+            progress: called after each step; Ctrl-C cancels between steps.
 
         Raises:
             BuildError: the parser or the builder refused; the message names the node.
@@ -152,7 +152,7 @@ class TensorRT:
         """Check the architectures of an ahead-of-time build.
 
         Raises:
-            UsageError: one is unknown, or sm75 stands beside another.
+            UsageError: one is unknown, or sm75 is combined with another.
         """
         known = self.architectures()
         unknown = [name for name in architectures if name not in known]
@@ -163,9 +163,9 @@ class TensorRT:
         check_alone(architectures)
 
     def kernels(self, graph: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
-        """The kernels of a graph, from the log of a compile ahead of time.
+        """The kernels of a graph, from the log of an ahead-of-time build.
 
-        It is compiled at the optimal batch alone, for the first architecture; no engine is kept.
+        It is built at the optimal batch only, for the first architecture; the engine is discarded.
         """
         single = BuildOptions(
             profile=BatchProfile.fixed(options.profile.opt),
@@ -182,7 +182,7 @@ class TensorRT:
             engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
             if engine is None:
                 raise BuildError(
-                    "the engine that was just built cannot be loaded again", fix="build it on the GPU it is to run on"
+                    "the engine that was just built cannot be loaded again", fix="build it on the GPU that is to run it"
                 )
             text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         return kernels_from_inspector(text)
@@ -194,7 +194,7 @@ class TensorRT:
         with _uninterrupted() as request:
             builder = trt.Builder(self._log.handle)
             if builder is None:
-                raise BuildError("no builder could be made", fix="TensorRT builds need an NVIDIA GPU and driver")
+                raise BuildError("cannot create a builder", fix="TensorRT builds need an NVIDIA GPU and driver")
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             self._parse(graph, network)
             config = builder.create_builder_config()
@@ -217,7 +217,7 @@ class TensorRT:
             (f"{error.node_operator()} node {error.node_name()!r}: " if error.node_operator() else "") + error.desc()
             for error in errors
         ]
-        raise BuildError(f"TensorRT cannot take the graph: {'; '.join(reasons) or 'no reason given'}")
+        raise BuildError(f"TensorRT cannot parse the graph: {'; '.join(reasons) or 'no reason given'}")
 
     def _configure(self, config: Any, options: BuildOptions, *, detailed: bool) -> None:
         trt = self._trt
@@ -267,7 +267,7 @@ def _advice(options: BuildOptions) -> str | None:
 
 
 class _Log:
-    """TensorRT's messages: all to `logging`, and kept while somebody records."""
+    """TensorRT's messages: all sent to `logging`, and kept while recording."""
 
     handle: Any
 
@@ -276,7 +276,7 @@ class _Log:
         self._error = ""
 
     def receive(self, message: str, *, is_error: bool) -> None:
-        # An error is raised with this message by whoever called TensorRT; its warnings are advice on building.
+        # The caller of TensorRT raises an error with this message; its warnings are advice on building.
         logger.log(logging.INFO if is_error else logging.DEBUG, "%s", message)
         if is_error:
             self._error = message.splitlines()[0]
@@ -312,14 +312,14 @@ def _make_logger(trt: Any) -> _Log:
 
 @contextmanager
 def _uninterrupted() -> Iterator[StopRequest]:
-    """Keep Ctrl-C and SIGTERM from being raised in what TensorRT calls back, where it would swallow them."""
+    """Keep Ctrl-C and SIGTERM from being raised in TensorRT's callbacks, where it would swallow them."""
     with put_off(again=False) as request:
         yield request
         request.obey()
 
 
 def _make_monitor(trt: Any, request: StopRequest, progress: Progress | None) -> Any:
-    """Reports progress, and cancels the build once a signal came."""
+    """Reports progress, and cancels the build once a signal has arrived."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

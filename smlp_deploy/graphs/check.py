@@ -1,7 +1,7 @@
 """Untrusted ONNX files: read once, and checked before anything is computed. Needs onnx, but neither torch nor a GPU.
 
-Protobuf makes up to a hundred bytes of objects of one byte of file. Therefore fields are counted in the wire format
-first, and only the structure becomes objects; weights stay where they are in the file (`docs/security.md`).
+Protobuf can turn one byte of a file into a hundred bytes of objects. Therefore fields are counted in the wire format
+first, and only the structure becomes objects; weights stay in the file's bytes (`docs/security.md`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smlp_deploy.graphs.wire import BYTES, TooManyFieldsError, WireReader
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 
 MAX_FILE_BYTES = (2 << 30) - 1
-"""Protobuf reads no larger message."""
+"""Protobuf's limit for a message."""
 MAX_STRUCTURE_BYTES = 8 << 20
 """Everything in a file except its weights; as objects it can take a hundred times that (sMLPNet-Base: 0.3 MB)."""
 MAX_PARTS = 200_000
@@ -31,15 +31,15 @@ MAX_PARTS = 200_000
 MAX_NODES = 20_000
 """Also the largest number of weights."""
 MAX_ATTRIBUTES = 32
-"""Of one node; no operator below has more than 8."""
+"""Per node; no operator below has more than 8."""
 MAX_ELEMENTS = 1 << 26
-"""Of any value, per image; sMLPNet-Base at 224 pixels needs 2^20."""
+"""Per value and image; sMLPNet-Base at 224 pixels needs 2^20."""
 MAX_TOTAL_ELEMENTS = 1 << 31
 """Of all values in total, per image; sMLPNet-Base at 224 pixels needs 2^27."""
 MAX_MACS = 1 << 40
 """Multiply-accumulates per image; sMLPNet-Base at 224 pixels needs 2^34."""
 
-# What smlp-deploy writes, and what optimizers turn that into. None has an output shape that depends on pixel values.
+# What smlp-deploy writes, and what optimizers turn that into. No output shape depends on pixel values.
 _OPERATORS = (
     "Add Cast Concat Conv DequantizeLinear Div Erf Gelu Gemm MatMul Mul QuantizeLinear Reciprocal ReduceMean Reshape "
     "Sqrt Sub Transpose "
@@ -86,7 +86,7 @@ class OnnxFile:
     Attributes:
         path: where it was read from; it is not opened again.
         content: the whole file.
-        structure: the model; initializers of more than 1,024 bytes have no values in it.
+        structure: the model, without the values of initializers of more than 1,024 bytes.
         spans: where in `content` the values of each initializer are.
     """
 
@@ -96,7 +96,7 @@ class OnnxFile:
     spans: tuple[tuple[_Span, ...], ...]
 
     def model(self) -> ModelProto:
-        """The model with its weights, parsed anew.
+        """The model with its weights, parsed again.
 
         Raises:
             ArtifactError: its messages are nested deeper than protobuf parses.
@@ -127,7 +127,7 @@ def read_metadata(model: ModelProto, path: Path) -> ModelMetadata | None:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read an ONNX file written by any tool; external data is not followed, and nothing it claims is trusted.
+    """Read an ONNX file written by any tool; external data is not read, and nothing the file claims is trusted.
 
     Raises:
         ArtifactError: not a regular file, too large, or not an ONNX file.
@@ -159,7 +159,7 @@ def check_graph(file: OnnxFile) -> None:
     """Check that the graph uses only allowed operators, and that its weights are finite and all inside the file.
 
     Raises:
-        ArtifactError: they are not, or the file is newer than the installed onnx.
+        ArtifactError: a check fails, or the file is newer than the installed onnx.
     """
     model, path = file.structure, file.path
     _check_versions(model, path)
@@ -210,7 +210,7 @@ def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, 
     """Compute the shape of every value at one batch size, and check that they stay within the bounds above.
 
     Args:
-        structure: a model that passed `check_graph` and has one input; its weights may be without values.
+        structure: a model that passed `check_graph` and has one input; its weights may lack values.
         path: where it came from, for errors.
         batch: number of images.
 
@@ -265,7 +265,7 @@ def _structure(content: bytes, path: Path) -> tuple[ModelProto, tuple[tuple[_Spa
 def _structure_fields(
     content: bytes, model: ModelProto, spans: list[tuple[_Span, ...]]
 ) -> Iterator[tuple[Message, int, int]]:
-    """Start and end of each field that belongs to the structure, and the message of `model` that it is a field of."""
+    """For each field of the structure, the message of `model` that it belongs to, and its start and end."""
     reader = WireReader(content, limit=MAX_PARTS)
     for field in reader.fields(0, len(content)):
         if (field.number, field.kind) != (_GRAPH, BYTES):
@@ -314,7 +314,7 @@ def _check_node(node: NodeProto, path: Path) -> None:
 
 
 def _check_weight(tensor: TensorProto, spans: tuple[_Span, ...], file: OnnxFile) -> None:
-    """Check an initializer; if its values are large, they are only in `file.content`."""
+    """Check an initializer; large values are only in `file.content`."""
     if not any(end - start > _KEPT_BYTES for _, start, end in spans):
         _check_values(tensor, file.path)
         return
@@ -363,7 +363,7 @@ def _refuse_nan(name: str, path: Path) -> NoReturn:
 
 
 def _shapes(structure: ModelProto, path: Path, batch: int) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every value at a batch size, or None; inferred anew, ignoring the shapes that the file states."""
+    """The shape of every value at a batch size, or None; inferred afresh, ignoring the shapes that the file states."""
     graph = structure.graph
     bare = ModelProto(ir_version=onnx.IR_VERSION, opset_import=structure.opset_import)
     bare.graph.name = "sizes"
@@ -415,7 +415,7 @@ def _macs(node: NodeProto, shapes: dict[str, tuple[int, ...] | None]) -> int:
     left, right = (shapes.get(name) or (1,) for name in node.input[:2])
     if node.op_type == "Conv":
         return (_elements(shapes.get(node.output[0])) or 0) * math.prod(right[1:])
-    # Either size of a Gemm's left side may be the inner one, by transA; the larger is an upper bound.
+    # Depending on transA either size of a Gemm's left operand is the inner one; the larger is an upper bound.
     inner = left[-1] if node.op_type == "MatMul" else max(left)
     return (_elements(shapes.get(node.output[0])) or 0) * inner
 

@@ -1,4 +1,4 @@
-"""Changes to ONNX graphs that are run but never shipped: bf16 emulated in fp32, and more outputs to look inside.
+"""Edits for ONNX graphs that are run but never shipped: bf16 emulated in fp32, and extra outputs for inspection.
 
 Rules of the emulation:
 
@@ -9,14 +9,14 @@ Rules of the emulation:
 
 Rules of the outputs:
 
-4. Every value comes out in float32, whatever its precision is.
+4. Every value comes out in float32, whatever its precision.
 5. An embedding's value is that of its only convolution. A block's two residual sums are the additions whose operands
    are both computed; a bias addition has a weight among its operands.
 6. An int8 layer is a node that reads two dequantized values, exactly one of them a constant.
 7. A copy of such a layer computes in fp32 with the int8 weight, and quantizes what it reads by the layer's own scale.
 
-These work on protobuf, not on onnx_ir like the passes of `exporters`: whoever runs an ONNX file imports this module,
-and importing onnx_ir loads sympy, which takes longer than importing ONNX Runtime.
+Unlike the passes of `exporters`, these work on protobuf, not onnx_ir: this module is imported to run any ONNX file, and
+importing onnx_ir loads sympy, which takes longer than importing ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def add_trace_outputs(graph: GraphProto, config: SMLPNetConfig, path: Path) -> N
     """Add the values at the points of `trace_points` to a graph's outputs, in float32 and under the points' names.
 
     Args:
-        graph: of a file that `smlp export` wrote, in any precision, or made from it; changed in place.
+        graph: of a file that `smlp export` wrote, in any precision, or derived from one; changed in place.
         config: the network's shape.
         path: the file.
 
@@ -123,7 +123,7 @@ def int8_layers(graph: GraphProto) -> list[Int8Layer]:
 
 
 def add_int8_copy(graph: GraphProto, node: NodeProto, layer: Int8Layer) -> str:
-    """Add a copy of a layer's fp32 node that computes with int8 values (rule 7); the value that it computes."""
+    """Add a copy of a layer's fp32 node that computes with int8 values (rule 7), and return its output."""
     name = f"{layer.weight}_copy"
     scale, zero_point, weight = (f"{name}_{part}" for part in ("scale", "zero_point", "weight"))
     for constant, value in (
@@ -164,6 +164,6 @@ def _traced_value(graph: GraphProto, point: TracePoint, path: Path) -> str:
         position, count = (0 if point.kind == "tokens" else 1), 2
     if len(found) != count:
         raise ArtifactError(
-            f"cannot be looked into: no {point.name} in it", where=path, fix="use a file that smlp export wrote"
+            f"cannot be traced: it has no {point.name}", where=path, fix="use a file that smlp export wrote"
         )
     return str(found[position].output[0])

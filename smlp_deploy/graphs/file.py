@@ -31,11 +31,11 @@ OUTPUT_NAME = "logits"
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """An ONNX graph that was checked, with its metadata; what is run, hashed and written are the bytes it holds.
+    """A checked ONNX graph with its metadata; the bytes it holds are what is run, hashed and written.
 
     Attributes:
         file: its bytes, and the file it was read from or is to become, which is not opened again.
-        metadata: what stands inside.
+        metadata: what is stored inside.
     """
 
     file: OnnxFile
@@ -59,7 +59,7 @@ class Graph:
         file = parse_onnx(model.SerializeToString(deterministic=True), path)
         try:
             return cls._checked(file)
-        except ArtifactError as error:  # weights that overflow when they are folded, for one
+        except ArtifactError as error:  # for example, weights that overflow when folded
             raise ArtifactError(error.what, where=path, fix="nothing was written; check the checkpoint") from None
 
     @classmethod
@@ -67,7 +67,7 @@ class Graph:
         """Read an ONNX file that smlp-deploy wrote, once; it is checked before anything is computed with it.
 
         Raises:
-            ArtifactError: no such file, not an ONNX file, one of another tool, or one that is refused.
+            ArtifactError: no such file, not an ONNX file, one from another tool, or one that is refused.
             ConfigError: its metadata is damaged.
         """
         return cls._checked(read_onnx(path))
@@ -123,7 +123,7 @@ class GraphFacts:
     """What an ONNX file is.
 
     Attributes:
-        metadata: what smlp-deploy wrote into it, or None in a file of another tool.
+        metadata: what smlp-deploy wrote into it, or None in a file from another tool.
         opset: version of the default operator set.
         producer: the tool that wrote it.
         inputs: name, element type and dimensions of each input, as text.
@@ -142,7 +142,7 @@ class GraphFacts:
 
 
 def graph_facts(path: Path) -> GraphFacts:
-    """What the ONNX file at `path` is, of whatever tool; nothing in it is computed.
+    """What the ONNX file at `path` is, from any tool; nothing in it is computed.
 
     Raises:
         ArtifactError: no such file, or not an ONNX file.

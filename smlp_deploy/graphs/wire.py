@@ -1,4 +1,4 @@
-"""Protobuf's wire format: where the fields of a message lie in a file, found without making objects of them."""
+"""Protobuf's wire format: where the fields of a message lie in a file, found without creating objects for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _VARINT, _FIXED64, BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types; protobuf's two others, groups, are not used in ONNX."""
+"""Wire types; the two others of protobuf, for groups, are not used in ONNX."""
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10
 

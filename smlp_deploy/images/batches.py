@@ -1,4 +1,4 @@
-"""Image files to batches of network inputs: decoded by threads, in order; an unreadable file gives its reason."""
+"""Image files to batches of network inputs, decoded by threads, in order; an unreadable file yields its reason."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ def decoded_batches(
         while queue:
             batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
             loaded = [(path, future.result()) for path, future in batch]
-            fill()  # before the network runs, so that decoding goes on meanwhile
+            fill()  # before the network runs, so that decoding continues meanwhile
             yield loaded
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those of its affinity, but no more than its control groups give it time for.
+    """Cores that this process may use: its CPU affinity, capped by the CPU time of its control groups.
 
-    In a container run with `--cpus=2` the affinity has all cores of the host, and so have the numbers of the standard
-    library and of psutil, which read no control groups.
+    In a container run with `--cpus=2` the affinity still has all cores of the host. The standard library and psutil
+    report those, because they do not read control groups.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([cores, *map(math.ceil, _cpu_limits())])
 
 
 def _cpu_limits() -> Iterator[float]:
-    """The limits that this process's control groups, of version 2 or 1, set on CPU time, in cores; only Linux has any.
+    """The CPU time limits of this process's control groups (version 2 or 1), in cores; Linux only.
 
-    A group's path may be the host's and not exist in a container. Its parents are tried as well: their limits hold for
-    the group, and the root is the container's own group there.
+    In a container a group's path may be the host's and not exist. Its parents are tried too: their limits apply to the
+    group, and the root is the container's own group.
     """
     try:
         groups = os.fsdecode(_OWN_CGROUPS.read_bytes()).split("\n")

@@ -1,4 +1,4 @@
-"""Labelled images: folders named like classes, or a CSV file; and which class of a model each name means."""
+"""Labelled images, from folders named after classes or from a CSV file, and the model's class for each name."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def find_labelled_images(
 ) -> tuple[LabelledImage, ...]:
     """The images of a dataset: a folder with one folder per class, or a CSV file with the columns path and label.
 
-    Classes are named by label, by synset id or by index from 0: the first of these that knows all the names, so that
-    folders 0 to 9 are labels where the labels are digits. Folders that begin with a dot are left out. A class folder
-    without images stands for itself, and will be an unreadable image.
+    Classes are named by label, by synset id or by index from 0: the first of these that matches all the names, so that
+    folders 0 to 9 are labels where the labels are digits. Folders that begin with a dot are skipped. A class folder
+    without images is returned itself, as an unreadable image.
 
     Args:
         dataset: the folder or the file; the paths in a file are relative to it.
-        labels: of the model.
+        labels: the model's.
         synsets: the WordNet id of each label.
-        mapping: what the dataset calls a class -> its label; names that are not in it stay as they are.
+        mapping: the dataset's class names -> labels; a name that is not in it stays as it is.
 
     Raises:
         UsageError: it cannot be read, has no images, or names a class that the model does not have.
@@ -71,7 +71,7 @@ def imagenet_synsets(labels: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def read_mapping(path: Path) -> dict[str, str]:
-    """What a dataset calls its classes -> labels: a JSON object, or a CSV file with the columns folder and label.
+    """A dataset's class names -> labels, from a JSON object or a CSV file with the columns folder and label.
 
     Raises:
         UsageError: it cannot be read, is neither, or maps one name twice.
@@ -86,7 +86,7 @@ def read_mapping(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise UsageError(f"cannot read the mapping: {error}", where=path) from None
     if not isinstance(mapping, dict) or not all(isinstance(label, str) for label in mapping.values()):
-        raise UsageError("is no JSON object of folder: label", where=path)
+        raise UsageError("is not a JSON object of folder: label", where=path)
     return mapping
 
 
@@ -97,19 +97,19 @@ def _folders(dataset: Path) -> Iterator[tuple[str, str, list[Path]]]:
     except OSError as error:
         raise UsageError(f"cannot read it: {error.strerror}", where=dataset) from None
     for folder in folders:
-        # With the dot a relative folder that begins with @ is not taken for a list of images.
+        # The dot keeps a relative folder that begins with @ from being taken for a list of images.
         yield str(folder), folder.name, list(find_images([os.path.join(os.curdir, folder)], ()))  # noqa: PTH118
 
 
 def _rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Where each row of a CSV file is, and its text in two columns, which the first row names."""
+    """The location of each row of a CSV file, and its text in two columns, which the first row names."""
     content = read_file(path, limit=_MAX_CSV_BYTES, error=UsageError, fix="give a folder or a CSV file")
     text = io.StringIO(content.decode("utf-8-sig", "surrogateescape"), newline="")
     rows = csv.DictReader(text, strict=True)
-    header = f"its first row has to name the columns {' and '.join(columns)}"
+    header = f"its first row must name the columns {' and '.join(columns)}"
     try:
         if not set(columns) <= set(rows.fieldnames or ()):
-            raise UsageError("is no CSV file that is known here", where=path, fix=header)
+            raise UsageError("is not a CSV file with these columns", where=path, fix=header)
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             first, second = (row[column] for column in columns)
@@ -117,11 +117,11 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, str, str]
                 raise UsageError("a row has too many columns, or an empty one", where=where, fix=header)
             yield where, first, second
     except csv.Error as error:
-        raise UsageError(f"is no CSV file: {error}", where=f"{path}, line {rows.line_num}", fix=header) from None
+        raise UsageError(f"is not a CSV file: {error}", where=f"{path}, line {rows.line_num}", fix=header) from None
 
 
 def _named_by(names: Set[str], labels: Sequence[str], synsets: Sequence[str] | None) -> tuple[str, dict[str, int]]:
-    """How all the names are meant, and the class of each; where no way fits all, the one that fits most."""
+    """How the names refer to classes, and the class of each; if no kind matches all names, the one matching most."""
     occurrences = Counter(labels)
     tables = {
         "label": {label: i for i, label in enumerate(labels) if occurrences[label] == 1},

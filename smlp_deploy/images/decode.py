@@ -1,6 +1,6 @@
-"""Opening image files from anybody: what is opened, how much memory that may take, and why it failed.
+"""Opening untrusted image files: what is opened, how much memory it may take, and why it failed.
 
-`docs/images.md` states what is done with which file.
+`docs/images.md` states how each kind of file is handled.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from smlp_deploy.errors import ImageError
 
-# Pillow's names of the formats that are read, and of no other: it would run Ghostscript for an EPS. HEIF is one only
-# where a plugin registered it. MPO is read as the JPEG that it begins with. TGA has no signature, so it is tried last.
+# Pillow's names of the only formats that are read: it would run Ghostscript for an EPS. HEIF needs a registered plugin.
+# MPO is read as the JPEG that it begins with. TGA has no signature, so it is tried last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "ICO", "TGA")
 
-MAX_PIXELS = 89_478_485  # of one image, and of all that are decoded at once; what Pillow warns at
+MAX_PIXELS = 89_478_485  # of one image, and of all that are decoded at once; Pillow warns above it
 MAX_FILE_SIZE = 3 << 28  # bytes; the largest image takes 0.7 GB uncompressed
 
 _LARGE_FILE = 1 << 24  # bytes; Pillow may read all of a file when it opens it
 _LARGE_IMAGE = 1 << 22  # pixels
-_ICO = b"\0\0\1\0"  # the beginning of what Pillow decodes when it opens it
-_HIDING = ("AVIF", "HEIF", "JPEG2000")  # a small image of these can make the decoder take memory for a large one
+_ICO = b"\0\0\1\0"  # signature of a format that Pillow decodes on opening
+_HIDING = ("AVIF", "HEIF", "JPEG2000")  # a small image of these can make the decoder allocate a large one
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1"))
 _OBJECT = re.compile(r"<[^<>]*(?: at 0x|name=)[^<>]*>")  # such as <_io.BufferedReader name='...'>
 
-# Pillow merely warns between its limit (89 megapixels) and twice that; here the limit is the limit.
+# Pillow only warns between its limit (89 megapixels) and twice that; here that is an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# It also warns of what is odd but readable, such as damaged EXIF; nobody who classifies a million files reads that.
+# It also warns of odd but readable files, such as damaged EXIF: noise when classifying a million files.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class PixelBudget:
-    """So many pixels may be decoded at once, whatever the number of threads; first come, first served."""
+    """Limits the pixels decoded at once, whatever the number of threads; first come, first served."""
 
     def __init__(self, pixels: int) -> None:
         self._free = pixels
@@ -80,8 +80,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """An image that Pillow has opened but not decoded, with its share of the budget until the block ends.
 
     Raises:
-        ImageError: the file is none that is decoded.
-        Exception: whatever else Pillow raises for damaged files; `reason_of` tells what it means.
+        ImageError: the file is refused, or not an image.
+        Exception: whatever else Pillow raises for damaged files; `reason_of` explains it.
     """
     with _regular_file(path) as file, ExitStack() as held:
         prefix = file.read(16)
@@ -105,13 +105,13 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _regular_file(path: Path) -> Iterator[BinaryIO]:
-    """The open file. What is no regular file is not opened, or, if it is put there meanwhile, not waited for."""
+    """The open file, if it is a regular one. Opening never blocks, even if the file is replaced after the check."""
     try:
         status = path.stat()
     except ValueError:  # a null character, or one that file names cannot encode
         raise ImageError("no file can have this name") from None
     if stat.S_ISDIR(status.st_mode):
-        os.scandir(path).close()  # if it cannot be read, that is the reason
+        os.scandir(path).close()  # an unreadable directory raises its own reason
     _check_kind(status)
     with open(path, "rb", opener=_open_without_waiting) as file:
         _check_kind(os.fstat(file.fileno()))
@@ -136,14 +136,14 @@ def _check_kind(status: os.stat_result) -> None:
 def _pixels(image: Image.Image) -> int:
     """How many pixels will be in memory when the image is decoded."""
     pixels = image.width * image.height
-    if isinstance(image, TiffImageFile):  # its tiles may be far larger than itself
+    if isinstance(image, TiffImageFile):  # its tiles may be far larger than the image
         tile = [image.tag_v2.get(tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
         pixels = max(pixels, math.prod(side if isinstance(side, int) else 0 for side in tile))
     return pixels
 
 
 def _give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps it for each thread, several times the budget in all."""
+    """Return freed memory to the system: glibc keeps it per thread, several times the budget in total."""
     if trim := _malloc_trim():
         trim(0)
 
@@ -152,17 +152,17 @@ def _give_memory_back() -> None:
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
         return cast(Callable[[int], int], ctypes.CDLL(None).malloc_trim)
-    except (AttributeError, OSError, TypeError):  # only glibc has it, and only it needs it
+    except (AttributeError, OSError, TypeError):  # only glibc has it or needs it
         return None
 
 
 def _formats() -> tuple[str, ...]:
-    Image.init()  # a name that Pillow does not know is a KeyError in Image.open
+    Image.init()  # Image.open raises KeyError for a name that Pillow does not know
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _unidentified(prefix: bytes) -> str:
-    """Why a file that begins with `prefix` is an image in none of the formats."""
+    """Why a file that begins with `prefix` was not identified as an image."""
     formats = _formats()
     if "HEIF" not in formats and prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF_BRANDS:
         return "a HEIF (HEIC) image, which Pillow has no codec for; convert it to JPEG or PNG"
@@ -173,11 +173,11 @@ def _unidentified(prefix: bytes) -> str:
             return f"a {name} image, which this Pillow was built without a codec for"
         if verdict:
             return f"damaged image: its {name} header cannot be read"
-    return f"not an image in a format that is read here ({', '.join(formats)})"
+    return f"not an image in a supported format ({', '.join(formats)})"
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of the file system or of Pillow says about the file, in one line and without our own paths."""
+    """What a file system or Pillow error says about the file, in one line and without our own paths."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""The images that are used where none are given: to prove a network on, and to calibrate int8 with."""
+"""The images used when none are given, for proving a network and for calibrating int8."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from smlp_deploy.metadata import ModelMetadata
 def default_images(metadata: ModelMetadata, calibrated: Sequence[Path] = ()) -> list[Path]:
     """Images to prove a graph on.
 
-    An int8 graph is proven on images of the kind whose ranges it was calibrated for, others would measure how foreign
-    they are: held-out digits for the bundled model, else `calibrated`, those that it was calibrated on.
+    An int8 graph is proven on the kind of images it was calibrated for, because others would measure the mismatch of
+    the data: held-out digits for the bundled model, otherwise `calibrated`, the images it was calibrated on.
     """
     if metadata.precision != "int8":
         return bundled_images()

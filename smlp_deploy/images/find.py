@@ -1,4 +1,4 @@
-"""Which files a list of arguments means: files, folders, `@list.txt`, and `-` for a list on standard input."""
+"""Which image files a list of arguments names: files, folders, `@list.txt`, and `-` for a list on standard input."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ IMAGE_SUFFIXES = tuple(
 
 
 def find_images(arguments: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
-    """Every image path the arguments mean, in their order; listed lazily.
+    """Every image path that the arguments name, in their order, listed lazily.
 
-    A file is taken whatever its name. A folder gives the files below it that are named like images, sorted, links to
-    folders not followed; one that gives none stands for itself, so that it is reported rather than lost. `@FILE` and
-    `-` give one path per line, relative to the current folder; blank lines are skipped.
+    A file is taken whatever its name. A folder yields the files below it with an image suffix, sorted, not following
+    links to folders; a folder without any is yielded itself, so that it is reported rather than lost. `@FILE` and `-`
+    give one path per line, relative to the current folder; blank lines are skipped.
 
     Raises:
-        UsageError: an `@FILE` cannot be read. Raised by the call itself, or later if it goes away meanwhile.
+        UsageError: an `@FILE` cannot be read. Raised by the call itself, or later if the file disappears after it.
     """
     arguments = list(arguments)
     for argument in arguments:
@@ -43,7 +43,7 @@ def _is_readable_file(name: str) -> bool:
 
 
 def _opened(argument: str) -> TextIO:
-    try:  # a carriage return alone may be part of a name
+    try:  # a lone carriage return may be part of a name
         return Path(argument[1:]).open(encoding="utf-8", errors="surrogateescape", newline="\n")
     except OSError:
         raise _unreadable(argument) from None
@@ -83,8 +83,8 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """The images below `folder`, sorted part by part; a folder that cannot be read stands for itself."""
-    pending = [_sorted_entries(folder)]  # no recursion: folders nest deeper than Python's stack
+    """The images below `folder`, sorted part by part; an unreadable folder is yielded itself."""
+    pending = [_sorted_entries(folder)]  # no recursion: folders can nest deeper than Python's stack
     while pending:
         entry = next(pending[-1], None)
         if entry is None:

@@ -1,9 +1,8 @@
 """From an image file to the network's input, as `Preprocessing` describes.
 
-The numbers are those of torchvision's PIL path (Resize with antialias on the shorter side, CenterCrop, ToTensor,
-Normalize), bit for bit; only an image hundreds of times as long as it is wide may have pixels off by 1 of 255. What is
-done with orientation, transparency, CMYK and 16-bit images, and the limits on untrusted files, are stated in
-`docs/images.md`.
+The result equals that of torchvision's PIL path (Resize with antialias on the shorter side, CenterCrop, ToTensor,
+Normalize) bit for bit; only an image hundreds of times as long as it is wide may have pixels off by 1 of 255.
+`docs/images.md` covers orientation, transparency, CMYK, 16-bit images and the limits on untrusted files.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ _RESAMPLING = {
 
 _WIDEST_FILTER = 3  # source pixels on either side at scale 1: Lanczos
 _LONG = 1 << 16  # an axis that would become longer than this is never resized whole
-_BAND = 1 << 20  # pixels that are converted to RGB at a time
+_BAND = 1 << 20  # pixels converted to RGB at a time
 # From Pillow 13 a resize whose height shrinks much more than its width starts with the vertical pass.
 _MAY_START_VERTICALLY = int(PIL.__version__.split(".")[0]) >= 13
 
-# EXIF orientation: what makes the image upright; whether that swaps the axes; which source axes it mirrors.
+# EXIF orientation: the transpose that makes the image upright, whether it swaps the axes, which source axes it mirrors.
 _TURNS: dict[int, tuple[Image.Transpose | None, bool, bool, bool]] = {
     1: (None, False, False, False),
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
@@ -61,7 +60,7 @@ def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
             return prepare(image, preprocessing)
     except ImageError:
         raise
-    # A damaged file makes Pillow's many decoders raise almost anything; only this one image is affected.
+    # Pillow's decoders raise almost anything on damaged files; only this one image is affected.
     except Exception as error:
         raise ImageError(reason_of(error)) from None
 
@@ -70,7 +69,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.floa
     """The network's input for an image: float32, 3 x image_size x image_size.
 
     Raises:
-        ImageError: the pixels have no meaning as RGB; see `to_rgb`.
+        ImageError: the pixels cannot be converted to RGB; see `to_rgb`.
     """
     crop = resize_and_crop(image, preprocessing)
     scaled = np.asarray(crop, dtype=np.float32) / np.float32(255)
@@ -79,7 +78,7 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.floa
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, transparency over white, 16-bit grey scaled to 8 bits; each pixel by itself.
+    """8-bit RGB, transparency over white, 16-bit grey scaled to 8 bits; each pixel independently.
 
     Raises:
         ImageError: 32-bit pixels, whose range no format states.
@@ -99,7 +98,7 @@ def _check_mode(image: Image.Image) -> None:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, with an alpha channel where a value stands for transparent."""
+    """16-bit grey as 8-bit grey, with an alpha channel if a value marks transparency."""
     wide = np.asarray(image, dtype=np.uint32)
     grey = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" not in image.info:
@@ -109,10 +108,10 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 class _Upright:
-    """A decoded image, upright as EXIF says and in RGB, made part by part.
+    """A decoded image, turned upright by its EXIF orientation and converted to RGB part by part.
 
-    `ImageOps.exif_transpose` of the whole image holds two copies of it: 402 MiB in place of 234 for a JPEG of 48
-    megapixels. Of a part it still needs the part's place in the source, and parses and writes EXIF for each.
+    `ImageOps.exif_transpose` on the whole image holds two copies of it: 402 MiB instead of 234 for a 48-megapixel JPEG.
+    On a part it would still need the part's place in the source, and would parse and write EXIF every time.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -137,31 +136,31 @@ class _Upright:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where none can be read."""
+    """The EXIF orientation, 1 to 8; 1 if it cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
-    except Exception:  # each way to damage EXIF raises another; the pixels are still good
+    except Exception:  # damaged EXIF raises many types of errors; the pixels are still good
         return 1
     return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
 
 
 def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """Resize the shorter side to `preprocessing.resize` and crop the centre, computing little but the crop's pixels.
+    """Resize the shorter side to `preprocessing.resize` and crop the centre, computing little beyond the crop's pixels.
 
-    The two passes are made one by one, in the order in which Pillow makes them when it resizes the whole image; the
-    first of them band by band, each converted to RGB just before.
+    The two passes run separately, in the order in which Pillow runs them on a whole image; the first works band by
+    band, each converted to RGB just before.
 
     Args:
-        image: of any mode; it is made upright and RGB.
+        image: of any mode; it is turned upright and converted to RGB.
         preprocessing: the sizes and the interpolation.
 
     Returns:
         RGB, image_size x image_size.
 
     Raises:
-        ImageError: the pixels have no meaning as RGB; see `to_rgb`.
+        ImageError: the pixels cannot be converted to RGB; see `to_rgb`.
     """
     upright = _Upright(image)
     width, height = upright.size
@@ -184,7 +183,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
 
 
 def _bands(axis: _Span, across: _Span) -> Iterator[tuple[int, int]]:
-    """The source pixels of `axis`, in steps of as many lines as have about _BAND pixels."""
+    """The source pixels of `axis`, in steps of as many lines as make about _BAND pixels."""
     step = max(1, _BAND // (across.end - across.begin))
     for begin in range(axis.begin, axis.end, step):
         yield begin, min(begin + step, axis.end)
@@ -194,8 +193,8 @@ def _bands(axis: _Span, across: _Span) -> Iterator[tuple[int, int]]:
 class _Span:
     """What one axis of the crop is computed from.
 
-    Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `length` pixels of which the
-    first `skip` lie outside the crop.
+    Source pixels `begin` to `end`, the part `start` to `stop` of them (float), resized to `length` pixels; the first
+    `skip` of these lie outside the crop.
     """
 
     begin: int
@@ -210,8 +209,8 @@ class _Span:
 def _span(length: int, resized: int, size: int) -> _Span:
     """The smallest part of an axis that gives the same pixels as resizing all of it.
 
-    Pillow takes the ends as float32. Where float32 cannot hold them exactly the whole axis is resized, unless it is so
-    long that this would cost much memory: there a pixel may be off by 1.
+    Pillow takes the ends as float32. If float32 cannot hold them exactly, the whole axis is resized, unless it is so
+    long that this would take much memory: then a pixel may be off by 1.
     """
     first = round((resized - size) / 2)
     scale = Fraction(length, resized)

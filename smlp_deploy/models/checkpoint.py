@@ -1,7 +1,7 @@
 """Reading weights files without trusting them.
 
-No code in a file is ever run, and what a file claims about itself is checked before memory is spent on it
-(`docs/security.md`). The configuration is read off the tensors' shapes, and everything must fit it exactly.
+Code in a file is never run, and what a file claims about itself is checked before memory is spent on it
+(`docs/security.md`). The configuration is inferred from the tensors' shapes, and every tensor must match it exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EMA_KEYS = ("model_ema", "state_dict_ema")
 _MAX_HEADER_BYTES = 8 << 20
 _MAX_KEYS = 1 << 16
 _MAX_KEY_LENGTH = 200
-# Tied weights stand once in a file and twice in its state dict.
+# Tied weights are stored once in a file and appear twice in its state dict.
 _MOST_COPIES = 2
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """A tensor of a file whose values are yet to be read; `dtype` is a name where weights never have it."""
+    """A tensor in a file, its values not read yet; `dtype` is a name if it is a type that weights never have."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -62,9 +62,9 @@ class Checkpoint:
     Attributes:
         path: the file they came from.
         sha256: of that file.
-        config: read off the shapes.
+        config: inferred from the shapes.
         state_dict: float32, every value finite, exactly the keys of `SMLPNet(config)`.
-        metadata: labels, preprocessing and training numbers, as far as the file states them.
+        metadata: labels, preprocessing and training figures, as far as the file states them.
         ema: whether these are the moving-average weights.
     """
 
@@ -120,8 +120,8 @@ def infer_config(shapes: _Shapes) -> SMLPNetConfig:
     """The configuration of the network whose state dict has these shapes.
 
     Raises:
-        CheckpointError: a key is missing, unknown, or has another shape than the rest implies.
-        ConfigError: no network has such numbers.
+        CheckpointError: a key is missing, unknown, or has a shape that contradicts the rest.
+        ConfigError: the shapes give an invalid configuration.
     """
     patch = _shape(shapes, "to_patch_embedding.0.0.weight", 4)
     dim, patch_size = patch[0], patch[2]
@@ -204,7 +204,7 @@ def _is_counter(key: str) -> bool:
 def _require_file(path: Path) -> None:
     if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
         raise CheckpointError(
-            "not a checkpoint's file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
+            "not a checkpoint file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
         )
     if not check_regular(path, error=CheckpointError, fix="give the path of a weights file"):
         raise CheckpointError("empty file", where=path, fix="fetch it again")
@@ -212,7 +212,7 @@ def _require_file(path: Path) -> None:
 
 @contextmanager
 def _entries(path: Path, *, ema: bool) -> Iterator[tuple[dict[str, _Entry], str | None]]:
-    """The tensors of a file, which stays open, and the text of its metadata, if it has any."""
+    """The tensors of a file, which stays open, and its metadata text, if any."""
     if path.suffix.lower() == ".safetensors":
         if ema:
             raise CheckpointError("a safetensors file has no moving-average weights", where=path, fix="omit --ema")
@@ -234,7 +234,7 @@ def _described(tensor: StoredTensor, read: Callable[[StoredTensor], Tensor]) -> 
 
 
 def _unwrap(content: Any, path: Path, *, ema: bool) -> dict[str, StoredTensor]:
-    """The state dict inside whatever was saved."""
+    """The state dict inside a saved object."""
     if not isinstance(content, dict):
         raise CheckpointError(f"holds a {_kind(content)}, not a state dict", where=path)
     wanted = _EMA_KEYS if ema else _WEIGHT_KEYS
@@ -297,7 +297,7 @@ def _damaged_safetensors(path: Path) -> Iterator[None]:
 
 
 def _header_keys(path: Path) -> list[str]:
-    """The names in a safetensors file, none twice: the one attack that the safetensors library lets through."""
+    """The names in a safetensors file. Duplicates are refused: the one attack that the safetensors library misses."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(_MAX_HEADER_BYTES, path.stat().st_size):
@@ -327,7 +327,7 @@ def _check_entries(entries: Mapping[str, _Entry], path: Path) -> None:
 
 
 def _weights(entries: Mapping[str, _Entry], path: Path) -> dict[str, Tensor]:
-    """The tensors in float32 and contiguous, in memory of their own."""
+    """The tensors in float32 and contiguous, in their own memory."""
     weights = {}
     for key, entry in entries.items():
         if _is_counter(key):

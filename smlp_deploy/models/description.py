@@ -1,7 +1,7 @@
 """From a checkpoint to the metadata of its artifacts: the labels and preprocessing to use, and where they come from.
 
-The user's options come first, then what the file itself says, then ImageNet's for a head of 1,000 classes. Whatever
-had to be assumed is logged as a warning, never assumed in silence.
+The user's options come first, then what the file itself says, then ImageNet's for a head of 1,000 classes. Every
+assumption is logged as a warning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """Class names from a text file with one per line, or from a `.json` file with a list of them.
 
     Raises:
-        UsageError: the file cannot be read, or is no such list.
+        UsageError: the file cannot be read, or is not such a list.
     """
     text = read_text(path, error=UsageError, fix="--labels names a text file, or a JSON list")
     try:
@@ -41,7 +41,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     except ValueError as error:
         raise UsageError(f"cannot read the labels: {error}", where=path) from None
     if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise UsageError("holds something else than one name per class", where=path)
+        raise UsageError("does not hold one name per class", where=path)
     return tuple(label.strip() for label in labels)
 
 
@@ -53,17 +53,17 @@ def describe(
     batch: int | None = None,
     precision: str = "fp32",
 ) -> ModelMetadata:
-    """What artifacts made from `checkpoint` carry.
+    """The metadata of artifacts made from `checkpoint`.
 
     Args:
         checkpoint: the weights.
         labels: class names that replace the file's own.
         preprocessing: fields of `Preprocessing` that replace the file's own.
-        batch: the one batch size the artifact is to take, or None for any.
+        batch: the one batch size the artifact accepts, or None for any.
         precision: of the artifact's arithmetic.
 
     Raises:
-        ConfigError: as many labels as classes are needed; or a preprocessing value is out of range.
+        ConfigError: the number of labels and of classes differ, or a preprocessing value is out of range.
     """
     variant = variant_of(checkpoint.config)
     return ModelMetadata(
@@ -94,7 +94,7 @@ def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str,
             raise ConfigError(f"{len(labels)} labels for {classes} classes", where=checkpoint.path.name)
         return labels
     if classes == 1000:
-        logger.warning("%s states no labels; its 1000 classes are taken for ImageNet's", checkpoint.path.name)
+        logger.warning("%s states no labels; its 1000 classes are assumed to be ImageNet's", checkpoint.path.name)
         return imagenet_labels()
     logger.warning(
         "%s states no labels; its %d classes are named by index (--labels FILE names them)",
@@ -110,8 +110,8 @@ def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preproce
         own = Preprocessing(image_size=checkpoint.config.image_size)
         if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
             logger.warning(
-                "%s states no preprocessing; ImageNet's is taken (resize %d %s, crop %d, its mean and std) "
-                "where no option says otherwise",
+                "%s states no preprocessing; ImageNet's is used (resize %d %s, crop %d, its mean and std) "
+                "unless an option says otherwise",
                 checkpoint.path.name,
                 own.resize,
                 own.interpolation,

@@ -1,4 +1,4 @@
-"""sMLPNet as it is deployed: the trained network rewritten by exact algebra into fewer, faster operations.
+"""sMLPNet as deployed: the trained network rewritten by exact algebra into fewer, faster operations.
 
 Each identity is one small function; `lower` applies them all. Nothing is approximated: in float64 both networks
 agree to rounding. The forms are those that TensorRT fuses best (`docs/lowering.md` has the kernel counts).
@@ -162,7 +162,7 @@ class LoweredSMLPNet(nn.Module):
         return logits
 
     def narrow(self, dtype: torch.dtype) -> Self:
-        """This network, changed to compute in a 16-bit type where a graph of `exporters/half.py` does."""
+        """This network, changed to compute in a 16-bit type wherever a graph from `exporters/half.py` does."""
         self.to(dtype)
         if dtype == torch.bfloat16:
             self.head.float()
@@ -170,7 +170,7 @@ class LoweredSMLPNet(nn.Module):
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """`x` itself, or in float32 where it has 16 bits: for LayerNorm's statistics and the mean over tokens."""
+    """`x`, in float32 if it has 16 bits: for LayerNorm's statistics and the mean over tokens."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -1,8 +1,8 @@
 """The official weights: where they are, fetched once, whole or not at all, and verified on every use.
 
-A download goes to `<file>.part`. A later attempt resumes it if the server still has the very version that
-`<file>.part.json` names; otherwise it starts anew. The finished file is moved into place together with
-`<file>.download.json`, which records its size and sha256. Of several processes one fetches, and the others wait for it.
+A download goes to `<file>.part`. A later attempt resumes it if the server still has the version that
+`<file>.part.json` names; otherwise it starts over. The finished file is moved into place together with
+`<file>.download.json`, which records its size and sha256. One process fetches a file while any others wait for it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MIRROR_VARIABLE = "SMLP_WEIGHTS_URL"
 _TIMEOUT_SECONDS = 30.0
 _WATCH_SECONDS = 30.0
 _LEAST_BYTES = 64 << 10
-"""What a server must send in `_WATCH_SECONDS`, lest it be given up."""
+"""What a server must send in `_WATCH_SECONDS`; otherwise the download is abandoned."""
 _CHUNK_BYTES = 1 << 20
 _MAX_BYTES = 2 << 30
 
 ByteProgress = Callable[[int, int | None], None]
-"""Called with the bytes there are, and the bytes there will be if the server said so."""
+"""Called with the bytes so far, and the total if the server states it."""
 
 
 def cache_folder() -> Path:
@@ -48,11 +48,11 @@ def cache_folder() -> Path:
 
 
 def find_checkpoint(source: str, *, progress: ByteProgress | None = None) -> Path:
-    """The weights file that a command's argument means: a path, or a variant whose weights are fetched if need be.
+    """The weights file that a command's argument names: a path, or a variant, whose weights are fetched if needed.
 
     Raises:
         UsageError: neither a file nor a variant.
-        DownloadError: the variant's weights cannot be had.
+        DownloadError: the variant's weights are not available.
     """
     if source in VARIANTS:
         return fetch_weights(VARIANTS[source], progress=progress)
@@ -80,7 +80,7 @@ def weights_url(variant: Variant) -> str:
 
 
 def cached_weights(variant: Variant) -> Path | None:
-    """A variant's weights if they were fetched before, unverified."""
+    """A variant's weights if they are in the cache, unverified."""
     path = cache_folder() / variant.weights_file if variant.weights_file else None
     return path if path is not None and path.is_file() else None
 
@@ -89,7 +89,7 @@ def fetch_weights(variant: Variant, *, progress: ByteProgress | None = None) -> 
     """A variant's official weights: from the cache, verified, or fetched into it.
 
     Raises:
-        DownloadError: none were released, the network failed, or the cached file is not what was fetched.
+        DownloadError: none were released, the network failed, or the cached file differs from what was fetched.
     """
     url = weights_url(variant)
     path = cache_folder() / url.rpartition("/")[2]
@@ -139,17 +139,17 @@ def _verify(path: Path) -> None:
         matches = False
     if not matches:
         raise DownloadError(
-            "is not the file that was fetched", where=path, fix=f"delete it and {record.name}, fetch again"
+            "is not the file that was fetched", where=path, fix=f"delete it and {record.name}, then fetch again"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Version:
-    """Which version of a file a server has.
+    """The version of a file on a server.
 
     Attributes:
-        url: where it was asked for.
-        validator: what the server calls it, for If-Range.
+        url: the address requested.
+        validator: the server's name for the version, for If-Range.
         size: in bytes.
     """
 
@@ -163,7 +163,7 @@ def _version_file(part: Path) -> Path:
 
 
 def _begun(url: str, part: Path) -> _Version | None:
-    """The version of which `part` is the beginning, if a download of `url` can be resumed."""
+    """The version that `part` is the beginning of, if a download of `url` can be resumed."""
     try:
         begun = _Version(**json.loads(_version_file(part).read_text(encoding="utf-8")))
         fits = begun.url == url and isinstance(begun.validator, str) and 0 < part.stat().st_size < begun.size
@@ -173,7 +173,7 @@ def _begun(url: str, part: Path) -> _Version | None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https, and none from https to http."""
+    """Follows redirects to http and https, but not from https to http."""
 
     def redirect_request(
         self,
@@ -187,12 +187,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         scheme = urlsplit(newurl).scheme.lower()
         if scheme not in ("http", "https") or (req.type == "https" and scheme != "https"):
             fp.close()
-            raise urllib.error.URLError(OSError(f"refused: the server sends on from {req.type} to {scheme}"))
+            raise urllib.error.URLError(OSError(f"refused: the server redirects from {req.type} to {scheme}"))
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _download(url: str, part: Path, progress: ByteProgress | None) -> None:
-    """Append what is missing to `part`, or write it anew where that is another version or the server cannot resume."""
+    """Append what is missing to `part`, or start over if the version differs or the server cannot resume."""
     begun = _begun(url, part)
     request = urllib.request.Request(url, headers={"User-Agent": "smlp-deploy"})
     if begun is not None:
@@ -210,7 +210,7 @@ def _download(url: str, part: Path, progress: ByteProgress | None) -> None:
     with response:
         start = _start(response, begun, part)
         if start == 0:
-            # In this order, so that a version never stands beside the beginning of another.
+            # In this order, so that a version file never lies beside the beginning of another version.
             part.unlink(missing_ok=True)
             _version_file(part).unlink(missing_ok=True)
             validator = _validator(response.headers)
@@ -221,7 +221,7 @@ def _download(url: str, part: Path, progress: ByteProgress | None) -> None:
 
 
 def _start(response: http.client.HTTPResponse, begun: _Version | None, part: Path) -> int:
-    """Where in the file the response begins, after checking that it is weights and says how long they are."""
+    """Where in the file the response begins, after checking that it holds weights and states their length."""
     if response.headers.get_content_type() == "text/html":
         raise OSError("the server sent a web page, not weights")
     if response.length is None:
@@ -231,7 +231,7 @@ def _start(response: http.client.HTTPResponse, begun: _Version | None, part: Pat
         start = part.stat().st_size if begun is not None else 0
         expected = f"bytes {start}-{begun.size - 1}/{begun.size}" if begun is not None else "nothing"
         if response.headers.get("Content-Range") != expected:
-            raise OSError(f"the server sent {response.headers.get('Content-Range')}, asked was {expected}")
+            raise OSError(f"the server sent {response.headers.get('Content-Range')}, expected {expected}")
     elif response.status != http.HTTPStatus.OK:
         raise OSError(f"the server answered {response.status}")
     if start + response.length > _MAX_BYTES:
@@ -240,7 +240,7 @@ def _start(response: http.client.HTTPResponse, begun: _Version | None, part: Pat
 
 
 def _validator(headers: Message) -> str | None:
-    """What names this version for If-Range: an entity tag, if it is a strong one, or else a date."""
+    """What identifies this version for If-Range: the entity tag if it is strong, otherwise a date."""
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified")
 
@@ -250,7 +250,7 @@ def _store(response: http.client.HTTPResponse, part: Path, *, start: int, progre
     watched, since = done, time.monotonic()
     with part.open("r+b" if start else "wb") as file:
         file.seek(start)
-        # read1, because read would wait for a whole chunk however slowly it comes.
+        # read1, because read would wait for a whole chunk, however slowly it arrives.
         while chunk := response.read1(_CHUNK_BYTES):
             done += len(chunk)
             file.write(chunk)

@@ -1,11 +1,11 @@
-"""sMLPNet as it is trained (arXiv 2109.05422), with the parameter names of the official checkpoints.
+"""sMLPNet as trained (arXiv 2109.05422), with the parameter names of the official checkpoints.
 
 One block mixes tokens, then channels, each with a residual:
 
     x = x + sMLP(DepthwiseConv(x))          N, C, H, W; both start with BatchNorm and GELU
     x = x + MLP(LayerNorm(x))               over the channels of each token
 
-This is the reference that every artifact is compared with; `lowering.py` holds the network as it is deployed.
+This is the reference that every artifact is compared with; `lowering.py` holds the network as deployed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class DepthwiseConv(nn.Module):
 class SparseMLP(nn.Module):
     """The sMLP block (section 3.2, figure 3): tokens mix along their row and along their column, then are fused.
 
-    N, C, G, G to the same shape. `proj_h` mixes along the width and `proh_w` along the height: the official
-    checkpoints name them so, and the second one's spelling is theirs too.
+    N, C, G, G to the same shape. `proj_h` mixes along the width and `proh_w` along the height; both names,
+    spelling included, are those of the official checkpoints.
     """
 
     def __init__(self, channels: int, grid: int) -> None:
@@ -57,7 +57,7 @@ class SparseMLP(nn.Module):
 
 
 class ChannelMLP(nn.Module):
-    """Linear, GELU, linear over the last axis; the gaps in `net`'s numbering are the training's dropouts."""
+    """Linear, GELU, linear over the last axis; the gaps in `net`'s numbering are dropout layers of the training."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ChannelMLP(nn.Module):
 class SMLPNet(nn.Module):
     """The network as trained: images N, 3, S, S to logits N, classes.
 
-    `load_state_dict(strict=True)` takes an official checkpoint's `model` as it stands.
+    `load_state_dict(strict=True)` takes an official checkpoint's `model` unchanged.
     """
 
     def __init__(self, config: SMLPNetConfig) -> None:

@@ -1,9 +1,9 @@
 """`.pth` files without torch.load: the pickle inside is interpreted as a description, and tensors are read one by one.
 
-A pickle is a program. The reader here knows only the instructions that `torch.save` writes, and all it makes of them is
-plain containers, `StoredTensor`s and `Placeholder`s: nothing is imported or called, whatever the file asks for. Before
-that, every member of the zip archive is compared with its checksum. Only zipfile reads the archive, so that no second
-reader can see other contents in it.
+A pickle is a program. This reader knows only the instructions that `torch.save` writes, and builds only plain data,
+`StoredTensor`s and `Placeholder`s: nothing is imported or called, whatever the file asks for. Before that, every member
+of the zip archive is compared with its checksum. Only zipfile reads the archive, so that no second reader can see
+different contents in it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from smlp_deploy.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 16 << 20
 MAX_INSTRUCTIONS = 2_000_000
-"""A training checkpoint of sMLPNet-Base with its optimizer takes some 100,000."""
+"""A training checkpoint of sMLPNet-Base with its optimizer takes about 100,000."""
 MAX_DIRECTORY_BYTES = 8 << 20
-"""Of the archive's table of contents; as objects it takes some ten times that."""
+"""Of the archive's table of contents; as objects it takes about ten times that."""
 
 _DTYPES = {
     "torch FloatStorage": torch.float32,
@@ -76,7 +76,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values, were each stored once."""
+        """Bytes of its values if each were stored once."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -90,7 +90,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """An object in a pickle that is neither a tensor nor plain: only its type's name is kept."""
+    """An object in a pickle that is neither a tensor nor plain data: only its type's name is kept."""
 
     name: str
 
@@ -133,7 +133,7 @@ class TorchFile:
             _refuse(f"{key!r} claims more values than the file holds", self._path)
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The values of a tensor that was checked; they may share memory with those of others.
+        """The values of a checked tensor; they may share memory with other tensors.
 
         Raises:
             CheckpointError: they are damaged.
@@ -150,7 +150,7 @@ class TorchFile:
 
 @contextmanager
 def open_torch_file(path: Path) -> Iterator[TorchFile]:
-    """Open a `.pth` file as `torch.save` writes them since torch 1.6.
+    """Open a `.pth` file in the format that `torch.save` has written since torch 1.6.
 
     Raises:
         CheckpointError: it is something else, damaged, or holds more than weights and plain values.
@@ -160,7 +160,7 @@ def open_torch_file(path: Path) -> Iterator[TorchFile]:
             raise CheckpointError(
                 "not a zip-format torch file: truncated, something else, or written before torch 1.6",
                 where=path,
-                fix="fetch it again, or save it anew with torch.save",
+                fix="fetch it again, or save it again with torch.save",
             )
         stated = _check_directory(path)
         archive = zipfile.ZipFile(path)
@@ -180,12 +180,12 @@ def _damage(path: Path, how: str = "") -> Iterator[None]:
 
 
 def _refuse(why: str, path: Path, *, refused: str = "refused") -> NoReturn:
-    fix = "where you trust it, save its weights alone as safetensors"
+    fix = "if you trust it, save only its weights, as safetensors"
     raise CheckpointError(f"{refused}: {why}", where=path, fix=fix)
 
 
 def _check_directory(path: Path) -> int:
-    """Bound the archive's table of contents, which zipfile reads whole; the number of members that it states."""
+    """Bound the archive's table of contents, which zipfile reads whole; return the number of members it states."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 98))
         tail = file.read().rjust(98, b"\0")
@@ -200,33 +200,33 @@ def _check_directory(path: Path) -> int:
 
 
 def _check_members(archive: zipfile.ZipFile, stated: int, path: Path) -> zipfile.ZipInfo:
-    """The member that describes the others."""
+    """Check the members, and return the one that describes the others."""
     members = archive.infolist()
     if len(members) != stated:
-        what = f"damaged torch file: its table of contents states {stated} members and has {len(members)}"
+        what = f"damaged torch file: its table of contents states {stated} members but has {len(members)}"
         raise CheckpointError(what, where=path, fix="fetch it again")
     if len({member.filename.casefold() for member in members}) != len(members):
         _refuse("a member of the archive occurs twice", path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         _refuse("members are compressed, which torch.save never does", path)
     if any(member.compress_size != member.file_size for member in members):
-        _refuse("a member states two sizes", path)
+        _refuse("a member states two different sizes", path)
     if sum(member.file_size for member in members) > path.stat().st_size:
         _refuse("members claim more bytes than the file has", path)
     pickles = [member for member in members if member.filename.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-        raise CheckpointError("not a torch file: no data.pkl of sensible size", where=path, fix="save it anew")
+        raise CheckpointError("not a torch file: no data.pkl of sensible size", where=path, fix="save it again")
     return pickles[0]
 
 
 def _check_sums(archive: zipfile.ZipFile, path: Path) -> None:
-    """Compare every member with its checksum, those that are not read later too."""
+    """Compare every member with its checksum, including those that are not read later."""
     members = archive.infolist()
     if not any(member.CRC for member in members):
         raise CheckpointError(
             "saved without checksums (torch.serialization.set_crc32_options), so that damage would go unnoticed",
             where=path,
-            fix="where you trust it, load it with torch.load and save it again with checksums",
+            fix="if you trust it, load it with torch.load and save it again with checksums",
         )
     for member in members:
         name = repr(member.filename[:120])
@@ -311,7 +311,7 @@ class _Interpreter:
     def _reduce(self, _: object) -> None:
         function, arguments = self._top(2)
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
-            raise ValueError("a call of something else than a function")
+            raise ValueError("a call of something that is not a function")
         result: Any = Placeholder(function.name.replace(" ", "."))
         if function.name in _MAPPINGS and not arguments:
             result = {}
@@ -322,7 +322,7 @@ class _Interpreter:
         self._stack.append(result)
 
     def _build(self) -> None:
-        """Drop the state that an object is to be given."""
+        """Drop the state meant for an object."""
         if len(self._stack) < 2:
             raise ValueError("too few values")
         self._stack.pop()
@@ -332,12 +332,12 @@ class _Interpreter:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Placeholder):
-            raise ValueError("an append to something else than a list")
+            raise ValueError("an append to something that is not a list")
 
     def _set(self, values: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, (dict, Placeholder)) or len(values) % 2:
-            raise ValueError("items for something else than a mapping")
+            raise ValueError("items for something that is not a mapping")
         if isinstance(target, dict):
             # Other keys are left out: nested tuples can take forever to hash.
             pairs = zip(values[::2], values[1::2], strict=True)

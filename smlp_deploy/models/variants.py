@@ -17,10 +17,10 @@ class Variant:
     """A network of the paper.
 
     Attributes:
-        name: as commands take it.
+        name: as commands accept it.
         config: its shape on ImageNet-1k.
         paper_top1: ImageNet-1k top-1 accuracy in percent, as the paper states it.
-        weights_file: file name of the official release, or None where no weights were released.
+        weights_file: file name of the official release, or None if no weights were released.
     """
 
     name: str
@@ -61,7 +61,7 @@ def find_variant(name: str) -> Variant:
     """The variant of this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no variant has this name.
     """
     if name not in VARIANTS:
         close = get_close_matches(name, VARIANTS, n=1)
@@ -73,7 +73,7 @@ def find_variant(name: str) -> Variant:
 
 
 def variant_facts(variant: Variant) -> dict[str, Any]:
-    """What is known of a variant, ready for JSON."""
+    """Facts about a variant, ready for JSON."""
     return {
         "name": variant.name,
         "parameters": parameter_count(variant.config),

@@ -217,7 +217,7 @@ class TestRealNetworks:
         for node in model.graph.node:
             node.name = ""
         onnx.save(model, tmp_path / "x.onnx")
-        with pytest.raises(ArtifactError, match=r"cannot be looked into: no stage 1 embedding in it · .*x\.onnx"):
+        with pytest.raises(ArtifactError, match=r"cannot be traced: it has no stage 1 embedding · .*x\.onnx"):
             verify_layers(tmp_path / "x.onnx")
 
     def test_a_file_of_a_fixed_batch_size_is_looked_into(self, exported: Exported) -> None:

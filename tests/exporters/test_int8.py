@@ -260,14 +260,14 @@ def test_a_table_read_back_gives_the_same_bytes_without_images(
 
 def test_a_table_that_does_not_fit_the_graph_is_an_error(model: ModelProto, table: CalibrationTable) -> None:
     ranges = {name: value for name, value in table.ranges.items() if name != "cat"}
-    with pytest.raises(ArtifactError, match=r"no range of 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
+    with pytest.raises(ArtifactError, match=r"no range for 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
         quantize(model, replace(table, ranges=ranges), per_channel=False)
     with pytest.raises(ArtifactError, match="another checkpoint"):
         quantize(model, replace(table, checkpoint_sha256="0" * 64), per_channel=False)
 
 
 def test_an_unknown_layer_cannot_be_excluded(model: ModelProto, table: CalibrationTable) -> None:
-    with pytest.raises(UsageError, match="'head' is not a layer that is quantized"):
+    with pytest.raises(UsageError, match="'head' is not a quantized layer"):
         quantize(model, table, per_channel=False, exclude=["head"])
 
 

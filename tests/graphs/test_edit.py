@@ -130,7 +130,7 @@ def test_rule_5_the_residual_sums_are_in_their_order(model: ModelProto, digits: 
 def test_a_graph_without_the_names_of_smlp_export_is_an_error(model: ModelProto, digits: Checkpoint) -> None:
     for node in model.graph.node:
         node.name = node.name.removeprefix("embeddings.1/")
-    with pytest.raises(ArtifactError, match=r"cannot be looked into: no stage 2 embedding in it · x\.onnx"):
+    with pytest.raises(ArtifactError, match=r"cannot be traced: it has no stage 2 embedding · x\.onnx"):
         add_trace_outputs(model.graph, digits.config, PATH)
 
 

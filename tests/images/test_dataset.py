@@ -102,11 +102,11 @@ class TestCsv:
         ("text", "reason"),
         [
             ("path,label\na.png,cat\nb.png,dig\n", r"'dig' is not the label .*set.csv, line 3 · did you mean 'dog'"),
-            ("a.png,cat\n", "its first row has to name the columns path and label"),
+            ("a.png,cat\n", "its first row must name the columns path and label"),
             ("path,label\na.png\n", "line 2"),
             ("path,label\n,cat\n", "line 2"),
             ("path,label\na,b.png,cat\n", "too many columns"),
-            ('path,label\n"a.png,cat\n', "is no CSV file: unexpected end of data"),
+            ('path,label\n"a.png,cat\n', "is not a CSV file: unexpected end of data"),
             ("path,label\n", "has no images"),
         ],
     )
@@ -129,8 +129,8 @@ class TestMapping:
     @pytest.mark.parametrize(
         ("name", "text", "reason"),
         [
-            ("m.json", '["cat"]', "no JSON object"),
-            ("m.json", '{"a": 1}', "no JSON object"),
+            ("m.json", '["cat"]', "not a JSON object"),
+            ("m.json", '{"a": 1}', "not a JSON object"),
             ("m.json", '{"a": "b", "a": "c"}', "a key occurs twice"),
             ("m.csv", "folder,label\na,b\na,c\n", "maps a folder twice"),
         ],

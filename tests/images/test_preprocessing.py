@@ -176,7 +176,7 @@ class TestBadFiles:
         os.mkfifo(tmp_path / "fifo.jpg")
         reasons = {
             "truncated.jpg": "damaged image: image file is truncated",
-            "text.jpg": r"not an image in a format that is read here \(JPEG, PNG, .*TGA\)",
+            "text.jpg": r"not an image in a supported format \(JPEG, PNG, .*TGA\)",
             "empty.jpg": "empty file",
             "folder.jpg": "is a directory",
             "fifo.jpg": "not a regular file",

@@ -29,7 +29,7 @@ def test_a_head_of_1000_classes_gets_imagenets(digits: Checkpoint, caplog: pytes
     metadata = describe(of_1000_classes(digits))
     assert metadata.labels[0] == "tench"
     assert metadata.preprocessing.mean == IMAGENET_MEAN
-    assert "taken for ImageNet's" in caplog.text
+    assert "assumed to be ImageNet's" in caplog.text
 
 
 def test_another_head_gets_indices_and_a_warning(micro_pth: Path, caplog: pytest.LogCaptureFixture) -> None:

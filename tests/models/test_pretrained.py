@@ -187,7 +187,7 @@ def test_what_cannot_be_known_to_be_the_same_is_fetched_anew(
 def test_a_server_that_resumes_elsewhere_is_refused(mirror: Mirror) -> None:
     cut(mirror)
     mirror.content = CONTENT + b"more"
-    with pytest.raises(DownloadError, match="the server sent bytes 3000-10243/10244, asked was bytes 3000-10239/10240"):
+    with pytest.raises(DownloadError, match="the server sent bytes 3000-10243/10244, expected bytes 3000-10239/10240"):
         fetch_weights(SMALL)
 
 
@@ -242,7 +242,7 @@ def test_a_server_that_drips_is_given_up(mirror: Mirror, monkeypatch: pytest.Mon
         ("file:///etc/passwd", "Redirection to url 'file:///etc/passwd' is not allowed"),
         ("FILE:///etc/passwd", "Redirection to url 'FILE:///etc/passwd' is not allowed"),
         ("data:,x", "Redirection to url 'data:,x' is not allowed"),
-        ("ftp://127.0.0.1/x.pth", "refused: the server sends on from http to ftp"),
+        ("ftp://127.0.0.1/x.pth", "refused: the server redirects from http to ftp"),
     ],
 )
 def test_redirects_lead_to_http_only(mirror: Mirror, target: str, reason: str) -> None:
@@ -256,7 +256,7 @@ def test_redirects_do_not_leave_encryption() -> None:
     request = urllib.request.Request("https://example.org/x.pth")
     redirects = pretrained._Redirects()
     headers = http.client.HTTPMessage()
-    with pytest.raises(urllib.error.URLError, match="refused: the server sends on from https to http"):
+    with pytest.raises(urllib.error.URLError, match="refused: the server redirects from https to http"):
         redirects.redirect_request(request, io.BytesIO(), 302, "", headers, "http://example.org/x.pth")
     followed = redirects.redirect_request(request, io.BytesIO(), 302, "", headers, "https://example.org/y.pth")
     assert followed is not None

@@ -160,7 +160,7 @@ def test_a_member_that_its_table_of_contents_hides_is_refused(tmp_path: Path) ->
     entry = path.read_bytes().rfind(b"eleven_long/data/0") - 46
     with flipped(path, entry + 32, 6), zipfile.ZipFile(path) as archive:
         assert "eleven_long/data/1" not in archive.namelist()
-    reason = "^damaged torch file: its table of contents states 9 members and has 8"
+    reason = "^damaged torch file: its table of contents states 9 members but has 8"
     with flipped(path, entry + 32, 6), pytest.raises(CheckpointError, match=reason):
         read(path)
 
