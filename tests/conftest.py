@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.fakes import Exported
+from tests.support.graphs import remembering
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -32,6 +35,14 @@ IMAGES = Path(__file__).parent.parent / "images"
 def digits() -> Checkpoint:
     """The bundled model."""
     return load_checkpoint(BUNDLED_CHECKPOINT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace each network once for all tests, which takes 3 s each time; `tests/exporters/test_onnx.py` traces anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "_trace", remembering(exporter._trace))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.recipe import CASES, config_of, recipe_weights
+
+
+@pytest.fixture(autouse=True)
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the remembered traces of `conftest.py`."""
+    monkeypatch.setattr(exporter, "_trace", inspect.unwrap(exporter._trace))
 
 
 @pytest.fixture
