@@ -105,7 +105,10 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · for example 0.5,0.5,0.5"),
-        (["benchmark", "--batch-sizes", "1,x"], "is not a list of batch sizes · --batch-sizes · for example 1,8,32"),
+        (
+            ["benchmark", "--batch-sizes", "1,x"],
+            "'1,x' is not a list of batch sizes · --batch-sizes · for example 1,8,32",
+        ),
         (["benchmark", "--workers", "2"], "is for --end-to-end · --workers · add --end-to-end IMAGES"),
         (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
         (["verify", "x.json", "--layers", "--reference", "a"], "is a saved report, so nothing is run · x.json"),
@@ -254,11 +257,11 @@ class TestBuildEngine:
         assert "built ahead of time by tensorrt-rtx for sm89; not run here" in outcome.err
         no_gpu = smlp("predict", "--model", "artifacts/smlpnet_digits-fp16.engine", "a.jpg")
         assert no_gpu.code == 1
-        assert "needs an NVIDIA GPU and driver, and there is none" in one_error(no_gpu)
+        assert "needs an NVIDIA GPU and driver; none was found" in one_error(no_gpu)
         # Without --model, predict still takes the ONNX file.
         found = smlp("predict", "absent.jpg").err
         assert "using artifacts/digits-fp32.onnx" in found
-        assert "engine skipped: needs an NVIDIA GPU and driver, and there is none" in found
+        assert "engine skipped: needs an NVIDIA GPU and driver; none was found" in found
 
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")

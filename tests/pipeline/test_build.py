@@ -204,7 +204,7 @@ class TestLayerByLayer:
         expected = verify_layers(same, reference=digits_export.path)
         assert report.first_over is None
         assert report.precision == precision
-        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
+        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (rebuilt with trace points)"
         assert report.reference == "onnxruntime (CPU) source.onnx"
         assert [point.name for point in report.points] == [point.name for point in expected.points]
         errors = [point.error for point in report.points]
@@ -344,7 +344,7 @@ class TestLayerByLayer:
             main(["verify", str(path), "--layers"])
         assert stop.value.code == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: needs an NVIDIA GPU and driver, and there is none · ")
+        assert line.startswith("error: needs an NVIDIA GPU and driver; none was found · ")
 
     def test_on_the_command_line(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, capsys: pytest.CaptureFixture[str]
