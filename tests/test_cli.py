@@ -341,7 +341,7 @@ class TestVerifyAndInspect:
         assert "parity failed: difference" in one_error(outcome)
         outcome = smlp("build-engine", artifact, "--fp16", "--min-cosine", "1")
         assert outcome.code == 1
-        assert "in fp16 it computes something else: cosine" in one_error(outcome)
+        assert "parity failed in fp16: cosine" in one_error(outcome)
         assert smlp("verify", artifact, "--min-top1", "1.5").code == 2
 
     def test_verify_block_by_block(self, smlp: Smlp, artifact: Path) -> None:

@@ -122,9 +122,7 @@ class TestWhereTheEngineRuns:
         with OnnxRuntimeRunner(prepared.graph) as half:
             wrong = FakeRunner(lambda batch: -half.infer(batch), prepared.graph.metadata)
             monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
-            with pytest.raises(
-                BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
-            ):
+            with pytest.raises(BuildError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
                 build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed"}
 
@@ -271,7 +269,7 @@ class TestLayerByLayer:
         made = graph.graph.metadata
         other = replace(made, quantization={**made.quantization, "layers_in_half": ["x"]})
         path = engine_of(digits_export.path, tmp_path, metadata=other)
-        message = r"was quantized while it was built, and its JSON does not say with which ranges · .*x\.engine · write"
+        message = r"was quantized during the build, and its manifest does not state the ranges · .*x\.engine · write"
         with pytest.raises(ArtifactError, match=message):
             verify_layers(path)
 
@@ -280,7 +278,7 @@ class TestLayerByLayer:
     ) -> None:
         micro = load_checkpoint(micro_pth)
         source = export_checkpoint(micro, describe(micro), tmp_path / "micro.onnx").path
-        with pytest.raises(ArtifactError, match="its JSON does not say with which ranges"):
+        with pytest.raises(ArtifactError, match="its manifest does not state the ranges"):
             verify_layers(engine_of(source, tmp_path, "int8"))
         assert not workshop.options
 
@@ -416,7 +414,7 @@ def test_a_half_graph_cannot_be_built_in_another_precision(digits_export: Export
     half = prepare_graph(Graph.read(digits_export.path), "fp16").graph
     assert prepare_graph(half, "fp16").parity is None
     for other in ("bf16", "int8"):
-        with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was asked for"):
+        with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was requested"):
             prepare_graph(half, other)
 
 
@@ -432,7 +430,7 @@ def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp
         changed = (numpy_helper.to_array(weights[name]) + change).astype(np.float32)
         weights[name].CopyFrom(numpy_helper.from_array(changed, name))
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(ArtifactError, match="in bf16 it computes something else: cosine"):
+    with pytest.raises(ArtifactError, match="parity failed in bf16: cosine"):
         prepare_graph(Graph.read(tmp_path / "x.onnx"), "bf16")
 
 
