@@ -1,4 +1,4 @@
-"""The command line: the app, one registration for each verb, and the error boundary. Only here does smlp exit."""
+"""The command line: the app, one registration per verb, and the error boundary, the only place where smlp exits."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def smlp(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line.
 
-    Exit code 0; 1 for an error of ours or a failed check; 2 for wrong usage; 130 after Ctrl-C, 143 after SIGTERM.
+    Exit codes: 0 for success, 1 for an error of ours or a failed check, 2 for wrong usage, 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
     logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
     handle_sigterm()
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        # What Python still holds for standard output would fail again on the way out.
+        # Python's buffered standard output would fail again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"cannot write: {error.strerror} · standard output", 1)
     if code == _INTERRUPTED:
@@ -97,10 +98,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _usage_message(error: typer.TyperException) -> str:
-    """What typer has to say, in the form of our own errors."""
+    """Typer's message in the form of our own errors."""
     context = getattr(error, "ctx", None)
     fix = f"{context.command_path if context else 'smlp'} --help"
-    # With no verb at all the help was shown and the message is empty.
+    # With no verb, typer has shown the help and the message is empty.
     message = printable(error.format_message()) or "no verb given"
     if similar := getattr(error, "possibilities", None):
         option = error.option_name  # type: ignore[attr-defined]
@@ -110,7 +111,7 @@ def _usage_message(error: typer.TyperException) -> str:
 
 
 class _LazyNotes(logging.Handler):
-    """Shows the library's warnings on stderr; imports what draws them only when there is one."""
+    """Shows the library's warnings on stderr; imports rich only for the first one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from smlp_deploy.commands.terminal import note

@@ -104,13 +104,16 @@ def test_version(smlp: Smlp) -> None:
         (["exprot"], "No such command 'exprot'. Did you mean 'export'?"),
         (["export", "--opset", "99"], "Invalid value for '--opset'"),
         (["export", "--format", "h5"], "Invalid value for '--format'"),
-        (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · as 0.5,0.5,0.5"),
-        (["benchmark", "--batch-sizes", "1,x"], "'1,x' is not a list of batch sizes · --batch-sizes · as 1,8,32"),
+        (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · for example 0.5,0.5,0.5"),
+        (
+            ["benchmark", "--batch-sizes", "1,x"],
+            "'1,x' is not a list of batch sizes · --batch-sizes · for example 1,8,32",
+        ),
         (["benchmark", "--workers", "2"], "is for --end-to-end · --workers · add --end-to-end IMAGES"),
         (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
-        (["verify", "x.json", "--layers", "--reference", "a"], "is a report, for which nothing is run · x.json"),
-        (["verify", "x.json", "--layers", "--max-error", "inf"], "is no number to compare with · --max-error"),
-        (["verify", "x.onnx", "--images", "@/dev/null"], "there is no image · @/dev/null"),
+        (["verify", "x.json", "--layers", "--reference", "a"], "is a saved report, so nothing is run · x.json"),
+        (["verify", "x.json", "--layers", "--max-error", "inf"], "is not a finite number · --max-error"),
+        (["verify", "x.onnx", "--images", "@/dev/null"], "no image found · @/dev/null"),
         (["benchmark", "--reference", "x.pth"], "is for --baseline · --reference · add --baseline"),
         (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
         (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
@@ -251,14 +254,14 @@ class TestBuildEngine:
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
         assert "using artifacts/digits-fp32.onnx, the newest fp32 file" in outcome.err
         assert "convolutions and matrix products: 31 in Half" in outcome.err
-        assert "built ahead of time by tensorrt-rtx for sm89; it was not run here" in outcome.err
+        assert "built ahead of time by tensorrt-rtx for sm89; not run here" in outcome.err
         no_gpu = smlp("predict", "--model", "artifacts/smlpnet_digits-fp16.engine", "a.jpg")
         assert no_gpu.code == 1
-        assert "needs an NVIDIA GPU and driver, and there is none" in one_error(no_gpu)
+        assert "needs an NVIDIA GPU and driver; none was found" in one_error(no_gpu)
         # Without --model, predict still takes the ONNX file.
         found = smlp("predict", "absent.jpg").err
         assert "using artifacts/digits-fp32.onnx" in found
-        assert "not using an engine: needs an NVIDIA GPU and driver, and there is none" in found
+        assert "engine skipped: needs an NVIDIA GPU and driver; none was found" in found
 
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")
@@ -297,7 +300,7 @@ class TestProfile:
         outcome = smlp("profile", artifact, "--top", "3")
         assert outcome.code == 0
         assert "52 kernels" in outcome.out
-        assert "at best (an estimate, nothing was run)" in outcome.out
+        assert "best case (an estimate; nothing was run)" in outcome.out
         assert "RTX 4090" in outcome.out
 
     def test_json(self, smlp: Smlp, artifact: Path) -> None:
@@ -338,7 +341,7 @@ class TestVerifyAndInspect:
         assert "parity failed: difference" in one_error(outcome)
         outcome = smlp("build-engine", artifact, "--fp16", "--min-cosine", "1")
         assert outcome.code == 1
-        assert "in fp16 it computes something else: cosine" in one_error(outcome)
+        assert "parity failed in fp16: cosine" in one_error(outcome)
         assert smlp("verify", artifact, "--min-top1", "1.5").code == 2
 
     def test_verify_block_by_block(self, smlp: Smlp, artifact: Path) -> None:
@@ -480,8 +483,8 @@ class TestPages:
         [
             (["predict", "a.jpg", "--html", "page.txt"], "a page's name ends in .html · page.txt"),
             (["predict", "a.jpg", "--html", "p.html", "--resume", "-o", "x.jsonl"], "the images of one run · --html"),
-            (["profile", "a.onnx", "--html", "p.html", "--compare", "b.onnx"], "a page is about one file · --html"),
-            (["eval", "set", "-o", "p.html", "--html", "p.html"], "is to be two files at once · p.html"),
+            (["profile", "a.onnx", "--html", "p.html", "--compare", "b.onnx"], "a page shows one file · --html"),
+            (["eval", "set", "-o", "p.html", "--html", "p.html"], "given for two outputs · p.html"),
         ],
     )
     def test_what_cannot_be_a_page_is_refused_before_anything_is_done(

@@ -40,7 +40,7 @@ def test_an_engine_tells_what_the_file_beside_it_says(digits_export: Export, tmp
     assert facts["kind"] == "engine"
     assert facts["metadata"]["precision"] == "fp16"
     path.write_bytes(b"another engine")
-    with pytest.raises(ArtifactError, match="is not the engine that the JSON beside it is about"):
+    with pytest.raises(ArtifactError, match="does not match the sha256 in its manifest"):
         inspect_file(path)
     (tmp_path / "x.engine.json").write_text("{")
     with pytest.raises(ConfigError, match="metadata is damaged"):

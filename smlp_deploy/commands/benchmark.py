@@ -26,7 +26,7 @@ def benchmark(
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Time models side by side, in turns: A B A B, each in a process of its own."""
+    """Time models side by side in turns (A B A B), each in its own process."""
     from smlp_deploy.commands.output import check_html, show
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.tables import show_benchmark
@@ -73,12 +73,12 @@ def _parse_batch_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="as 1,8,32")
+        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="for example 1,8,32")
     return sizes
 
 
 def _files(images: list[str] | None, workers: int | None, *, batch: int) -> Files | None:
-    """What an end-to-end measurement reads, if one is asked for."""
+    """The files of an end-to-end measurement, if one was requested."""
     from smlp_deploy.evaluation.benchmark import Files
     from smlp_deploy.images.batches import available_cores
 

@@ -44,7 +44,7 @@ def build_engine(
     output: o.EngineOutputOption = None,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Build a TensorRT engine and list what is inside: kernels by precision, bytes moved."""
+    """Build a TensorRT engine and summarize it: kernels by precision, bytes moved."""
     from smlp_deploy.exporters.tensorrt import BuildOptions, find_backend
 
     if output is not None and output.suffix != ".engine":
@@ -82,7 +82,7 @@ def _build(
     backend: str,
     bounds: dict[str, float],
 ) -> None:
-    """Build what the options were found to mean, and show it."""
+    """Build with the checked options, and show the result."""
     from smlp_deploy.artifacts import engine_path
     from smlp_deploy.commands.sources import source_graph
     from smlp_deploy.commands.tables import show_kernels, show_parity, show_sensitivity
@@ -105,13 +105,13 @@ def _build(
     if result.parity is not None:
         show_parity(result.parity, on_stderr=True)
     how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
-    ran = "run here and compared with its ONNX file" if result.parity else "it was not run here"
+    ran = "run here and compared with its ONNX file" if result.parity else "not run here"
     say(f"{how or f'built by {backend} for this GPU'}; {ran}")
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
 
 
 def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
-    """The batch profile that the options name."""
+    """The batch profile that the options give."""
     sizes = {name: size for name, size in given.items() if size is not None}
     if batch is None:
         return BatchProfile(**sizes)
@@ -121,7 +121,7 @@ def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
 
 
 def _architectures(given: str | None, backend: str) -> tuple[str, ...]:
-    """The GPU architectures to build for ahead of time; none where TensorRT builds for the GPU it finds."""
+    """The GPU architectures to build for ahead of time; empty where TensorRT builds for the GPU it finds."""
     from smlp_deploy.exporters.tensorrt import DEFAULT_ARCHITECTURES, TensorRT
 
     tensorrt = TensorRT.load(backend)
@@ -137,14 +137,14 @@ def _architectures(given: str | None, backend: str) -> tuple[str, ...]:
 
 
 def _read_timing_cache(path: Path | None, backend: str) -> bytes | None:
-    """The contents of a timing cache, empty where the file is new."""
+    """The contents of a timing cache; empty for a new file."""
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.exporters.tensorrt import TensorRT
 
     if path is None:
         return None
     if TensorRT.load(backend).ahead_of_time:
-        note(f"{backend} takes no timings, so the timing cache changes nothing")
+        note(f"{backend} does not time kernels, so the timing cache has no effect")
     try:
         return path.read_bytes() if path.exists() else b""
     except OSError as error:

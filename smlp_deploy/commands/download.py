@@ -10,10 +10,10 @@ from smlp_deploy.commands.options import QuietOption
 
 
 def download(
-    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="A variant's name; smlp models lists them.")],
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="A variant name; smlp models lists them.")],
     quiet: QuietOption = False,
 ) -> None:
-    """Fetch a variant's official weights into the user's cache directory, or verify those already there."""
+    """Download a variant's official weights to the user's cache directory, or verify those already there."""
     from smlp_deploy.commands.terminal import downloading, suggest
     from smlp_deploy.models.pretrained import fetch_weights
     from smlp_deploy.models.variants import find_variant

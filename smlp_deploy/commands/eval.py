@@ -19,10 +19,10 @@ def evaluate(
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Measure accuracy on labelled images, of several models on the very same decoded images.
+    """Measure accuracy on labelled images; several models see the same decoded images.
 
-    With -o each image's answers are in FILE.partial until the report is there; whatever stops the run, --resume
-    continues it.
+    With -o, each image's answers are kept in FILE.partial until the report is complete; --resume continues a run that
+    was stopped.
     """
     from smlp_deploy.commands.output import check_html, show
     from smlp_deploy.commands.sources import default_model
@@ -34,7 +34,7 @@ def evaluate(
 
     check_html(html, beside=output)
     if resume and output is None:
-        raise UsageError("only a report in a file can be continued", where="--resume", fix="add -o report.json")
+        raise UsageError("only a report written to a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
     paths = model or [default_model(None, None)]
     with building("evaluating") as progress:

@@ -37,7 +37,7 @@ def export(
     min_top1: o.MinTop1Option = None,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Write a checkpoint as a deployable ONNX file, and prove that the file computes what the network computes."""
+    """Export a checkpoint to a deployable ONNX file, and prove that it computes what the network computes."""
     from smlp_deploy.commands.sources import export_and_show, load_source
     from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.dependencies import require_onnxruntime, require_torch
@@ -77,6 +77,8 @@ def _preprocessing(
             try:
                 red, green, blue = (float(part) for part in text.split(","))
             except ValueError:
-                raise UsageError(f"{text!r} is not three numbers", where=f"--{name}", fix="as 0.5,0.5,0.5") from None
+                raise UsageError(
+                    f"{text!r} is not three numbers", where=f"--{name}", fix="for example 0.5,0.5,0.5"
+                ) from None
             given[name] = (red, green, blue)
     return {name: value for name, value in given.items() if value is not None}

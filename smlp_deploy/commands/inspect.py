@@ -12,12 +12,12 @@ from smlp_deploy.commands.options import EmaOption, JsonOption, QuietOption
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, an ONNX file or an engine.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A checkpoint, ONNX file or engine.")],
     ema: EmaOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Show what a file is, from the file itself: configuration, labels, preprocessing, provenance."""
+    """Show what a file contains: configuration, labels, preprocessing, provenance."""
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_facts
     from smlp_deploy.commands.terminal import suggest

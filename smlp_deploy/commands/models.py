@@ -8,7 +8,7 @@ from smlp_deploy.commands.options import JsonOption, QuietOption
 
 
 def models(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """List the paper's variants: parameters, MACs, accuracy, and where their weights are."""
+    """List the paper's variants: parameters, MACs, accuracy, and official weights."""
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_variants
     from smlp_deploy.commands.terminal import suggest

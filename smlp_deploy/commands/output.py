@@ -1,4 +1,4 @@
-"""How a verb shows what it found: a table or JSON on stdout, and a page if one was asked for. Decided here alone."""
+"""How every verb shows its result: a table or JSON on stdout, and an HTML page on request."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def show(
     html: Path | None = None,
     page: Callable[[], str] | None = None,
 ) -> None:
-    """Show a result as the options ask for it.
+    """Show a result in the form that the options request.
 
-    The page is written before anything goes to stdout, which may be a closed pipe; its failure is raised after.
+    The page is written before anything goes to stdout, which may be a closed pipe; an error in writing it is raised
+    after the output.
 
     Args:
-        as_json: print JSON in place of the table.
+        as_json: print JSON instead of the table.
         json_text: makes the JSON.
         table: prints the table.
         html: the file to write a page to.
@@ -53,7 +54,12 @@ def write_page(path: Path, page: str) -> None:
 
 
 def check_html(path: Path | None, *, beside: Path | None = None) -> None:
-    """Check that a page can be written before anything slow is done, and not over the file `beside` it."""
+    """Check before any slow work that a page can be written, and not over the file `beside` it.
+
+    Raises:
+        UsageError: the name does not end in .html, or is that of `beside`.
+        SmlpError: the page cannot be written.
+    """
     if path is None:
         return
     from smlp_deploy.files import check_writable
@@ -62,6 +68,6 @@ def check_html(path: Path | None, *, beside: Path | None = None) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError("a page's name ends in .html", where=path)
     if path == beside:
-        raise UsageError("is to be two files at once", where=path, fix="give the page another name")
+        raise UsageError("given for two outputs", where=path, fix="give the page another name")
     require_report()
     check_writable(path)

@@ -34,9 +34,9 @@ def predict(
     html: o.HtmlOption = None,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Classify images; labels and preprocessing are those inside the model. One record per image, in order.
+    """Classify images with the labels and preprocessing in the model; one record per image, in order.
 
-    With -o the records are in FILE.partial until all are there; whatever stops the run, --resume continues it.
+    With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
     from smlp_deploy.commands.output import write_page
     from smlp_deploy.commands.sources import default_model
@@ -81,12 +81,16 @@ def predict(
 
 
 def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None, *, resume: bool) -> o.RecordFormat:
-    """The format of the records, if the options go together."""
+    """The format of the records.
+
+    Raises:
+        UsageError: the options contradict each other.
+    """
     from smlp_deploy.commands.output import check_html
 
     kind = _choose_format(given, output)
     if resume and (output is None or kind is o.RecordFormat.table):
-        raise UsageError("only JSONL and CSV in a file can be continued", where="--resume", fix="add -o records.jsonl")
+        raise UsageError("only a JSONL or CSV file can be continued", where="--resume", fix="add -o records.jsonl")
     check_html(html, beside=output)
     if html is not None and resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
@@ -107,7 +111,7 @@ def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.Recor
 
 
 def _remembering(predictions: Iterable[Prediction], first: list[Prediction], most: int) -> Iterator[Prediction]:
-    """`predictions`, of which the first are put into a list on the way."""
+    """Pass `predictions` through, appending the first `most` to a list."""
     for prediction in predictions:
         if len(first) < most:
             first.append(prediction)
@@ -118,9 +122,9 @@ def _remembering(predictions: Iterable[Prediction], first: list[Prediction], mos
 def _record_sink(
     output: Path | None, identity: Callable[[], RunIdentity], *, kind: o.RecordFormat, topk: int, resume: bool
 ) -> Iterator[RecordFile[Prediction] | RecordStream]:
-    """Where records go: standard output, or a file. Undecodable bytes of file names survive.
+    """Where records go: standard output or a file. Undecodable bytes of file names are kept.
 
-    What they depend on is asked only where it is kept, because it takes the hash of the whole model.
+    `identity` is called only where it is stored, because it hashes the whole model.
     """
     from smlp_deploy.commands.tables import predictions_writer
     from smlp_deploy.files import replacing

@@ -23,7 +23,7 @@ def profile(
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
-    """List the kernels TensorRT makes of an ONNX file, their bytes, and a roofline estimate; needs no GPU."""
+    """List the kernels TensorRT compiles an ONNX file to, their bytes, and a roofline estimate; needs no GPU."""
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_comparison, show_profile
     from smlp_deploy.commands.terminal import suggest, working
@@ -35,7 +35,7 @@ def profile(
 
     output.check_html(html)
     if html is not None and compare is not None:
-        raise UsageError("a page is about one file", where="--html", fix="leave out --compare")
+        raise UsageError("a page shows one file", where="--html", fix="leave out --compare")
     with working("compiling"):
         first, *others = (
             profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None

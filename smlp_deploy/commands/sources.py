@@ -1,4 +1,4 @@
-"""What a verb works on where its arguments leave that open; says what was found, or had to be made."""
+"""The defaults of a verb's input: finds the file, or exports it, and says which one it uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_source(source: str | None, *, ema: bool) -> Checkpoint:
-    """The checkpoint an argument means; the bundled one, with a note, where none is given."""
+    """The checkpoint that an argument names; without one the bundled model, with a note."""
     from smlp_deploy.commands.terminal import downloading, note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
     from smlp_deploy.models.checkpoint import load_checkpoint
@@ -31,7 +31,7 @@ def load_source(source: str | None, *, ema: bool) -> Checkpoint:
 
 
 def source_graph(source: str | None) -> Graph:
-    """The graph a build starts from: of the file that is given, of the newest one, or exported first."""
+    """The graph to build from: the given file, the newest one, or a new export."""
     from smlp_deploy.artifacts import default_path, newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.dependencies import require_torch
@@ -52,16 +52,16 @@ def source_graph(source: str | None) -> Graph:
 
 
 def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Path | None, **options: Any) -> Export:
-    """Export a checkpoint and show the proof.
+    """Export a checkpoint and show the parity report.
 
     Args:
         checkpoint: the weights.
-        metadata: what the file is to carry.
+        metadata: to write into the file.
         target: the file; by default in artifacts/.
-        options: of `export_checkpoint`.
+        options: passed to `export_checkpoint`.
 
     Raises:
-        SmlpError: it failed parity.
+        SmlpError: the export failed parity.
     """
     from smlp_deploy.artifacts import default_path
     from smlp_deploy.commands.tables import show_parity, show_sensitivity
@@ -78,13 +78,13 @@ def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Pat
         raise SmlpError(
             f"parity failed: {', '.join(gate.name for gate in export.report.failures)}",
             where=export.path,
-            fix=f"the report is {export.report_path}",
+            fix=f"see the report {export.report_path}",
         )
     return export
 
 
 def default_model(given: Path | None, provider: Provider | None) -> Path:
-    """The model to predict with; says which, where none is given. A provider asks for an ONNX file."""
+    """The model to predict with; notes which one if none is given. A provider requires an ONNX file."""
     from smlp_deploy.artifacts import newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
@@ -104,13 +104,13 @@ def default_model(given: Path | None, provider: Provider | None) -> Path:
 
 
 def _fits(engine: Path) -> bool:
-    """Whether an engine can run here; says why not."""
+    """Whether an engine can run here; notes why not."""
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.runners.tensorrt import check_machine, read_manifest
 
     try:
         check_machine(engine, read_manifest(engine))
     except SmlpError as error:
-        note(f"not using an engine: {error}")
+        note(f"engine skipped: {error}")
         return False
     return True

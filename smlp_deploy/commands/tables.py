@@ -1,4 +1,4 @@
-"""Results as tables on stdout, or on stderr beside machine output."""
+"""Results as tables on stdout, or on stderr beside machine-readable output."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show_variants(variants: Mapping[str, Variant]) -> None:
 
 
 def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
-    """Writes one line per prediction as it comes: the file, its best class, and the runners-up."""
+    """Writes one line per prediction as it arrives: the file, its best class, and the runners-up."""
     console = Console(file=stream, highlight=False)
     path_width = max(20, min(44, console.width // 2 - 2))
     console.print(Text(f"{'image':<{path_width}}  best classes", style="bold"))
@@ -76,7 +76,7 @@ def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
 
 
 def show_parity(report: ParityReport, *, on_stderr: bool) -> None:
-    """The report's gates as a table, and what failed."""
+    """The report's gates as a table, then the failures."""
     table = Table(box=None, pad_edge=False)
     for heading in ("gate", "", "measured", "limit"):
         table.add_column(heading)
@@ -93,7 +93,7 @@ def show_parity(report: ParityReport, *, on_stderr: bool) -> None:
 
 
 def show_divergence(report: DivergenceReport) -> None:
-    """The growth of the error from point to point, on stdout."""
+    """How the error grows from point to point, on stdout."""
     console = stdout()
     console.print(Text(f"{printable(report.candidate)} against {printable(report.reference)}, {report.images} images"))
     table = Table(box=None, pad_edge=False)
@@ -114,13 +114,13 @@ def show_divergence(report: DivergenceReport) -> None:
             table.add_row(Text(printable(layer.name)), f"{layer.own_sqnr_db:.1f}", f"{layer.sqnr_db:.1f}")
         console.print(table)
         shown = min(_LAYERS_SHOWN, len(report.layers))
-        console.print(f"the {shown} with the most noise of their own, of {len(report.layers)} int8 layers")
+        console.print(f"the {shown} int8 layers with the most noise of their own, of {len(report.layers)}")
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
 
 
 def show_evaluation(report: Evaluation) -> None:
-    """Each model's figures, each pair's, and the first model's confusions, on stdout."""
+    """The figures of each model and pair, and the first model's confusions, on stdout."""
     console = stdout()
     console.print(f"{report.evaluated} images, {len(report.unreadable)} unreadable; classes named by {report.named_by}")
     table = Table(box=None, pad_edge=False)
@@ -149,7 +149,7 @@ def show_evaluation(report: Evaluation) -> None:
 
 
 def show_benchmark(report: Benchmark) -> None:
-    """Each model's start, its times by batch size, and files to records if measured, on stdout."""
+    """Each model's start, times by batch size, and end-to-end times if measured, on stdout."""
     console = stdout()
     console.print(_models_table(report))
     console.print(_batches_table(report))
@@ -165,7 +165,7 @@ def show_benchmark(report: Benchmark) -> None:
         console.print(Text(f"not stable when timing began: {', '.join(sorted(unstable))}", style="yellow"))
     for reason in report.left_out:
         console.print(Text(f"left out: {printable(reason)}", style="yellow"), soft_wrap=True)
-    console.print("ratio: times as fast as 1, median over the rounds, with its 95% interval")
+    console.print("ratio: speedup over model 1, median over the rounds, with its 95% interval")
 
 
 def _models_table(report: Benchmark) -> Table:
@@ -195,7 +195,7 @@ def _end_to_end_table(report: Benchmark) -> Table:
     first = report.models[0].end_to_end
     assert first is not None
     title = (
-        f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} threads decode"
+        f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} decoding threads"
     )
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for heading in ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%"):
@@ -214,7 +214,7 @@ def _ratio(ratio: Ratio | None) -> tuple[str, str]:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """What works and what does not, and how to mend it, on stdout: a line each, or a table where a person looks."""
+    """What works, what does not, and how to fix it, on stdout: a table on a terminal, else one line each."""
     console = stdout()
     lines = [(f.status, printable(f.name), printable(f.detail)) for f in findings]
     fixes = [f.fix and f"try: {printable(f.fix)}" for f in findings]
@@ -235,7 +235,7 @@ def show_findings(findings: Sequence[Finding]) -> None:
 
 
 def show_sensitivity(report: SensitivityReport) -> None:
-    """The int8 layers that do most harm, and what was chosen for each, on stderr."""
+    """The most sensitive int8 layers and the precision chosen for each, on stderr."""
     table = Table(box=None, pad_edge=False, title=f"int8 alone, top-1 {report.measure} lost on {report.inputs} images")
     for heading in ("layer", "points", "error", "choice"):
         table.add_column(heading, justify="right" if heading in ("points", "error") else "left")
@@ -258,8 +258,8 @@ def show_kernels(summary: KernelSummary) -> None:
 
 
 def show_profile(profile: GraphProfile, *, top: int) -> None:
-    """The kernels that move most, totals, and the roofline estimate, on stdout."""
-    from smlp_deploy.evaluation.profile import roofline  # loads onnx, which a table of predictions does not need
+    """The kernels that move the most bytes, totals, and the roofline estimate, on stdout."""
+    from smlp_deploy.evaluation.profile import roofline  # imports onnx, which a table of predictions does not need
 
     console = stdout()
     summary = profile.summary
@@ -277,7 +277,7 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     total = summary.bytes_per_image * summary.batch / 1e6
     compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
     console.print(f"{summary.count} kernels, {total:.0f} MB read and written; convolutions and products: {compute}")
-    estimates = Table(box=None, pad_edge=False, title="at best (an estimate, nothing was run)", title_justify="left")
+    estimates = Table(box=None, pad_edge=False, title="best case (an estimate; nothing was run)", title_justify="left")
     for heading in ("GPU", "us/image", "bound by", "GB/s", "T/s"):
         estimates.add_column(heading, justify="left" if heading in ("GPU", "bound by") else "right")
     for estimate in roofline(profile):
@@ -304,7 +304,7 @@ def show_comparison(first: GraphProfile, second: GraphProfile) -> None:
 
 
 def show_facts(facts: Mapping[str, Any]) -> None:
-    """Nested facts as two columns on stdout; long lists are cut."""
+    """Nested facts as two columns on stdout; long lists are shortened."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

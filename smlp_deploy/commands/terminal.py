@@ -1,4 +1,4 @@
-"""What people see beside the results: notes, progress and errors, on stderr; and the console of stdout."""
+"""Notes, progress and errors on stderr, and the console for results on stdout."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from smlp_deploy.errors import printable
 
 
 class _Settings:
-    """What the options of every verb say.
+    """The settings that every verb's options share.
 
     Attributes:
-        quiet: nothing but errors on stderr.
+        quiet: show only errors on stderr.
     """
 
     quiet = False
 
 
 def be_quiet() -> None:
-    """From now on show nothing but errors on stderr."""
+    """From now on, show only errors on stderr."""
     _Settings.quiet = True
 
 
@@ -46,7 +46,7 @@ def say(message: str) -> None:
 
 
 def suggest(*command: object) -> None:
-    """The next useful command, ready to paste, for whoever sits at a terminal."""
+    """Show the next useful command, ready to paste, if stderr is a terminal."""
     console = stderr()
     if console.is_terminal:
         console.print(Text(f"next: {printable(shlex.join(map(str, command)))}", style="dim"), soft_wrap=True)
@@ -57,7 +57,7 @@ def show_error(message: str) -> None:
 
 
 def stderr() -> Console:
-    """The console of everything else; silent after `be_quiet`."""
+    """The console for notes and progress; silent after `be_quiet`."""
     return Console(stderr=True, highlight=False, quiet=_Settings.quiet)
 
 
@@ -71,7 +71,7 @@ def working(what: str) -> Iterator[None]:
 
 @contextmanager
 def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for the phase that something long is in."""
+    """A progress bar for the current phase of a long task."""
     with _progress(SpinnerColumn(), _description(), BarColumn(), TimeElapsedColumn()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
@@ -79,7 +79,7 @@ def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def downloading() -> Iterator[Callable[[int, int | None], None]]:
-    """A bar for bytes, once there are any."""
+    """A progress bar for bytes, shown once there are any."""
     with _progress(TextColumn("downloading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=None, visible=False)
         yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
@@ -87,7 +87,7 @@ def downloading() -> Iterator[Callable[[int, int | None], None]]:
 
 @contextmanager
 def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Callable[[], None]]:
-    """A running count from `done` on, unless the records themselves scroll by on the terminal."""
+    """A running count from `done` on, unless the records themselves go to the terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"), TimeElapsedColumn())
     with _progress(*columns, enabled=not records_on_terminal) as progress:
         task = progress.add_task(what, total=None, completed=done)
@@ -95,7 +95,7 @@ def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Cal
 
 
 def _description() -> TextColumn:
-    return TextColumn("{task.description}", markup=False)  # there may be file names in it
+    return TextColumn("{task.description}", markup=False)  # it may contain file names
 
 
 def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
@@ -105,5 +105,5 @@ def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
 
 
 def stdout() -> Console:
-    """The console of results."""
+    """The console for results."""
     return Console(highlight=False)

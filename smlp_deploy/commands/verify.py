@@ -27,7 +27,7 @@ def verify(
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Compare an artifact with its trained network again, on real images and seeded noise."""
+    """Compare an artifact with the trained network on real images and seeded noise."""
     from smlp_deploy.commands.output import check_html
 
     check_html(html, beside=save)
@@ -52,7 +52,11 @@ def _verify_whole(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Show the gates, and fail if one does."""
+    """Show the gates.
+
+    Raises:
+        SmlpError: a gate failed.
+    """
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_parity
     from smlp_deploy.commands.terminal import suggest, working
@@ -73,7 +77,7 @@ def _verify_whole(
         raise SmlpError(
             f"parity failed: {', '.join(gate.name for gate in report.failures)}",
             where=candidate,
-            fix="smlp verify --layers finds where they diverge",
+            fix="find where they diverge with smlp verify --layers",
         )
     suggest("smlp", "benchmark", candidate)
 
@@ -81,21 +85,21 @@ def _verify_whole(
 def _divergence(
     candidate: Path, reference: Path | None, images: list[str] | None, max_error: float | None
 ) -> DivergenceReport:
-    """The error at each point: measured, or read from what --save wrote."""
+    """The error at each point: measured, or read from a report that --save wrote."""
     from smlp_deploy.commands.terminal import working
     from smlp_deploy.evaluation.layers import DivergenceReport
     from smlp_deploy.files import read_text
     from smlp_deploy.pipeline.verify import verify_layers
 
     if max_error is not None and not math.isfinite(max_error):
-        raise UsageError("is no number to compare with", where="--max-error")
+        raise UsageError("is not a finite number", where="--max-error")
     if candidate.suffix != ".json":
         paths = o.find_given_images(images) if images else None
         with working(f"comparing {candidate} block by block"):
             return verify_layers(candidate, reference=reference, images=paths, max_error=max_error)
     if reference is not None or images:
         raise UsageError(
-            "is a report, for which nothing is run", where=candidate, fix="leave out --reference and --images"
+            "is a saved report, so nothing is run", where=candidate, fix="leave out --reference and --images"
         )
     text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
     report = DivergenceReport.from_json(text, where=candidate)
@@ -105,7 +109,11 @@ def _divergence(
 def _show_layers(
     candidate: Path, report: DivergenceReport, *, save: Path | None, html: Path | None, as_json: bool
 ) -> None:
-    """Show the error at each point, and fail if one is over the gate."""
+    """Show the error at each point.
+
+    Raises:
+        SmlpError: one is over the gate.
+    """
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_divergence
     from smlp_deploy.commands.terminal import suggest

@@ -1,4 +1,4 @@
-"""Accuracy on labelled images: several models on the same decoded batches, so that they differ by the model alone."""
+"""Accuracy on labelled images; all models see the same decoded batches, so that results differ only by the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from smlp_deploy.runners.base import Runner
 logger = logging.getLogger(__name__)
 
 BINS = 15
-"""Of the calibration error."""
+"""Confidence bins of the calibration error."""
 
 _Z = NormalDist().inv_cdf(0.975)
 _NO_ANSWER = -1
@@ -62,7 +62,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassResult:
-    """How many of a class's `n` images were answered right."""
+    """How many of a class's `n` images were classified correctly."""
 
     index: int
     label: str
@@ -73,7 +73,7 @@ class ClassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """How many images of class `label` were taken for `predicted`; both are indices."""
+    """How many images of class `label` were classified as `predicted`; both are indices."""
 
     label: int
     predicted: int
@@ -82,15 +82,15 @@ class Confusion:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """What one model made of the images that could be read.
+    """One model's results on the readable images.
 
     Attributes:
         name: of its runner.
         precision: of its arithmetic.
         top1: the best class is the label.
-        top5: the label is among the five best classes, or among all where there are fewer.
-        loss: mean cross-entropy, in nats; None where it answered nothing.
-        calibration_error: expected, in 15 bins of confidence; None where it answered nothing.
+        top5: the label is among the five best classes, or among all if there are fewer.
+        loss: mean cross-entropy, in nats; None if it answered no image.
+        calibration_error: expected calibration error in 15 confidence bins; None if it answered no image.
         unanswered: images on which it failed or gave NaN; they count as wrong, but not in the two means.
         classes: those that have images, by index.
         confusions: the most frequent first.
@@ -112,12 +112,12 @@ class PairResult:
     """Two models on the same images.
 
     Attributes:
-        first: position of one among the models.
-        second: position of the other.
+        first: index of one model.
+        second: index of the other.
         agreement: both have the same best class, right or wrong.
-        only_first: images that the first alone has right.
-        only_second: images that the second alone has right.
-        p_value: of McNemar's exact test that neither is right more often.
+        only_first: images that only the first classifies correctly.
+        only_second: images that only the second classifies correctly.
+        p_value: of McNemar's exact test; the null hypothesis is that both are right equally often.
     """
 
     first: int
@@ -130,12 +130,12 @@ class PairResult:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one model made of an image.
+    """One model's answer to an image.
 
     Attributes:
         index: the best class.
         probability: its softmax probability.
-        error: the reason why there is no answer.
+        error: why there is no answer.
         loss: cross-entropy, in nats.
         top5: the label is among the five best classes.
     """
@@ -149,7 +149,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image, its label's index, and each model's answer; or the reason why it could not be read."""
+    """An image, its label's index, and each model's answer, or why it could not be read."""
 
     path: str
     label: int
@@ -159,14 +159,14 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        named_by: how the dataset named its classes: by "label", "synset" or "index".
+        named_by: how the dataset names its classes: by "label", "synset" or "index".
         labels: of the models.
-        evaluated: images that could be read; the others are neither right nor wrong.
+        evaluated: readable images; the others count neither as right nor as wrong.
         models: in the order given.
-        pairs: of all models, in that order.
+        pairs: of all models, in the same order.
         records: every image, in the order given.
     """
 
@@ -182,33 +182,33 @@ class Evaluation:
         return tuple(record for record in self.records if record.error is not None)
 
     def to_json(self) -> str:
-        """A JSON object with all of it, and how many images were unreadable."""
+        """A JSON object with all fields and the number of unreadable images."""
         return json.dumps({**asdict(self), "unreadable": len(self.unreadable)}, indent=2, allow_nan=False) + "\n"
 
 
 class Kept(Protocol):
-    """What an interrupted evaluation left, and where a running one leaves its records.
+    """Stores the records of a running evaluation, and has those of an interrupted one.
 
     Attributes:
-        partial: where they are.
+        partial: the file.
     """
 
     partial: Path
 
     def read(self) -> Iterator[ImageRecord]:
-        """The records of whole batches that are there."""
+        """The stored records, in whole batches."""
         ...
 
     def write(self, record: ImageRecord) -> None:
-        """Take a record, which `flush` keeps."""
+        """Buffer a record until `flush`."""
         ...
 
     def flush(self) -> None:
-        """Keep what was written, after each whole batch."""
+        """Store the buffered records; called after each whole batch."""
         ...
 
     def discard(self) -> None:
-        """Forget all records."""
+        """Delete all records."""
         ...
 
 
@@ -224,20 +224,20 @@ def evaluate(
 ) -> Evaluation:
     """Run every image, decoded once, through every model.
 
-    Three batches are in memory at once, and the logits of one.
+    Memory holds at most three batches of images, and the logits of one.
 
     Args:
         runners: models with the same labels and preprocessing.
         samples: labelled images.
         batch_size: images per run of a network.
         workers: decoding threads; by default one per core.
-        progress: called after each batch with the images done and their number.
-        kept: records of the first samples, which are not run again, and where those of the others go.
-        stop: looked at after each batch.
+        progress: called after each batch with the number of images done and in total.
+        kept: has the records of the first samples, which are not run again, and stores the others.
+        stop: checked after each batch.
 
     Raises:
-        UsageError: the models differ in more than the network, a number is out of range, or no image can be read.
-        StoppedError: a signal came.
+        UsageError: the models differ in labels or preprocessing, a number is out of range, or no image can be read.
+        StoppedError: a signal arrived.
     """
     _check(runners, samples, batch_size, workers)
     records = list(kept.read()) if kept is not None else []
@@ -274,18 +274,18 @@ def evaluate_dataset(
 
     Args:
         models: artifacts and checkpoints with the same labels and preprocessing.
-        dataset: a folder with one folder per class, or a CSV file; see `find_labelled_images`.
-        mapping: what the dataset calls a class -> its label.
+        dataset: a folder with one subfolder per class, or a CSV file; see `find_labelled_images`.
+        mapping: the dataset's name of a class -> its label.
         batch_size: images per run of a network.
         workers: decoding threads; by default one per core.
-        output: the JSON report; until it is there each image's answers are kept beside it, and Ctrl-C and SIGTERM stop
-            behind a whole batch. None to write nothing.
+        output: the JSON report; until it is complete each image's answers are stored beside it, and Ctrl-C and SIGTERM
+            stop after a whole batch. None to write nothing.
         resume: continue an interrupted run with the same output, if there is one.
         progress: told of the images done.
 
     Raises:
-        UsageError: the models, the dataset, the mapping or an interrupted run do not fit together.
-        StoppedError: a signal came.
+        UsageError: the models, the dataset, the mapping or an interrupted run do not match.
+        StoppedError: a signal arrived.
         SmlpError: a file cannot be used.
     """
     tell = progress or (lambda what, done, total: None)
@@ -342,7 +342,7 @@ def _measured(
 
 
 def _answers(runner: Runner, images: list[FloatArray], labels: Sequence[int]) -> Iterator[Answer]:
-    """What one model answers to each image: a few numbers, not its logits."""
+    """One model's answer to each image: a few numbers instead of its logits."""
     for logits, label in zip(infer_each(runner, images), labels, strict=True):
         if isinstance(logits, str):
             yield Answer(error=logits)
@@ -399,7 +399,7 @@ def _summary(runners: Sequence[Runner], samples: Sequence[LabelledImage], record
 
 
 def _best(answers: Sequence[Answer]) -> _Ints:
-    """The best class of each image, -1 where there is none."""
+    """The best class of each image, -1 for no answer."""
     return np.array([_NO_ANSWER if answer.index is None else answer.index for answer in answers])
 
 
@@ -437,7 +437,7 @@ def calibration_error(confidence: NDArray[np.float64], right: _Bools) -> float:
 
     Args:
         confidence: n probabilities of the best class, n at least 1.
-        right: n; whether it is the label.
+        right: n booleans; whether that class is the label.
     """
     bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     return float(np.abs(np.bincount(bins, weights=right - confidence)).sum() / len(right))
@@ -446,7 +446,7 @@ def calibration_error(confidence: NDArray[np.float64], right: _Bools) -> float:
 def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided p-value of McNemar's exact test (Psychometrika 12, 1947; exact: Fagerland et al., BMC 13:91, 2013).
 
-    If neither is right more often, each of the n discordant images falls to either with probability 1/2, so
+    Under the null hypothesis, each of the n discordant images falls to either model with probability 1/2, so
     p = min(1, 2 · Σ C(n, i) / 2^n) for i from 0 to the smaller count. The sum is exact, in integers.
     """
     n = only_first + only_second
@@ -459,7 +459,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def _compared(first: int, second: int, a: _Ints, b: _Ints, truth: _Ints) -> PairResult:
-    """Two models by their best classes; no answer agrees with nothing."""
+    """Two models by their best classes; a missing answer never agrees."""
     only_first, only_second = int(((a == truth) & (b != truth)).sum()), int(((a != truth) & (b == truth)).sum())
     return PairResult(
         first=first,
@@ -473,15 +473,15 @@ def _compared(first: int, second: int, a: _Ints, b: _Ints, truth: _Ints) -> Pair
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationIdentity:
-    """Of an evaluation.
+    """What the results of an evaluation depend on.
 
     Attributes:
-        versions: of smlp-deploy, and of what decodes and computes.
-        model: how many there are, and the sha256 of each one's file by its number.
+        versions: of smlp-deploy and of the packages that decode and compute.
+        model: the number of models, and the sha256 of each one's file by its number.
         labels: sha256 of their class names.
-        preprocessing: how an image becomes their input.
-        samples: how many there are, and the sha256 of their paths, labels and kind of names.
-        batch_size: images that a model sees together.
+        preprocessing: from image to network input.
+        samples: the number of samples, and the sha256 of their paths, labels and `named_by`.
+        batch_size: images per run of a network.
     """
 
     versions: Mapping[str, str | None]
@@ -495,7 +495,7 @@ class EvaluationIdentity:
     def of(
         cls, models: Sequence[Path], metadata: ModelMetadata, samples: Sequence[LabelledImage], *, batch_size: int
     ) -> EvaluationIdentity:
-        """That of models which share the labels and preprocessing in `metadata`; it reads their files."""
+        """The identity for models that share the labels and preprocessing in `metadata`; hashes their files."""
         facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
         return cls(
             versions=run_versions(),
@@ -523,7 +523,7 @@ def image_writer(stream: TextIO) -> Callable[[ImageRecord], None]:
 
 
 def read_images(lines: Iterable[bytes]) -> Iterator[Written[ImageRecord]]:
-    """What `image_writer` wrote, up to the first record that is not whole; every number is the one written."""
+    """What `image_writer` wrote, up to the first incomplete record; numbers are restored exactly."""
 
     def parse(document: dict[str, Any]) -> ImageRecord:
         answers = tuple(Answer(**answer) for answer in document["answers"])

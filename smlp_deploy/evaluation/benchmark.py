@@ -1,7 +1,7 @@
-"""How fast models run, side by side: A B A B ..., so that other load on the machine affects all of them alike.
+"""Times models side by side (A B A B ...), so that other load on the machine affects all of them alike.
 
-Each model lives in a process of its own (`worker.py`), because threads that one framework leaves spinning must not
-slow another down, and because peak memory belongs to a process. They take turns; only one works at a time.
+Each model has its own process (`worker.py`), so that spinning threads of one framework cannot slow down another, and
+because peak memory is measured per process. They take turns; only one runs at a time.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DEFAULT_ROUNDS = 10
 _TURN_SECONDS = 0.25
 _WARM_UP_TURNS = range(3, 13)
 _STABLE = 0.05
-"""Largest difference between the medians of three turns in a row."""
+"""Largest relative difference between the medians of three consecutive turns."""
 _MOST_ROUNDS = 3
-"""Times as many as were asked for."""
+"""Over the number of rounds requested."""
 _PRECISE = 0.1
 """Width of a ratio's interval, over the ratio."""
 _FEWEST_ROUNDS = 5
-"""Of which the bootstrap's interval of a median means anything."""
+"""For a meaningful bootstrap interval of a median."""
 _PASSES = 5
 _RESAMPLES = 2000
 _SEED = 2109
@@ -47,10 +47,10 @@ _PACKAGES = ("numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu", *sum(
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as fast as the first model; with a 95% interval `low` to `high`.
+    """The speedup over the first model, with its 95% interval `low` to `high`.
 
-    `value` is the median over the rounds of the first's time over this one's in the same round; the interval is the
-    percentile bootstrap's, rounds resampled. Fewer than five rounds give no interval: `low` and `high` are None.
+    `value` is the median over the rounds of the first model's time divided by this one's in the same round; the
+    interval is a percentile bootstrap over rounds. With fewer than five rounds, `low` and `high` are None.
     """
 
     value: float
@@ -64,13 +64,13 @@ class BatchTiming:
 
     Attributes:
         batch: images per run.
-        stable: the warm-up ended because times had become stable, not because it took too long.
+        stable: the warm-up ended with stable times, not at its limit.
         rounds: the timed runs of each round.
-        median, p90, p95, p99: of all timed runs; percentiles by the nearest rank.
+        median, p90, p95, p99: of all timed runs; percentiles by nearest rank.
         spread: interquartile range over the median.
         images_per_second: by the median.
-        ratio: to the first model; None for itself.
-        gpu_median: of the engine's runs by CUDA events, without transfers; None for models that are not timed so.
+        ratio: to the first model; None for the first.
+        gpu_median: of the engine's runs by CUDA events, without transfers; None for other models.
     """
 
     batch: int
@@ -96,11 +96,11 @@ class EndToEnd:
         batch: images per run of the network.
         workers: decoding threads.
         seconds: from the first file to the last record.
-        inference: of those, with the network running.
-        idle: the rest: the network waited for decoding, or records were written.
-        decode: what decoding alone takes with as many threads, no network running.
+        inference: those of them in which the network ran.
+        idle: the rest, in which the network waited for decoding, or records were written.
+        decode: seconds of decoding alone, with as many threads and no network running.
         images_per_second: by `seconds`.
-        ratio: to the first model; None for itself.
+        ratio: to the first model; None for the first.
     """
 
     images: int
@@ -117,16 +117,16 @@ class EndToEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTiming:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Attributes:
         name: of its runner.
         precision: of its arithmetic.
-        load: seconds from a fresh process to a loaded model, its framework's import included.
+        load: seconds from starting the process to a loaded model, including the framework's import.
         first: seconds of the first prediction after that, at the smallest batch size.
-        peak_memory: the most bytes that its process held, with the framework; None where the system does not report it.
+        peak_memory: of its process in bytes, including the framework; None if the system does not report it.
         batches: by batch size.
-        end_to_end: files to records, if that was asked for.
+        end_to_end: files to records, if requested.
     """
 
     name: str
@@ -140,12 +140,12 @@ class ModelTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One run: all models, and where they ran.
+    """The result of one run: all models and their environment.
 
     Attributes:
         environment: the machine and the versions, as text by name.
         models: in the order given; ratios are to the first.
-        left_out: the models that could not be run, with the reason.
+        left_out: models that could not run, with the reason.
     """
 
     environment: dict[str, str]
@@ -153,13 +153,13 @@ class Benchmark:
     left_out: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """A JSON object with all of it, every timed run included."""
+        """A JSON object with all fields, including every timed run."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """What an end-to-end measurement reads.
+    """The input of an end-to-end measurement.
 
     Attributes:
         paths: image files.
@@ -194,19 +194,19 @@ def run_benchmark(
 
     Args:
         targets: the models; ratios are to the first.
-        baselines: more of them; one that cannot be started is left out.
+        baselines: more models; one that cannot be started is left out.
         batch_sizes: images per run.
-        rounds: how often each model has its turn at each batch size; where a ratio's interval is still wider than a
-            tenth of it, up to three times as often.
-        files: also measure the way from files to records.
-        progress: told of the phase, and of steps done and in all.
+        rounds: turns of each model at each batch size; up to three times as many while a ratio's interval is wider than
+            a tenth of the ratio.
+        files: also measure the time from files to records.
+        progress: told of the phase, and of the steps done and in total.
 
     Raises:
         UsageError: there is nothing to time, a number is out of range, or none of the files can be read.
         SmlpError: a model cannot be loaded or run, or its process ended.
     """
     if not targets or not batch_sizes or min(*batch_sizes, rounds) < 1:
-        raise UsageError("there is nothing to time", fix="give a model, a batch size and a round at least")
+        raise UsageError("there is nothing to time", fix="give at least one model, batch size and round")
     tell = progress or (lambda *_: None)
     environment = describe_environment()
     with ExitStack() as stack:
@@ -273,8 +273,8 @@ def _take_turns(
 ) -> dict[int, list[list[Sample]]]:
     """The turns of each model at each batch size.
 
-    A round goes through all sizes, so that each of them sees the whole run: machines change over minutes, too. Where
-    a ratio is not known well enough after all rounds there are more.
+    A round goes through all sizes, so that each of them is spread over the whole run, because machines drift over
+    minutes. Sizes with an imprecise ratio get more rounds.
     """
     turns: dict[int, list[list[Sample]]] = {batch: [[] for _ in models] for batch in sizes}
     for number in range(_MOST_ROUNDS * rounds):
@@ -288,13 +288,13 @@ def _take_turns(
 
 
 def _ratios(turns: Sequence[Sequence[Sample]]) -> list[Ratio | None]:
-    """Those of each model's turns to the first's."""
+    """The ratio of each model's turns to the first's."""
     first, *others = ([median(turn.runs) for turn in of_model] for of_model in turns)
     return [None, *(ratio_to_first(first, other) for other in others)]
 
 
 def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
-    """Whether the ratios are known well enough, or have no interval that more rounds could narrow."""
+    """Whether the intervals are narrow enough, or there are none to narrow by more rounds."""
     return all(
         ratio is None or ratio.low is None or ratio.high is None or ratio.high - ratio.low <= _PRECISE * ratio.value
         for ratio in ratios
@@ -302,7 +302,7 @@ def _are_precise(ratios: Sequence[Ratio | None]) -> bool:
 
 
 def _warm_up(process: TimedProcess, batch: int) -> bool:
-    """Run a model until its times are stable, for a limited number of turns; whether they became so."""
+    """Run a model until its times are stable, for a limited number of turns; returns whether they are."""
     medians: list[float] = []
     for _ in range(_WARM_UP_TURNS.stop - 1):
         medians.append(median(process.turn(batch, _TURN_SECONDS).runs))
@@ -334,7 +334,7 @@ def _batch_timing(batch: int, turns: Sequence[Sample], *, stable: bool, ratio: R
 
 
 def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
-    """How many times as fast the other is, from the times of both in each round.
+    """The speedup of the other model over the first, from the times of both in each round.
 
     Percentile bootstrap: Efron, Ann. Stat. 7, 1979. Rounds are resampled whole, so drift from round to round cancels.
     """
@@ -347,7 +347,7 @@ def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
 
 
 def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) -> None:
-    """Read all files once, so that networks compiled for each batch size have also seen that of the last batch."""
+    """Run all files once, so that networks compiled per batch size have also seen the size of the last batch."""
     for position, model in enumerate(models):
         tell("files to records: warming up", position, len(models))
         found = model.process.end_to_end(files.paths, files.batch, files.workers)
@@ -381,7 +381,7 @@ def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> li
 
 
 def describe_environment() -> dict[str, str]:
-    """The machine and the versions of what runs on it, as text by name."""
+    """The machine and the versions of the software on it, as text by name."""
     return {name: value for name, value in _facts() if value}
 
 
@@ -404,22 +404,22 @@ def _facts() -> Iterator[tuple[str, str | None]]:
 
 
 def _of_cpu(name: str) -> str | None:
-    """A property of the first core on Linux: psutil has no model name, and takes the clock from the same file."""
+    """A property of the first core on Linux; psutil has no model name, and reads the clock from the same file."""
     match = re.search(rf"^{name}\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
     return match[1] if match else None
 
 
 def _read(path: str) -> str | None:
-    """The text of a file that only some systems have."""
+    """The text of a file that exists only on some systems."""
     with suppress(OSError):
         return Path(path).read_text(encoding="utf-8").strip()
     return None
 
 
 def _gpu_clock(gpu: GpuDevice) -> str | None:
-    """The GPU's SM clock now and at most, or None without nvidia-ml-py, or where NVML does not tell them.
+    """The GPU's current and maximum SM clock, or None without nvidia-ml-py or if NVML does not report them.
 
-    NVML is asked for the GPU's PCI address, because its first GPU need not be CUDA's.
+    The GPU is looked up by its PCI address, because NVML and CUDA may number GPUs differently.
     """
     if find_spec("pynvml") is None:
         return None

@@ -1,9 +1,9 @@
-"""Where two forms of a network part: the values between its blocks in both, compared on real images.
+"""Where two forms of a network diverge: the values between their blocks, compared on real images.
 
-The measure at each point is the relative error: the root of the squared differences over that of the squared values,
-over all images; in decibels, the signal-to-quantization-noise ratio of int8. That of each int8 layer is measured at its
-own output, twice: with what comes out in the int8 network, whose noise has come through all layers before it, and with
-what the layer makes in int8 of the fp32 network's values, whose noise is the layer's own.
+The measure at each point is the relative error over all images, the L2 norm of the differences over that of the
+values; in decibels it is the signal-to-quantization-noise ratio (SQNR) of int8. For each int8 layer the SQNR at its
+output is measured twice: inside the int8 network, including the noise of all layers before it, and given the fp32
+network's values, which leaves only the layer's own noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batc
 from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner
 
 MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
-"""The gate of each precision: some ten times what the bundled model has, int8 three times."""
+"""The gate of each precision: about ten times the bundled model's error, for int8 three times."""
 
 _BATCH = 8
 _NUMBERS = {"error", "worst_error", "max_abs", "growth", "sqnr_db", "own_sqnr_db"}
@@ -34,12 +34,12 @@ class PointReport:
     """The difference at one point.
 
     Attributes:
-        name: `stage 1 block 2` for example.
-        error: relative error; NaN where a value is not finite.
-        worst_error: that of the image with the largest.
-        worst_image: its name.
-        max_abs: largest difference of a value.
-        growth: `error` over that of the point before; None at the first, or where that is zero.
+        name: for example `stage 1 block 2`.
+        error: relative error; NaN if a value is not finite.
+        worst_error: the largest relative error of one image.
+        worst_image: the name of that image.
+        max_abs: largest absolute difference of a value.
+        growth: `error` over that of the previous point; None at the first point, or if that is zero.
     """
 
     name: str
@@ -63,10 +63,11 @@ class PointReport:
 class LayerNoise:
     """The noise of one int8 layer: 10 log10(Σ x² / Σ (x - y)²) over all images, x its output in the fp32 network.
 
+    Both ratios are infinite without noise, and NaN if a value is not finite.
+
     Attributes:
-        name: of the layer, as the sensitivity report has it.
-        sqnr_db: y is its output in the int8 network, so that it has the noise of all layers before it too; infinite
-            where there is no noise, NaN where a value is not finite.
+        name: of the layer, as in the sensitivity report.
+        sqnr_db: y is its output in the int8 network, including the noise of all layers before it.
         own_sqnr_db: y is its output in int8 for its input in the fp32 network.
     """
 
@@ -77,17 +78,17 @@ class LayerNoise:
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceReport:
-    """What a comparison found at each point, in the order of the computation.
+    """The difference at each point, in execution order.
 
     Attributes:
         reference: name of the runner taken as the truth.
         candidate: name of the runner under test.
         precision: of the candidate.
-        images: compared.
+        images: number compared.
         unreadable: images left out, with the reason.
         max_error: the gate.
         points: every point.
-        layers: those in int8, the one with the most noise of its own first; empty where that was not measured.
+        layers: int8 layers, the one with the most noise of its own first; empty if not measured.
     """
 
     reference: str
@@ -101,15 +102,15 @@ class DivergenceReport:
 
     @property
     def first_over(self) -> PointReport | None:
-        """The first point whose error is not within the gate."""
+        """The first point whose error is NaN or over the gate."""
         return next((point for point in self.points if not point.error <= self.max_error), None)
 
     def judged_by(self, max_error: float) -> DivergenceReport:
-        """The same figures by another gate."""
+        """The same report with another gate."""
         return replace(self, max_error=max_error)
 
     def to_json(self) -> str:
-        """A JSON object, which `from_json` reads again; NaN is null, and infinity the text "inf"."""
+        """A JSON object for `from_json`; NaN is null, and infinity the text "inf"."""
         document = asdict(self)
         for key in ("points", "layers"):
             document[key] = [{k: _plain(v) for k, v in entry.items()} for entry in document[key]]
@@ -117,7 +118,7 @@ class DivergenceReport:
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> DivergenceReport:
-        """Read the JSON form, which came from the file `where`.
+        """Read the JSON form; `where` is its file, for messages.
 
         Raises:
             ArtifactError: it is not such a report.
@@ -138,14 +139,14 @@ def find_divergence(
     max_error: float | None = None,
     layers: LayerTracer | None = None,
 ) -> DivergenceReport:
-    """Run real images through both networks and compare what comes out of each part.
+    """Run real images through both networks and compare the values at each point.
 
     Args:
         reference: the truth.
-        candidate: what is looked into.
-        image_paths: real images; one that cannot be read is left out and reported.
+        candidate: the network under test.
+        image_paths: real images; unreadable ones are left out and reported.
         max_error: the gate; by default that of the candidate's precision.
-        layers: shows the candidate's int8 layers, if their noise is wanted.
+        layers: to also measure the noise of the candidate's int8 layers.
 
     Raises:
         UsageError: the networks have different shapes, or no image can be read.
@@ -170,7 +171,7 @@ def find_divergence(
         for output in layers.trace_layers(batch) if layers is not None else ():
             noise.setdefault(output.name, _Noise()).add(output)
     if not names:
-        raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give others")
+        raise UsageError("no image can be read", where=unreadable[0] if unreadable else None, fix="give other images")
     return DivergenceReport(
         reference=reference.name,
         candidate=candidate.name,
@@ -184,7 +185,7 @@ def find_divergence(
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as JSON can hold it."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
@@ -224,7 +225,7 @@ class _Noise:
 
 
 def _worst_first(noise: dict[str, _Noise]) -> tuple[LayerNoise, ...]:
-    """By their own noise, then as they come; NaN before all others."""
+    """By their own noise, the most first; NaN before all others."""
     reports = [total.report(name) for name, total in noise.items()]
     return tuple(sorted(reports, key=lambda layer: (not math.isnan(layer.own_sqnr_db), layer.own_sqnr_db)))
 
@@ -238,7 +239,7 @@ class _Total:
         self.max_abs = 0.0
 
     def add(self, reference: FloatArray, candidate: FloatArray) -> None:
-        with np.errstate(all="ignore"):  # NaN and infinities give NaN, which is over every gate
+        with np.errstate(all="ignore"):  # NaN and infinities give NaN, which fails every gate
             difference = candidate.astype(np.float64) - reference
             self.signal += np.square(reference, dtype=np.float64).sum(axis=(1, 2, 3)).tolist()
             self.noise += np.square(difference).sum(axis=(1, 2, 3)).tolist()

@@ -1,7 +1,7 @@
-"""Proof that two runners compute the same function: real images and seeded noise through both, compared by gates.
+"""Proof that two runners compute the same function: both run real images and seeded noise, and gates judge the result.
 
-`prove` measures and judges; it never prints. What it measures is relative to the spread of the reference's logits,
-because a difference means nothing without their scale.
+`prove` measures and judges; it never prints. Differences are relative to the standard deviation of the reference's
+logits, because they mean little without that scale.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ _Sample = tuple[str, FloatArray]
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Bounds that a candidate must keep.
+    """Bounds that a candidate has to meet.
 
     Attributes:
-        cosine: smallest cosine between the two logit vectors of one image.
-        difference: largest difference of a logit, over the standard deviation of the reference's logits; None for
-            any.
-        top1: share of images with the same best class, among those whose reference margin exceeds `difference`, or
-            the measured difference where that is None.
+        cosine: minimum cosine between the two logit vectors of one image.
+        difference: maximum logit difference, over the standard deviation of the reference's logits; None for no bound.
+        top1: minimum share of images with the same best class, among those whose reference margin exceeds `difference`,
+            or the measured difference if that is None.
     """
 
     cosine: float
@@ -54,7 +53,7 @@ class Gates:
 
 
 Bounds = Mapping[str, float]
-"""Bounds that somebody chose in place of the precision's own: any of the attributes of `Gates`."""
+"""Bounds that replace those of the precision: any of the attributes of `Gates`."""
 
 GATES = {
     "fp32": Gates(cosine=0.99999, difference=1e-4),
@@ -66,7 +65,7 @@ GATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """One gate's verdict; `measured` is NaN where there was nothing to measure."""
+    """One gate's verdict; `measured` is NaN if there was nothing to measure."""
 
     name: str
     passed: bool
@@ -77,11 +76,11 @@ class GateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class HalfReport:
-    """What true fp16 arithmetic does, and how near to its range the activations come.
+    """The error of true fp16 arithmetic, and how close activations come to the limit of fp16.
 
     Attributes:
         images: inputs run in fp16 arithmetic.
-        max_relative: largest difference of a logit to the reference, over the standard deviation of its logits.
+        max_relative: largest logit difference to the reference, over the standard deviation of the reference's logits.
         min_cosine: smallest cosine between the logit vectors of one input.
         largest_activation: largest absolute value over all parity images, in fp32.
         layer: where it occurs.
@@ -98,28 +97,28 @@ class HalfReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         reference: name of the runner taken as the truth.
         candidate: name of the runner under test.
-        precision: of the candidate, which chose the gates.
+        precision: of the candidate; it selects the gates.
         images: real images compared.
         noise: seeded noise inputs compared.
         unreadable: images left out, with the reason.
         batch_sizes: sizes at which the candidate ran.
         logit_scale: standard deviation of the reference's logits.
-        max_abs: largest difference of a logit.
-        max_relative: that, over `logit_scale`.
+        max_abs: largest absolute logit difference.
+        max_relative: `max_abs` over `logit_scale`.
         min_cosine: smallest cosine between the logit vectors of one input.
         top1_agreement: share of inputs with the same best class.
         top5_agreement: mean share of the five best classes in common.
         nan_count: NaN logits of the candidate.
         inf_count: infinite logits of the candidate.
-        bounds: that the numeric gates went by.
+        bounds: of the numeric gates.
         gates: every gate's verdict.
         artifact_sha256: of the candidate's file.
-        half: for fp16, what its arithmetic and range were measured to be.
+        half: for fp16 and int8, the measured error of fp16 arithmetic and the range of activations.
     """
 
     reference: str
@@ -151,7 +150,7 @@ class ParityReport:
         return tuple(gate for gate in self.gates if not gate.passed)
 
     def to_json(self) -> str:
-        """A JSON object; what could not be measured is null."""
+        """A JSON object; values that could not be measured are null."""
         return json.dumps(_without_nan({"passed": self.passed, **asdict(self)}), indent=2, allow_nan=False) + "\n"
 
 
@@ -165,14 +164,14 @@ def prove(
 ) -> ParityReport:
     """Run real images, then seeded noise, through both runners and judge the difference.
 
-    The candidate sees every input at its largest batch (the one its file fixes, or 32), and the first ones again
+    The candidate runs every input at its largest batch size (the one its file fixes, or 32), and the first ones again
     alone and in an odd batch. Images are read with the candidate's preprocessing. Memory holds one batch at a time.
 
     Args:
         reference: the truth.
-        candidate: what is to be proven.
-        image_paths: real images; one that cannot be read is left out and reported.
-        bounds: in place of those of the candidate's precision.
+        candidate: the runner under test.
+        image_paths: real images; unreadable ones are left out and reported.
+        bounds: replace those of the candidate's precision.
         artifact_sha256: of the candidate's file, for the report.
     """
     metadata = candidate.metadata
@@ -182,7 +181,7 @@ def prove(
     mismatch = _shape_mismatch(parts)
     spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)
     if metadata.precision == "int8" and samples.images and not mismatch:
-        # Noise is beyond the ranges that an int8 graph was calibrated for.
+        # Noise exceeds the ranges that an int8 graph was calibrated for.
         judged = _Spread.between([part.real() for part in parts])
     return ParityReport(
         reference=reference.name,
@@ -215,13 +214,13 @@ def prove(
 def check_half_range(
     report: ParityReport, reference: Runner, half: Runner, recorder: ActivationRecorder, image_paths: Sequence[Path]
 ) -> ParityReport:
-    """`report` with what an fp16 graph in ONNX Runtime on a CPU hides: its arithmetic there is fp32.
+    """Add to `report` what running an fp16 graph on the CPU cannot show, because ONNX Runtime computes it in fp32.
 
     The lowered network runs a few images in true fp16 arithmetic, and all of them in fp32 while its activations are
-    watched: half of fp16's range is the bound, because other images will have larger ones.
+    recorded. Their bound is half of the fp16 range, because other images may have larger ones.
 
     Args:
-        report: of the fp16 artifact.
+        report: of the fp16 or int8 artifact.
         reference: the trained network.
         half: the lowered network in fp16 arithmetic.
         recorder: the lowered network in fp32, recording its activations.
@@ -242,7 +241,7 @@ def check_half_range(
         largest_activation=largest,
         layer=layer,
     )
-    # An int8 graph's own bound is wide for the sake of its int8 layers; here none of them runs.
+    # The int8 bound is wide because of int8 layers, which do not run here.
     cosine = report.bounds.cosine if report.precision == "fp16" else GATES["fp16"].cosine
     bound = FP16_SHARE_OF_RANGE * FP16_RANGE
     gates = (
@@ -253,7 +252,7 @@ def check_half_range(
 
 
 class ActivationRecorder(Runner, Protocol):
-    """A runner that remembers the largest absolute activation it has seen."""
+    """A runner that records its largest absolute activation."""
 
     def largest(self) -> tuple[str, float]:
         """The layer's name and the value."""
@@ -261,7 +260,7 @@ class ActivationRecorder(Runner, Protocol):
 
 
 class _Samples:
-    """Named inputs: the readable images, then noise to fill up one batch; counted while they are iterated over."""
+    """Named inputs: the readable images, then noise to fill up a batch; counted during iteration."""
 
     def __init__(self, paths: Sequence[Path], metadata: ModelMetadata, *, fill: int) -> None:
         self._paths = paths
@@ -289,7 +288,7 @@ class _Samples:
 
 @dataclass(frozen=True)
 class _Part:
-    """Both runners' logits for some inputs, which the candidate ran in batches of one size."""
+    """Both runners' logits for some inputs, run by the candidate in batches of one size."""
 
     names: list[str]
     reference: FloatArray
@@ -297,7 +296,7 @@ class _Part:
     batch_size: int
 
     def real(self) -> _Part:
-        """The part without its noise."""
+        """This part without the noise inputs."""
         rows = [row for row, name in enumerate(self.names) if not name.startswith(_NOISE)]
         names = [self.names[row] for row in rows]
         return _Part(names, self.reference[rows], self.candidate[rows], self.batch_size)
@@ -332,10 +331,11 @@ def _shape_mismatch(parts: Sequence[_Part]) -> str:
 
 @dataclass(frozen=True)
 class _Spread:
-    """How far the candidate's logits are from the reference's, for each of n rows; `scale` is the unit.
+    """The differences between the logits of candidate and reference, for each of n rows.
 
-    `difference` is the largest of a row, over `scale`; `margin` is the reference's lead of its best class, over
-    `scale`; `sorted_difference` is `difference` after sorting both rows, which no permutation of classes changes.
+    `scale` is the standard deviation of the reference's logits, and the unit of the others. `difference` is the largest
+    of a row; `margin` is the reference's best logit minus its second best; `sorted_difference` is `difference` after
+    sorting both rows, so that it does not depend on the order of classes.
     """
 
     names: list[str]
@@ -397,7 +397,7 @@ def _images_gate(samples: _Samples) -> GateResult:
 
 
 def _finite_gate(parts: Sequence[_Part]) -> GateResult:
-    """NaN and infinities, of either runner."""
+    """NaN and infinities of either runner."""
     bad: list[str] = []
     count = 0
     for part in parts:
@@ -411,9 +411,9 @@ def _finite_gate(parts: Sequence[_Part]) -> GateResult:
 def _class_order_gate(
     spread: _Spread, reference_labels: Sequence[str], candidate_labels: Sequence[str], gates: Gates
 ) -> GateResult:
-    """Whether classes changed places: among the labels, or among the logits.
+    """Whether classes are permuted, in the labels or in the logits.
 
-    Logits that differ beyond the bound, but hardly once both are sorted, are the same values in another order.
+    Logits that differ beyond the bound, but hardly differ once both are sorted, are the same values in another order.
     """
     detail = ""
     pairs = list(enumerate(zip(reference_labels, candidate_labels, strict=False)))
@@ -430,7 +430,7 @@ def _class_order_gate(
 
 
 def _numeric_gates(spread: _Spread, gates: Gates) -> Iterator[GateResult]:
-    """The gates of the precision. NaN passes none of them."""
+    """The gates of the precision; NaN fails each of them."""
     difference = _worst(spread.difference)
     if gates.difference is not None:
         worst = spread.names[int(spread.difference.argmax())]

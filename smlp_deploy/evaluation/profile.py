@@ -1,7 +1,7 @@
-"""The kernels that TensorRT makes of a graph, and what they would cost at best on known GPUs; no GPU needed.
+"""The kernels that TensorRT compiles a graph to, and their least time on known GPUs; needs no GPU.
 
-A roofline estimate is the larger of two times: all kernels' bytes over the memory's bandwidth, and all multiplications
-over the peak rate. No kernel reaches either; the estimate is a bound to compare graphs by, never a measurement.
+A roofline estimate is the larger of two times: the bytes of all kernels over the memory bandwidth, and all operations
+over the peak rate. Kernels reach neither limit; the estimate is a bound for comparing graphs, not a measurement.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DEFAULT_ARCHITECTURE = "sm89"
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU by its data sheet, dense rates without sparsity.
+    """A GPU's data sheet figures; rates are dense, without sparsity.
 
     Attributes:
-        name: as sold.
+        name: the product name.
         bandwidth: of its memory, GB/s.
-        peak: tera-operations per second by precision; multiplication and addition count as two.
+        peak: tera-operations per second by precision; a multiply-add counts as two.
         source: the vendor's document.
     """
 
@@ -77,8 +77,8 @@ class GraphProfile:
 
     Attributes:
         source: the file.
-        precision: of its graph, which chooses the peak rates.
-        architecture: compiled for.
+        precision: of its graph; it selects the peak rates.
+        architecture: the GPU architecture compiled for.
         kernels: in the order they run.
         summary: their totals.
         macs: multiply-accumulates per image, from the configuration inside the file.
@@ -113,7 +113,7 @@ def profile_graph(source: Path, *, batch: int = 8, architecture: str = DEFAULT_A
     """Compile an ONNX file for one batch size with TensorRT-RTX and list its kernels.
 
     Raises:
-        ArtifactError, BuildError: the file cannot be read, smlp-deploy did not write it, or TensorRT cannot take it.
+        ArtifactError, BuildError: the file cannot be read, smlp-deploy did not write it, or TensorRT rejects it.
         UsageError: the architecture is unknown.
         MissingDependencyError: TensorRT-RTX is not installed.
     """
@@ -133,7 +133,7 @@ def profile_graph(source: Path, *, batch: int = 8, architecture: str = DEFAULT_A
 
 
 def roofline(profile: GraphProfile) -> tuple[Estimate, ...]:
-    """The estimate for each GPU that has the profile's precision."""
+    """The estimate for each GPU that supports the profile's precision."""
     return tuple(
         Estimate(
             gpu=gpu,

@@ -1,7 +1,7 @@
-"""Which layers int8 harms, and which of them to leave in half precision so that the whole network keeps its answers.
+"""How sensitive each layer is to int8, and which layers to leave in half precision to preserve accuracy.
 
-Each layer is measured alone: the fp32 network with only that layer quantized, against the fp32 network. Then the most
-harmful ones are left out, one by one, until the network with all the others quantized is good enough.
+Each layer is measured alone: the network with only that layer quantized, against the fp32 network. Then the most
+sensitive layers are left out, one by one, until the network with all others quantized is within the allowed drop.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ HALF = "half"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """What one layer costs when it alone is quantized.
+    """The loss from quantizing one layer alone.
 
     Attributes:
         layer: its name.
-        drop: percentage points of top-1 lost against fp32; negative where chance helped.
-        error: mean squared difference of the logits, over the variance of the reference's; infinite if one is not
+        drop: percentage points of top-1 lost against fp32; negative for a gain by chance.
+        error: mean squared difference of the logits, over the variance of the reference's; infinite if a logit is not
             finite.
-        precision: "int8" or "half", what `choose` decided.
+        precision: "int8" or "half", as `choose` decided.
     """
 
     layer: str
@@ -46,14 +46,14 @@ class LayerSensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityReport:
-    """Every quantized layer, the most harmful first.
+    """Every quantized layer, the most sensitive first.
 
     Attributes:
         measure: what `drop` counts: "accuracy" on labelled inputs, or "agreement" with the fp32 network's best class.
         inputs: number of inputs measured on.
-        layers: by drop, and by error where the drop is the same.
-        max_drop: what `choose` was given, in percentage points; None before.
-        whole_drop: of the network with its chosen precisions; None before.
+        layers: by drop, and by error for equal drops.
+        max_drop: the drop allowed to `choose`, in percentage points; None before.
+        whole_drop: of the network with the chosen precisions, in percentage points; None before.
     """
 
     measure: str
@@ -64,7 +64,7 @@ class SensitivityReport:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of the layers that stay in half precision, the most harmful first."""
+        """Names of the layers that stay in half precision, the most sensitive first."""
         return tuple(layer.layer for layer in self.layers if layer.precision == HALF)
 
     def to_json(self) -> str:
@@ -83,7 +83,7 @@ def measure_sensitivity(
     labels: Labels | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SensitivityReport:
-    """Quantize each layer alone and order the layers by the harm it does.
+    """Quantize each layer alone and order the layers by sensitivity.
 
     Args:
         layers: names of the layers that can be quantized.
@@ -115,26 +115,26 @@ def choose(
     reference_logits: FloatArray,
     labels: Labels | None = None,
 ) -> SensitivityReport:
-    """Leave out as few of the most harmful layers as it takes for the whole network to lose at most `max_drop`.
+    """Leave out the most sensitive layers, as few as possible, until the whole network loses at most `max_drop`.
 
-    They are left out one by one, because each step is measured and the drop need not fall with every layer; it never
-    takes more runs than there are layers, and one.
+    They are left out one by one, each step measured, because the drop need not shrink with every layer; this takes at
+    most one run more than there are layers.
 
     Args:
         report: of `measure_sensitivity`, on the same inputs.
         max_drop: percentage points of top-1 that may be lost.
-        run_without: the logits N, classes of the network with all layers quantized but these.
+        run_without: the logits N, classes of the network with all layers but these quantized.
         reference_logits: N, classes, of the fp32 network.
         labels: the true class of each input, if the report was made with them.
 
     Returns:
-        The report with every layer's precision, and the drop of the whole.
+        The report with every layer's precision and the drop of the whole network.
 
     Raises:
-        UsageError: `max_drop` is not a number from 0 to 100, or not even leaving out every layer keeps it.
+        UsageError: `max_drop` is not from 0 to 100, or is exceeded even with every layer left out.
     """
     if not 0 <= max_drop <= 100:
-        raise UsageError(f"a largest drop of {max_drop} percentage points is not from 0 to 100")
+        raise UsageError(f"the allowed drop, {max_drop} percentage points, is not from 0 to 100")
     scale = _Scale(reference_logits, labels)
     names = [layer.layer for layer in report.layers]
     for count in range(len(names) + 1):
@@ -144,13 +144,13 @@ def choose(
             layers = [replace(layer, precision=HALF if i < count else INT8) for i, layer in enumerate(report.layers)]
             return replace(report, layers=tuple(layers), max_drop=max_drop, whole_drop=drop)
     raise UsageError(
-        f"{drop:.2f} percentage points are lost even with every layer in half precision, {max_drop:g} are allowed",
+        f"top-1 drops by {drop:.2f} percentage points even with every layer in half precision; allowed: {max_drop:g}",
         fix="allow more, or export in fp16",
     )
 
 
 class _Scale:
-    """What logits are measured against."""
+    """Measures logits against the reference."""
 
     def __init__(self, reference: FloatArray, labels: Labels | None) -> None:
         if not len(reference):
@@ -163,7 +163,7 @@ class _Scale:
         self._hits = int((reference.argmax(axis=1) == self._truth).sum())
 
     def drop(self, logits: FloatArray) -> float:
-        """Percentage points of top-1 lost; a row with a logit that is not finite is wrong."""
+        """Percentage points of top-1 lost; a row with a non-finite logit counts as wrong."""
         right = (logits.argmax(axis=1) == self._truth) & np.isfinite(logits).all(axis=1)
         return 100 * (self._hits - int(right.sum())) / len(logits)
 

@@ -1,4 +1,4 @@
-"""One model in a process of its own, which runs and times what it is asked to."""
+"""One model in its own process, which runs and times it on request."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _SEED = 2109
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is timed.
+    """A model to time.
 
     Attributes:
         path: an artifact or checkpoint.
         provider: what ONNX Runtime runs an ONNX file on; None for its default, and for other files.
-        compiled: a checkpoint goes through `torch.compile`.
-        graph: what to run in ONNX Runtime, where there is no file of it.
+        compiled: run a checkpoint through `torch.compile`.
+        graph: a graph without a file, to run in ONNX Runtime.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A loaded model's name, facts, and the seconds it took from the process's start."""
+    """A loaded model's name, metadata, and the seconds from the start of its process."""
 
     name: str
     metadata: ModelMetadata
@@ -61,7 +61,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Seconds of each run of a turn: wall-clock time and, where a GPU ran it, CUDA event time without transfers."""
+    """Seconds of each run of a turn: wall-clock time and, for an engine, CUDA event time without transfers."""
 
     runs: tuple[float, ...]
     gpu_runs: tuple[float, ...] = ()
@@ -69,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One pass of all files through the model; seconds in total, in the network, and of decoding alone."""
+    """One pass of all files through the model: seconds in total, in the network, and of decoding alone."""
 
     failed: int
     seconds: float
@@ -78,10 +78,10 @@ class Run:
 
 
 class TimedProcess:
-    """A process with one model in it; a context manager. Its methods wait for their answer.
+    """A process with one model; a context manager. Its methods wait for the result.
 
     Raises:
-        SmlpError: by each method, if the model cannot do it, or its process ended.
+        SmlpError: from each method, if the model fails or its process ended.
     """
 
     def __init__(self, target: Target) -> None:
@@ -101,7 +101,7 @@ class TimedProcess:
         """Seconds of the first prediction.
 
         Raises:
-            SmlpError: it is not finite.
+            SmlpError: its output is not finite.
         """
         answer: float = self._ask("first", batch)
         return answer
@@ -109,18 +109,18 @@ class TimedProcess:
     def turn(self, batch: int, seconds: float) -> Sample:
         """Run batches for about `seconds`, at least one.
 
-        The first run refills the caches that other models have evicted, and is left out unless it is the only one.
+        The first run refills caches that other models have evicted, and is dropped unless it is the only one.
         """
         answer: Sample = self._ask("turn", batch, seconds)
         return answer
 
     def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
-        """Go from files to records, which are discarded."""
+        """Run image files to records, which are discarded."""
         answer: Run = self._ask("end_to_end", paths, batch, workers)
         return answer
 
     def peak_memory(self) -> int | None:
-        """The most bytes that the process has held so far, or None where the system does not report it."""
+        """The peak memory of the process so far in bytes, or None if the system does not report it."""
         answer: int | None = self._ask("peak_memory")
         return answer
 
@@ -132,7 +132,7 @@ class TimedProcess:
     ) -> None:
         if kind is None:
             with suppress(SmlpError):
-                self._ask("close")  # an engine's runner keeps the kernels that were compiled
+                self._ask("close")  # so that an engine's runner can cache its compiled kernels
         self._connection.close()
         self._process.kill()
         self._process.join()
@@ -159,8 +159,8 @@ def _ending(code: int | None) -> str:
 
 def _serve(connection: Connection, target: Target, started: float) -> None:
     """Answer requests until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that asks
-    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # that process logs the same messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    logging.getLogger("smlp_deploy").addHandler(logging.NullHandler())  # the parent process logs the same messages
     session = _Session(target, started)
     with suppress(EOFError, OSError):
         while True:
@@ -169,7 +169,7 @@ def _serve(connection: Connection, target: Target, started: float) -> None:
                 connection.send((None, getattr(session, method)(*arguments)))
             except SmlpError as error:
                 connection.send(({"what": error.what, "where": error.where, "fix": error.fix}, None))
-            # Frameworks raise anything; the caller gets it as one line.
+            # A framework may raise anything; the caller gets it as one line.
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
                 connection.send(({"what": f"{type(error).__name__}: {lines[0]}", "where": None, "fix": None}, None))
@@ -184,7 +184,7 @@ def _open(target: Target) -> Runner:
 
 
 class _Session:
-    """What `TimedProcess` asks, on the other side."""
+    """Serves the requests of `TimedProcess` in the child process."""
 
     def __init__(self, target: Target, started: float) -> None:
         self._target = target
@@ -199,7 +199,7 @@ class _Session:
 
     def load(self) -> Loaded:
         opened = _open(self._target)
-        # The system's clock: a monotonic one cannot be compared with the time that another process noted.
+        # Wall-clock time, because monotonic clocks cannot be compared between processes.
         seconds = time.time() - self._started
         self._runner = opened
         return Loaded(name=opened.name, metadata=opened.metadata, seconds=seconds)
@@ -246,9 +246,9 @@ class _Session:
         return time.perf_counter() - start
 
     def peak_memory(self) -> int | None:
-        # psutil 7 has a peak on Windows only; elsewhere its `rss` is what is held at the moment.
+        # psutil 7 reports a peak only on Windows; elsewhere its `rss` is the current value.
         if sys.platform == "linux":
-            # Not getrusage: it carries over what the process held before this interpreter was started in it.
+            # Not getrusage, which includes memory the process held before this interpreter started in it.
             status = Path("/proc/self/status").read_text(encoding="utf-8")
             peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)  # an emulated /proc may lack it
             return int(peak[1]) * 1024 if peak else None
@@ -263,7 +263,7 @@ class _Session:
             self._runner.__exit__(None, None, None)
 
     def _batch(self, size: int) -> FloatArray:
-        """Seeded noise of mean 0 and deviation 1, as normalised images have; the time does not depend on it."""
+        """Seeded noise of mean 0 and deviation 1, like normalised images; times do not depend on the values."""
         if size not in self._batches:
             side = self.runner.metadata.preprocessing.image_size
             noise = np.random.default_rng(_SEED).standard_normal((size, 3, side, side), dtype=np.float32)
@@ -292,4 +292,4 @@ class _Clocked:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Does nothing: the runner is closed by the code that opened it."""
+        """Does nothing; the code that opened the runner closes it."""

@@ -1,4 +1,4 @@
-"""Batched classification: paths in, one record per path out, in order, whatever the files are."""
+"""Batched classification: paths in, one prediction or error per path out, in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one input: its best classes, best first, or the one-line reason why there are none."""
+    """The result of one input: its best classes, best first, or a one-line error."""
 
     path: str
     scores: tuple[Score, ...] = ()
@@ -53,11 +53,11 @@ class Classifier:
 
     @classmethod
     def open(cls, path: str | Path, *, provider: str | None = None) -> Self:
-        """Load an artifact or checkpoint; labels and preprocessing are those inside it.
+        """Load an artifact or checkpoint, with the labels and preprocessing inside it.
 
         Args:
             path: the file.
-            provider: for an ONNX file, what it runs on: "cpu" (the default), "cuda" or "tensorrt".
+            provider: what an ONNX file runs on: "cpu" (the default), "cuda" or "tensorrt".
 
         Raises:
             SmlpError: the file cannot be used.
@@ -82,13 +82,13 @@ class Classifier:
     ) -> Iterator[Prediction]:
         """One prediction per path, in the order of the paths.
 
-        Worker threads decode up to two batches ahead of the network, so memory is bounded by three batches, however
-        many paths there are; `paths` is read only as far ahead as that.
+        Worker threads decode up to two batches ahead of the network, and `paths` is read no further, so memory is
+        bounded by three batches for any number of paths.
 
         Args:
             paths: image files.
             batch_size: images per run of the network.
-            topk: classes per prediction; by default 5, or all where there are fewer.
+            topk: classes per prediction; by default 5, or all if there are fewer.
             workers: decoding threads; by default one per core.
 
         Raises:
@@ -105,10 +105,10 @@ class Classifier:
         )
 
     def resolve_topk(self, topk: int | None) -> int:
-        """`topk`, or its default where it is None.
+        """`topk`, or its default if None.
 
         Raises:
-            UsageError: more than the network has classes, or less than 1.
+            UsageError: it is below 1 or above the number of classes.
         """
         classes = len(self.runner.metadata.labels)
         if topk is None:
@@ -137,12 +137,12 @@ class Classifier:
 
 
 def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
-    """Finite logits of each image, or the reason why there are none; a batch that fails is run again one by one."""
+    """Finite logits of each image, or an error message; the images of a failed batch are run again one by one."""
     if not images:
         return
     try:
         outputs = runner.infer(np.stack(images))
-    # A backend raises what it likes. Whatever it is, no image may cost its neighbours their results.
+    # A backend may raise anything, and one bad image must not cost the others in its batch their results.
     except Exception as error:
         reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         if len(images) == 1:

@@ -1,6 +1,6 @@
 """Predictions as machine-readable records: one JSON object or CSV row per input.
 
-Odd file names survive both.
+Both preserve unusual file names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def jsonl_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
 
 
 def csv_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
-    """Writes a header, then path, error, and index, label and probability of each of the `topk` classes."""
+    """Writes a header, then the path, the error, and the index, label and probability of each of the `topk` classes."""
     rows = csv.writer(stream, lineterminator="\n")
     columns = _csv_columns(topk)
     if header:
@@ -50,12 +50,12 @@ def csv_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
 
 
 def read_jsonl(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
-    """The records of a file, without their scores, up to the first that is not whole."""
+    """The records of a file, without their scores, up to the first incomplete one."""
     return read_lines(lines, lambda document: Prediction(document["path"], error=document.get("error")))
 
 
 def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Prediction]]:
-    """The records of a file, up to the first that is not whole."""
+    """The records of a file, up to the first incomplete one."""
     end = 0
     last = b""
 
@@ -71,7 +71,7 @@ def read_csv(lines: Iterable[bytes], *, topk: int) -> Iterator[Written[Predictio
         if next(rows, None) != columns:
             return
         for row in rows:
-            # A row torn within quotes lacks columns: the last one is never quoted.
+            # A row cut off inside quotes lacks columns, because the last column is never quoted.
             if len(row) != len(columns) or not last.endswith(b"\n"):
                 return
             yield Written(Prediction(row[0], error=row[1] or None), end)
@@ -94,7 +94,7 @@ class _Reader(Protocol):
 
 @dataclass(frozen=True)
 class Codec:
-    """How predictions are written, and found again in a file that may end in the middle of one."""
+    """How predictions are written, and read again from a file that may end in the middle of one."""
 
     writer: _Writer
     reader: _Reader
@@ -105,17 +105,17 @@ FORMATS = {"jsonl": Codec(jsonl_writer, read_jsonl), "csv": Codec(csv_writer, re
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Of a file of predictions.
+    """What the content of a predictions file depends on.
 
     Attributes:
-        versions: of smlp-deploy, and of what decodes and computes.
+        versions: of smlp-deploy and of the packages that decode and compute.
         model: sha256 of the model's file.
         labels: sha256 of its class names.
-        preprocessing: how an image becomes its input.
-        provider: what it runs on.
+        preprocessing: from image to network input.
+        provider: what the model runs on.
         format: "jsonl" or "csv".
         topk: classes per record.
-        batch_size: images that it sees together.
+        batch_size: images per run of the network.
     """
 
     versions: Mapping[str, str | None]
@@ -131,7 +131,7 @@ class RunIdentity:
     def of(
         cls, model: Path, metadata: ModelMetadata, *, provider: str, kind: str, topk: int, batch_size: int
     ) -> RunIdentity:
-        """That of a run of the model in a file, which is read for its hash."""
+        """The identity of a run of the model file `model`, which is read for its hash."""
         return cls(
             versions=run_versions(),
             model=sha256_of(model),
@@ -151,11 +151,11 @@ class RunIdentity:
 
 
 class RecordStream:
-    """Records that go out as they come; nothing of an interrupted run is there to continue.
+    """Records written straight to a stream; an interrupted run cannot be continued.
 
     Args:
-        stream: where to.
-        write: how.
+        stream: the target.
+        write: writes one record.
     """
 
     partial = None
@@ -166,7 +166,7 @@ class RecordStream:
         self.flush = stream.flush
 
     def skip(self, paths: Iterator[Path]) -> None:
-        """There is nothing to skip."""
+        """Does nothing: a stream always starts empty."""
 
 
 def write_records(
@@ -177,20 +177,20 @@ def write_records(
     batch_size: int,
     advance: Callable[[], None],
 ) -> tuple[int, int]:
-    """Write predictions in whole batches, until there are no more or a signal came.
+    """Write predictions in whole batches, to the end or until a signal arrives.
 
     Args:
-        predictions: what is written.
-        sink: where to.
-        stop: looked at after each batch.
-        batch_size: predictions of a batch.
+        predictions: to write.
+        sink: the target.
+        stop: checked after each batch.
+        batch_size: predictions per batch.
         advance: called after each prediction.
 
     Returns:
-        How many records there are, those of an interrupted run included, and how many of them failed.
+        The number of records, including those of an interrupted run, and how many of them failed.
 
     Raises:
-        StoppedError: a signal came.
+        StoppedError: a signal arrived.
     """
     done, failed = sink.done, sink.failed
     for prediction in predictions:

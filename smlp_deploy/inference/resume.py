@@ -1,9 +1,9 @@
-"""Records on their way into a file: a run that is stopped, however, can be continued and loses nothing.
+"""Files of records that survive an interruption: a stopped run can be continued without loss.
 
-While a run goes on, `x.jsonl` is `x.jsonl.partial`, to which records are added in whole batches, and what they depend
-on stands in `x.jsonl.partial.json`. When all are there the file gets its name, or makes way for what was made of them.
-A run that continues starts again at the last whole batch, because the last digits of a network's output may depend on
-which images it sees together: the finished file has the same bytes as that of a run never stopped.
+During a run, `x.jsonl` is called `x.jsonl.partial`; records are appended in whole batches, and `x.jsonl.partial.json`
+states what they depend on. When complete, the file is renamed, or replaced by a result computed from the records. A
+continued run starts after the last whole batch, because the last digits of a network's output may depend on which
+images share a batch: the finished file has the same bytes as that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from smlp_deploy.files import alone, check_writable, write_text
 
 
 class Record(Protocol):
-    """What became of one image; `error` says why nothing did."""
+    """The result of one image; `error` is the reason if it failed."""
 
     @property
     def path(self) -> str: ...
@@ -38,32 +38,32 @@ T = TypeVar("T")
 
 
 class Written(NamedTuple, Generic[T]):
-    """A record in a file, and the number of bytes up to its end."""
+    """A record in a file, and the file offset of its end."""
 
     record: T
     end: int
 
 
 class Identity(Protocol[R]):
-    """What the bytes of a file of records depend on, beside the images, and how they are written.
+    """What the bytes of a file of records depend on, besides the images, and how they are written.
 
-    A dataclass of JSON values: a run is only continued with the same.
+    A dataclass of JSON values; a run can be continued only with equal ones.
     """
 
     @property
     def batch_size(self) -> int: ...
 
     def writer(self, stream: TextIO, *, header: bool) -> Callable[[R], None]:
-        """What writes a record; `header` where the file is new."""
+        """A function that writes a record; `header` for a new file."""
         ...
 
     def reader(self, lines: Iterable[bytes]) -> Iterator[Written[R]]:
-        """The records of a file, up to the first that is not whole."""
+        """The records of a file, up to the first incomplete one."""
         ...
 
 
 def read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> Iterator[Written[T]]:
-    """The records of a file of JSON lines, up to the first that is not whole."""
+    """The records of a JSON Lines file, up to the first incomplete one."""
     end = 0
     for line in lines:
         end += len(line)
@@ -79,7 +79,7 @@ def read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> 
 
 
 def run_versions() -> dict[str, str | None]:
-    """Versions on which the last digits of an answer may depend."""
+    """Versions on which the last digits of an output may depend."""
     names = ("smlp-deploy", "pillow", "numpy", "onnxruntime", "onnxruntime-gpu", "torch")
     return {name: installed_version(name) for name in names}
 
@@ -90,16 +90,16 @@ def sha256_of_json(value: Any) -> str:
 
 
 class RecordFile(Generic[R]):
-    """A file of records in the making.
+    """A file of records while it is written.
 
     Args:
-        target: the name it gets when all are there.
-        identity: what they depend on.
+        target: its name once complete.
+        identity: what the records depend on.
 
     Attributes:
         partial: its name until then.
-        done: records of an interrupted run that it already has.
-        failed: those of them that say why there is nothing else.
+        done: records kept from an interrupted run.
+        failed: those of them that have an error.
     """
 
     def __init__(self, target: Path, identity: Identity[R]) -> None:
@@ -115,7 +115,7 @@ class RecordFile(Generic[R]):
     @classmethod
     @contextmanager
     def open(cls, target: Path, identity: Identity[R], *, resume: bool) -> Iterator[Self]:
-        """Begin the file, or continue it; it gets its name when the block ends well.
+        """Start the file or continue it; it is renamed to `target` when the block ends without an error.
 
         Args:
             target: the file.
@@ -123,7 +123,7 @@ class RecordFile(Generic[R]):
             resume: continue an interrupted run, if there is one.
 
         Raises:
-            UsageError: an interrupted run is there and `resume` is false, or it was made with something else.
+            UsageError: there is an interrupted run and `resume` is false, or its identity differs.
             SmlpError: the file cannot be written, or another process is writing it.
         """
         check_writable(target)
@@ -135,7 +135,7 @@ class RecordFile(Generic[R]):
                 records._continue()
             else:
                 raise UsageError(
-                    "an interrupted run is there", where=records.partial, fix="add --resume, or delete it to start over"
+                    "found an interrupted run", where=records.partial, fix="add --resume, or delete it to start over"
                 )
             try:
                 yield records
@@ -144,17 +144,17 @@ class RecordFile(Generic[R]):
                 records._close()
 
     def skip(self, paths: Iterator[Path]) -> None:
-        """Take from `paths` those whose records are there already.
+        """Consume from `paths` those that already have records.
 
         Raises:
-            UsageError: they are others.
+            UsageError: the records are of other paths.
         """
         for number, record in enumerate(self.read(), start=1):
             path = next(paths, None)
             if path is None or os.fspath(path) != record.path:
-                now = "there is none" if path is None else f"it is {os.fspath(path)}"
+                now = "missing" if path is None else os.fspath(path)
                 raise UsageError(
-                    f"cannot continue it: image {number} was {record.path}, now {now}",
+                    f"cannot continue it: image {number} was {record.path}, now it is {now}",
                     where=self.partial,
                     fix="give the same images, or delete it to start over",
                 )
@@ -166,14 +166,14 @@ class RecordFile(Generic[R]):
                 yield written.record
 
     def write(self, record: R) -> None:
-        """Take a record, which `flush` puts into the file."""
+        """Buffer a record until `flush`."""
         self._write(record)
 
     def flush(self) -> None:
-        """Hand over to the operating system, which keeps it whatever becomes of this process; after each whole batch.
+        """Write the buffer to the file, so that it outlives this process; called after each whole batch.
 
         Raises:
-            SmlpError: there is no room for it.
+            SmlpError: it cannot be written, for example because the disk is full.
         """
         assert self._file is not None, "the file is closed"
         remaining = self._text.getvalue().encode("utf-8", "surrogateescape")
@@ -184,15 +184,17 @@ class RecordFile(Generic[R]):
                 remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             raise SmlpError(
-                f"cannot write: {error.strerror}", where=self.partial, fix="make room, then continue with --resume"
+                f"cannot write: {error.strerror}",
+                where=self.partial,
+                fix="free disk space, then continue with --resume",
             ) from None
 
     def conclude(self, text: str) -> None:
-        """When the block ends well, the file shall have `text` in place of the records."""
+        """Write `text` to the target instead of the records when the block ends without an error."""
         self._result = text
 
     def discard(self) -> None:
-        """Forget all records, because nobody would continue from them."""
+        """Delete all records, because they are not worth continuing from."""
         assert self._file is not None, "the file is closed"
         self._file.truncate(0)
 
@@ -202,7 +204,7 @@ class RecordFile(Generic[R]):
         self._write = self._identity.writer(self._text, header=True)
 
     def _continue(self) -> None:
-        """Open the file behind its last whole batch."""
+        """Open the file at the end of its last whole batch."""
         self._check_identity()
         end = 0
         with self.partial.open("rb") as lines:
@@ -223,7 +225,7 @@ class RecordFile(Generic[R]):
             different = next(_differences(then, now), None)
         except (OSError, ValueError, KeyError, TypeError):
             raise SmlpError(
-                f"cannot continue it: {self._identity_path.name}, which says how it was made, is missing or damaged",
+                f"cannot continue it: {self._identity_path.name}, which records its settings, is missing or damaged",
                 where=self.partial,
                 fix="delete both to start over",
             ) from None
@@ -231,7 +233,7 @@ class RecordFile(Generic[R]):
             raise UsageError(
                 f"cannot continue it: {different}",
                 where=self.partial,
-                fix="give the same, or delete it to start over",
+                fix="use the same settings, or delete it to start over",
             )
 
     def _finish(self) -> None:
@@ -246,7 +248,7 @@ class RecordFile(Generic[R]):
         self._identity_path.unlink()
 
     def _close(self) -> None:
-        """Where nothing was written there is nothing to continue, either."""
+        """Close the file, and delete it if nothing was written."""
         assert self._file is not None
         size = os.fstat(self._file.fileno()).st_size
         self._file.close()
@@ -256,7 +258,7 @@ class RecordFile(Generic[R]):
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What changed, one text for each value."""
+    """A description of each value that changed."""
     for key, value in now.items():
         if isinstance(value, dict):
             yield from (f"{key} {text}" for text in _differences(then[key], value))

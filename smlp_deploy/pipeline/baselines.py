@@ -1,4 +1,4 @@
-"""What a network would be without this package, to time artifacts beside."""
+"""The same network without this package's lowering, as baselines for benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smlp_deploy.runners import open_runner
 
 
 def baselines_of(model: Path, *, reference: Path | None = None, provider: str | None = None) -> tuple[Target, ...]:
-    """What a model would be without this package: PyTorch, `torch.compile`, and the unlowered baseline in ONNX Runtime.
+    """A model's baselines: its checkpoint in PyTorch and in `torch.compile`, and the unlowered graph in ONNX Runtime.
 
     Args:
         model: an artifact or checkpoint.
@@ -20,7 +20,7 @@ def baselines_of(model: Path, *, reference: Path | None = None, provider: str | 
         provider: what ONNX Runtime runs the unlowered baseline on.
 
     Raises:
-        UsageError: the checkpoint is not known.
+        UsageError: the checkpoint was not found.
         MissingDependencyError: PyTorch is not installed.
         SmlpError: a file cannot be used.
     """

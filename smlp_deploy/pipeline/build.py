@@ -1,4 +1,4 @@
-"""From an fp32 graph to an engine with its manifest beside it, proven as far as this machine can."""
+"""From an fp32 graph to an engine with its manifest beside it, verified as far as this machine allows."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The graph that an engine is built from, and the file's graph that it was made from, or is.
+    """The graph to build an engine from, and the ONNX file's graph, which may be the same.
 
     Attributes:
-        source: of the ONNX file.
+        source: the graph of the ONNX file.
         graph: in the precision of the engine.
-        images: to prove it, and its engine, on.
-        parity: its comparison with the source, if it is another graph.
-        sensitivity: each int8 layer's sensitivity and choice, if that was measured.
+        images: to compare the graph and its engine on.
+        parity: the comparison of `graph` with `source`; None if they are the same.
+        sensitivity: each int8 layer's sensitivity and chosen precision, if measured.
     """
 
     source: Graph
@@ -50,9 +50,9 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """What a build wrote: the engine, the manifest beside it, its kernels, and the timing cache if one was used.
+    """The result of a build: the engine, the manifest beside it, its kernels, and the timing cache if one was used.
 
-    `parity` is its comparison with its ONNX source, or None where it could not run.
+    `parity` is the engine's comparison with its ONNX source, or None if the engine could not run here.
     """
 
     path: Path
@@ -70,18 +70,18 @@ def prepare_graph(
     int8: Int8Options | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Bring a graph into a precision, and compare it with what it was.
+    """Convert a graph to a precision, and compare the result with the source.
 
     Args:
-        source: of the ONNX file.
-        precision: "fp32", "fp16", "bf16" or "int8"; None for the file's own.
-        bounds: of the numeric gates, in place of the precision's own.
+        source: the graph of the ONNX file.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for that of the file.
+        bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize.
         progress: told of the steps of quantization.
 
     Raises:
-        ArtifactError: in that precision it computes something else.
-        UsageError: the graph is in another precision already.
+        ArtifactError: the converted graph fails parity.
+        UsageError: the graph is already in a precision other than fp32.
     """
     if precision is None or precision == source.metadata.precision:
         return Prepared(source=source, graph=source, images=default_images(source.metadata))
@@ -94,7 +94,7 @@ def prepare_graph(
     with OnnxRuntimeRunner(source) as reference, OnnxRuntimeRunner(graph) as candidate:
         parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256)
     if not parity.passed:
-        raise ArtifactError(f"in {precision} it computes something else: {_failures(parity)}", where=source.path)
+        raise ArtifactError(f"parity failed in {precision}: {_failures(parity)}", where=source.path)
     sensitivity = quantization.sensitivity if quantization else None
     return Prepared(source=source, graph=graph, images=images, parity=parity, sensitivity=sensitivity)
 
@@ -108,21 +108,21 @@ def build_engine(
     bounds: Bounds | None = None,
     progress: Progress | None = None,
 ) -> EngineBuild:
-    """Build an engine, check what is inside, and write it with its manifest beside it; both, or neither.
+    """Build an engine, check its kernels, and write it with its manifest beside it; both, or neither.
 
-    Where the engine can run it is also compared with its ONNX source. One that computes something else is written
-    under a `.failed` name, and whatever stood at `target` stays.
+    If the engine can run here, it is also compared with its ONNX source. An engine that fails parity is written under
+    a `.failed` name, and an existing file at `target` is left unchanged.
 
     Args:
         prepared: what to build.
         target: the engine's file.
         options: how to build it.
         backend: "tensorrt" or "tensorrt-rtx".
-        bounds: of the numeric gates, in place of the precision's own.
+        bounds: of the numeric gates; replace those of the precision.
         progress: told of each step.
 
     Raises:
-        BuildError: TensorRT refused, built no kernel in the precision asked for, or built what computes something else.
+        BuildError: TensorRT refused, built no kernel in the requested precision, or the engine failed parity.
     """
     manifest_path = engine_manifest_path(target)
     for path in (target, manifest_path):
@@ -138,7 +138,7 @@ def build_engine(
         if not parity.passed:
             failed = failed_path(target)
             write_bytes(failed, engine.plan)
-            raise BuildError(f"run on this GPU it computes something else: {_failures(parity)}", where=failed)
+            raise BuildError(f"parity failed on this GPU: {_failures(parity)}", where=failed)
     with replacing(target) as temporary, replacing(manifest_path) as beside:
         temporary.write_bytes(engine.plan)
         beside.write_text(manifest.to_json(), encoding="utf-8")
@@ -170,7 +170,7 @@ def _manifest(
 def _run_here(
     plan: bytes, path: Path, manifest: EngineManifest, prepared: Prepared, bounds: Bounds | None
 ) -> ParityReport | None:
-    """The engine compared with its ONNX source; None where the engine cannot run."""
+    """The engine's comparison with its ONNX source; None if the engine cannot run here."""
     try:
         check_machine(path, manifest)
     except SmlpError as error:
@@ -195,15 +195,15 @@ def _as_json(parity: ParityReport) -> Mapping[str, Any]:
 
 
 def check_precision(summary: KernelSummary, precision: str) -> None:
-    """Check that convolutions and matrix products run in the precision asked for.
+    """Check that convolutions and matrix products run in the requested precision.
 
     Raises:
-        BuildError: none does.
+        BuildError: none of them does.
     """
     if not summary.share(precision):
         raise BuildError(
             f"no kernel computes in {precision}: {dict(summary.compute_by_precision)}",
-            fix="the graph decides the precision; export it again",
+            fix="the graph sets the precision; export it again",
         )
 
 

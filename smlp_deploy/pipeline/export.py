@@ -1,4 +1,4 @@
-"""From a checkpoint to an ONNX file, which is written once its very bytes are proven."""
+"""From a checkpoint to an ONNX file; the bytes that are compared are the bytes that are written."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What an export wrote: the artifact (under its failed name, if it failed), its report and the report's file.
+    """The result of an export: the artifact (under its `.failed` name if it failed), its report and the report's file.
 
-    `sensitivity` is each int8 layer's sensitivity and choice, if that was measured.
+    `sensitivity` is each int8 layer's sensitivity and chosen precision, if measured.
     """
 
     graph: Graph
@@ -47,23 +47,23 @@ def export_checkpoint(
     int8: Int8Options | None = None,
     progress: Progress | None = None,
 ) -> Export:
-    """Make a graph of `checkpoint`, compare it with the trained network, and write it.
+    """Export `checkpoint` to a graph, compare it with the trained network, and write it.
 
-    Only a graph that passes is written to `target`; one that fails is written under a `.failed` name, and whatever
-    stood at `target` stays. The report is written in both cases, beside the file.
+    Only a graph that passes is written to `target`; one that fails is written under a `.failed` name, and an existing
+    file at `target` is left unchanged. In both cases the report is written beside the file.
 
     Args:
         checkpoint: the weights.
-        metadata: what the file is to carry; its precision is that of the graph.
+        metadata: to write into the file; its precision is that of the graph.
         target: the file to write.
         opset: version of ONNX's default operator set.
         images: real images to compare on; by default the bundled ones, or those of the calibration.
-        bounds: of the numeric gates, in place of the precision's own.
+        bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize, for the precision int8.
         progress: told of the steps of quantization.
 
     Raises:
-        SmlpError: nothing could be written.
+        SmlpError: the graph could not be made or written.
     """
     require_onnxruntime()
     check_writable(target)

@@ -1,4 +1,4 @@
-"""From an fp32 graph to one of another precision; for int8, with as few layers left in half as accuracy asks for."""
+"""From an fp32 graph to another precision; for int8, with as few layers left in half precision as accuracy requires."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 ENOUGH_IMAGES = 128
 MOST_IMAGES = 1024
-"""All are in memory at once, 0.6 MB each at 224 pixels; ranges hardly change beyond a few hundred."""
+"""All are in memory at once, 0.6 MB each at 224 pixels; beyond a few hundred, ranges hardly change."""
 
 _BATCH = 32
 
@@ -37,12 +37,12 @@ class Int8Options:
     """How to quantize.
 
     Attributes:
-        images: to calibrate on and to measure sensitivity with; empty for the bundled model's training digits.
-        table: a calibration made before, which needs no images.
+        images: to calibrate and measure sensitivity on; empty for the bundled model's training digits.
+        table: an earlier calibration, which needs no images.
         method: "minmax", "entropy" or "percentile".
         max_drop: percentage points of top-1 that may be lost on the images; None to quantize every layer.
-        per_channel: one scale per output channel of a convolution's weight, as TensorRT has it; TensorRT-RTX has
-            kernels that write fp16 only for one scale per weight.
+        per_channel: one scale per output channel of a convolution's weight, for TensorRT; the kernels of TensorRT-RTX
+            that write fp16 support only one scale per weight.
     """
 
     images: tuple[Path, ...] = ()
@@ -54,13 +54,13 @@ class Int8Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """What makes an int8 graph of an fp32 graph.
+    """How to turn one fp32 graph into an int8 graph.
 
     Attributes:
         table: the ranges of its tensors.
         per_channel: see `Int8Options`.
-        sensitivity: each layer's sensitivity and choice, if that was asked for.
-        images: those it was calibrated on.
+        sensitivity: each layer's sensitivity and chosen precision, if requested.
+        images: the calibration images.
     """
 
     table: CalibrationTable
@@ -87,24 +87,24 @@ class Quantization:
 def to_precision(
     graph: Graph, precision: str, *, quantization: Quantization | None = None, path: Path | None = None
 ) -> Graph:
-    """A graph in another precision; in its own precision it is the graph itself.
+    """A graph in another precision, or the graph itself if it already has that precision.
 
     Args:
-        graph: in fp32, or in `precision` already.
+        graph: in fp32, or already in `precision`.
         precision: "fp32", "fp16", "bf16" or "int8".
         quantization: for int8, from `plan_quantization` on the same graph.
-        path: the file that it is to become; by default that of the graph.
+        path: of the new graph; by default that of `graph`.
 
     Raises:
-        UsageError: the graph is in another 16-bit precision or int8 already.
-        ArtifactError: a weight is beyond the range of the precision, or the calibration table does not fit the graph.
+        UsageError: the graph is already in a different precision than fp32.
+        ArtifactError: a weight exceeds the range of the precision, or the calibration table does not match the graph.
     """
     if precision == graph.metadata.precision:
         return graph
     if graph.metadata.precision != "fp32":
         raise UsageError(
-            f"the graph is {graph.metadata.precision} and decides the precision of its engine, "
-            f"{precision} was asked for",
+            f"the graph is {graph.metadata.precision} and sets the precision of its engine, but {precision} was "
+            "requested",
             where=graph.path,
             fix="give the fp32 file",
         )
@@ -119,16 +119,16 @@ def to_precision(
 
 
 def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress | None = None) -> Quantization:
-    """Calibrate an fp32 graph, and find the layers to leave in half precision if asked to.
+    """Calibrate an fp32 graph and, if `max_drop` is set, choose the layers to leave in half precision.
 
     Args:
         graph: in fp32.
-        options: how to do it.
+        options: how to quantize.
         progress: told of each step.
 
     Raises:
-        UsageError: there are no images to calibrate on, or the bound cannot be kept.
-        ArtifactError: the calibration table does not fit the graph.
+        UsageError: there are no images to calibrate on, or `max_drop` cannot be met.
+        ArtifactError: the calibration table does not match the graph.
     """
     tell = progress or (lambda what, done, total: None)
     images = options.images or calibration_images(graph.metadata)
@@ -150,27 +150,27 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
 def _calibrate(graph: Graph, samples: FloatArray, method: str, tell: Progress) -> CalibrationTable:
     batch = graph.metadata.batch
     size = batch or _BATCH
-    # A graph of one batch size is calibrated on whole batches: padding would falsify the ranges.
+    # A graph with a fixed batch size is calibrated on whole batches, because padding would distort the ranges.
     total = len(samples) // size * size if batch else len(samples)
     batches = (samples[at : at + size] for at in range(0, total, size))
     return calibrate(graph.model(), batches, method=method, progress=lambda done: tell("calibrating", done, total))
 
 
 def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, tuple[Path, ...]]:
-    """The readable images, prepared as the model prepares them."""
+    """The readable images after the model's preprocessing."""
     if not images:
         raise UsageError(
             "int8 needs images to calibrate on",
             where="--calibration-data",
-            fix=f"give {ENOUGH_IMAGES} or more of the kind that the model will see",
+            fix=f"give at least {ENOUGH_IMAGES} images like those the model will see",
         )
     if len(images) > MOST_IMAGES:
-        logger.warning("%d of the %d calibration images are used, evenly chosen", MOST_IMAGES, len(images))
+        logger.warning("using %d of the %d calibration images, evenly spaced", MOST_IMAGES, len(images))
         images = [images[i * len(images) // MOST_IMAGES] for i in range(MOST_IMAGES)]
     samples, readable = [], []
     for path, content in _decoded(images, metadata):
         if isinstance(content, str):
-            logger.warning("not calibrated on %s: %s", path, content)
+            logger.warning("calibration skips %s: %s", path, content)
         else:
             samples.append(content)
             readable.append(path)
@@ -188,7 +188,7 @@ def _decoded(images: Sequence[Path], metadata: ModelMetadata) -> Iterator[tuple[
 
 
 def _labels(images: Sequence[Path], metadata: ModelMetadata) -> NDArray[np.int64] | None:
-    """The true classes, where each image lies in a folder that is named like one."""
+    """The true classes, if every image is in a folder named after a class."""
     index = {label: i for i, label in enumerate(metadata.labels)}
     names = [path.parent.name for path in images]
     return np.array([index[name] for name in names]) if all(name in index for name in names) else None
@@ -207,7 +207,7 @@ def _measure(
     layers = quantized_layers(model)
 
     def run_without(left_out: Collection[str]) -> FloatArray:
-        # As it is shipped: ONNX Runtime on some CPUs cannot run the axial products of a graph that is not narrowed.
+        # Narrowed as in the shipped graph; otherwise ONNX Runtime cannot run its axial products on some CPUs.
         int8 = quantize(model, quantization.table, per_channel=quantization.per_channel, exclude=left_out)
         return _logits(Graph.of(to_half(int8, "fp16"), graph.metadata, path=graph.path), samples)
 

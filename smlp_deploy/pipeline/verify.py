@@ -1,6 +1,6 @@
-"""Proof that an artifact of any kind computes what it was made from: as a whole, or block by block.
+"""Proof that an artifact computes the same as its source, as a whole or block by block.
 
-PyTorch is imported only where a checkpoint is run, because an engine is compared with its ONNX file without it.
+PyTorch is imported only to run a checkpoint, because comparing an engine with its ONNX file does not need it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def verify_artifact(
 
     Args:
         candidate: the artifact.
-        reference: the checkpoint; by default the one whose sha256 the artifact carries, if it is the bundled one or
-            was downloaded.
+        reference: the checkpoint; by default the one whose sha256 the artifact has, if it is bundled or was downloaded.
         images: real images to compare on; by default the bundled ones.
-        bounds: of the numeric gates, in place of the precision's own.
+        bounds: of the numeric gates; replace those of the precision.
 
     Raises:
-        UsageError: no reference is given and none is known.
+        UsageError: no reference was given or found.
         SmlpError: a file cannot be used.
     """
     require_proof("to run the trained network")
@@ -59,7 +58,7 @@ def verify_artifact(
         path = reference or find_reference(runner.metadata, candidate)
         checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
-            logger.warning("%s is not the file that %s was made from; comparing all the same", path, candidate)
+            logger.warning("%s is not the file that %s was made from; comparing anyway", path, candidate)
         labels = checkpoint.metadata.labels or runner.metadata.labels
         metadata = replace(runner.metadata, labels=labels, config=checkpoint.config)
         images = images or default_images(runner.metadata)
@@ -77,11 +76,11 @@ def prove_against_checkpoint(
     """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
 
     Args:
-        candidate: what is to be proven.
+        candidate: the runner under test.
         checkpoint: the trained weights.
-        metadata: labels and preprocessing to go with them.
+        metadata: the labels and preprocessing of the trained network.
         images: real images.
-        bounds: of the numeric gates, in place of the precision's own.
+        bounds: of the numeric gates; replace those of the precision.
         artifact_sha256: of the candidate's file, for the report.
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
@@ -96,7 +95,7 @@ def prove_against_checkpoint(
 
 
 def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
-    """The checkpoint that an artifact was made from, if it is the bundled one or was downloaded.
+    """The checkpoint that an artifact was made from, if it is bundled or was downloaded.
 
     Raises:
         UsageError: it is neither.
@@ -119,28 +118,27 @@ def verify_layers(
     images: Sequence[Path] | None = None,
     max_error: float | None = None,
 ) -> DivergenceReport:
-    """Find where an artifact, or a checkpoint as it is deployed, diverges from a reference.
+    """Find where an artifact, or a lowered checkpoint, diverges from a reference.
 
-    Of an int8 file each int8 layer's noise is measured too, against the layer in the fp32 graph of the reference: the
-    reference itself, or an export of the checkpoint that is made for it; if the reference is an ONNX file of another
-    precision it is not measured.
+    For an int8 file the noise of each int8 layer is measured too, against the same layer in an fp32 graph: the
+    reference itself, or an export of the reference checkpoint made for this purpose. It is not measured against an ONNX
+    file of another precision.
 
-    The values inside an engine cannot be read. What is run for one is a second engine: the graph that the first was
-    made from, with every point as one more output, built again on this GPU with the options in the JSON beside the
-    first. TensorRT may fuse other operations in it at those points, so that its values, and what is wrong with them,
-    can differ from the first one's. This has not been run on a GPU; it is tested with a fake that runs the second
-    engine's graph in ONNX Runtime.
+    The values inside an engine cannot be read. A second engine runs in its place: the same graph with every point as
+    an additional output, built on this GPU with the options in the first engine's manifest. Because of these outputs
+    TensorRT may fuse other operations, so the values and errors can differ from those of the first engine. This has not
+    been run on a GPU; it is tested with a fake that runs the second engine's graph in ONNX Runtime.
 
     Args:
         candidate: the file.
-        reference: an ONNX file, or the checkpoint, which is then run as trained; by default that checkpoint, found as
-            `verify_artifact` finds it. Of an engine, the ONNX file it was built from; by default the one of that name
+        reference: an ONNX file, or a checkpoint, which is run as trained; by default the checkpoint that
+            `verify_artifact` finds. For an engine, the ONNX file it was built from; by default the file of that name
             beside it.
-        images: real images to compare on; by default those of the parity.
+        images: real images to compare on; by default those of the parity check.
         max_error: the gate; by default that of the candidate's precision.
 
     Raises:
-        UsageError: no reference is given and none is known, or it has another shape.
+        UsageError: no reference was given or found, or it has another shape.
         BuildError: TensorRT does not build the second engine.
         SmlpError: a file cannot be used, or an engine cannot run here.
     """
@@ -168,7 +166,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
-    """What is in a file that can be looked into."""
+    """The graph or checkpoint in a file."""
     if path.suffix.lower() == ".onnx":
         from smlp_deploy.graphs.file import Graph
 
@@ -177,11 +175,11 @@ def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
         from smlp_deploy.models.checkpoint import load_checkpoint
 
         return load_checkpoint(path, ema=ema)
-    raise UsageError("cannot be looked into", where=path, fix="give an ONNX file or a checkpoint")
+    raise UsageError("cannot be compared block by block", where=path, fix="give an ONNX file or a checkpoint")
 
 
 def _open_tracer(source: Graph | Checkpoint, *, lowered: bool) -> TracingRunner:
-    """What runs it and shows what is inside; a checkpoint as trained, or as it is deployed."""
+    """A runner that returns the values inside; of a checkpoint as trained, or lowered."""
     from smlp_deploy.graphs.file import Graph
 
     if isinstance(source, Graph):
@@ -250,21 +248,21 @@ def _source_of(engine: Path, manifest: EngineManifest, given: Path | None) -> Gr
 
 
 def _graph_of(engine: Path, manifest: EngineManifest, source: Graph) -> Graph:
-    """The graph that an engine was built from, made from its ONNX file again."""
+    """The graph that an engine was built from, made again from its ONNX file."""
     from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
 
     precision, made = manifest.metadata.precision, manifest.metadata.quantization
     if precision == source.metadata.precision or precision != "int8":
         return to_precision(source, precision)
-    if is_bundled(source.metadata):  # quantized on its own images, unless others were given
+    if is_bundled(source.metadata):  # calibrated on its own images by default
         options = Int8Options(method=str(made.get("method")), per_channel=made.get("weights") == "per channel")
         graph = to_precision(source, precision, quantization=plan_quantization(source, options))
         if graph.metadata.quantization == made:
             return graph
     raise ArtifactError(
-        "was quantized while it was built, and its JSON does not say with which ranges",
+        "was quantized during the build, and its manifest does not state the ranges",
         where=engine,
-        fix="write an int8 ONNX file with smlp export --int8, and build the engine from that",
+        fix="write an int8 ONNX file with smlp export --int8, and build the engine from it",
     )
 
 
@@ -277,7 +275,7 @@ def _options_of(engine: Path, manifest: EngineManifest, *, ahead_of_time: bool) 
         return BuildOptions(profile=manifest.profile, architectures=architectures, **manifest.options)
     except TypeError:
         raise ArtifactError(
-            f"its JSON has options that this version does not know: {', '.join(manifest.options)}",
+            f"its manifest has options unknown to this version: {', '.join(manifest.options)}",
             where=engine,
             fix="build it again",
         ) from None

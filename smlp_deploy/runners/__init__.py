@@ -1,4 +1,4 @@
-"""Opening a runner for a file; the one place that knows which backend takes which file."""
+"""Opens a runner for a file; the only place that knows which backend runs which kind of file."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def open_runner(path: Path, *, provider: str | None = None) -> Runner:
 
     Args:
         path: the file.
-        provider: what ONNX Runtime is to run an ONNX file on: "cpu" (the default), "cuda" or "tensorrt".
+        provider: what ONNX Runtime runs an ONNX file on: "cpu" (the default), "cuda" or "tensorrt".
 
     Raises:
-        UsageError: a provider for another kind of file.
+        UsageError: a provider was given for another kind of file.
         ArtifactError, CheckpointError: the file cannot be used.
         MissingDependencyError: its backend is not installed.
     """
@@ -63,7 +63,7 @@ def open_runner(path: Path, *, provider: str | None = None) -> Runner:
     if provider is None:
         return opener(path)
     if opener is not _open_onnx:
-        raise UsageError("a provider is for ONNX files", where=path, fix="omit --provider")
+        raise UsageError("only ONNX files take a provider", where=path, fix="omit --provider")
     return _open_onnx(path, provider=provider)
 
 
@@ -76,7 +76,7 @@ def open_graph(graph: Graph, *, provider: str | None = None) -> Runner:
 
 
 def open_compiled(path: Path) -> Runner:
-    """Load a checkpoint to run it through `torch.compile`.
+    """Load a checkpoint to run through `torch.compile`.
 
     Raises:
         CheckpointError: the file cannot be used.

@@ -1,4 +1,4 @@
-"""What runs a network: the one protocol that classification, parity and evaluation see."""
+"""The protocol of runners, all that classification, parity and evaluation see of a backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Runner(Protocol):
     """A loaded network; a context manager, because it holds memory.
 
     Attributes:
-        name: what runs what, for people: `onnxruntime (CPU) tiny-fp32.onnx`.
+        name: backend and file, for display: `onnxruntime (CPU) tiny-fp32.onnx`.
         metadata: of the network.
     """
 
@@ -28,7 +28,7 @@ class Runner(Protocol):
     def metadata(self) -> ModelMetadata: ...
 
     def infer(self, batch: FloatArray) -> FloatArray:
-        """Logits N, classes of a batch N, 3, S, S, both float32, for any N from 1; a copy that the caller owns."""
+        """Logits N, classes of a batch N, 3, S, S, both float32, for any N of at least 1; a copy the caller owns."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -39,20 +39,20 @@ class Runner(Protocol):
 
 
 class TracingRunner(Runner, Protocol):
-    """A runner that also shows what is inside the network, at the points of `trace_points`."""
+    """A runner that also returns values inside the network, at the points of `trace_points`."""
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
-        """What comes out of each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
+        """The values at each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
         ...
 
 
 class LayerOutput(NamedTuple):
-    """What comes out of one int8 layer for the same images, three times in float32, of any one shape.
+    """Three outputs of one int8 layer for the same images, all float32 and of the same shape.
 
     Attributes:
-        name: of the layer, as the sensitivity report has it.
+        name: of the layer, as in the sensitivity report.
         reference: of the layer in fp32, inside the fp32 network.
-        alone: of the layer in int8, given what it is given in the fp32 network.
+        alone: of the layer in int8, given its input in the fp32 network.
         deployed: of the layer in int8, inside the int8 network.
     """
 
@@ -63,28 +63,28 @@ class LayerOutput(NamedTuple):
 
 
 class LayerTracer(Protocol):
-    """What shows each int8 layer of a network beside its fp32 form."""
+    """Compares each int8 layer of a network with its fp32 form."""
 
     def trace_layers(self, batch: FloatArray) -> Iterator[LayerOutput]:
-        """Every int8 layer, in the order of the computation, for a batch N, 3, S, S; perhaps in several goes."""
+        """Every int8 layer in execution order, for a batch N, 3, S, S; a layer may be yielded in several pieces."""
         ...
 
 
 @runtime_checkable
 class GpuTimer(Protocol):
-    """A runner that can tell how long the GPU alone takes."""
+    """A runner that can measure GPU time alone."""
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
-        """Seconds of each run by CUDA events, inputs and outputs staying on the GPU; none if it must split `batch`."""
+        """Seconds of each run by CUDA events, data staying on the GPU; empty if it has to split `batch`."""
         ...
 
 
 class Closing(ABC):
-    """A context manager that closes itself; runners share it."""
+    """The context manager that runners share; leaving it closes the runner."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the network's memory."""
+        """Release the network's memory."""
 
     def __enter__(self) -> Self:
         return self
@@ -96,10 +96,10 @@ class Closing(ABC):
 
 
 def in_batches(batch: FloatArray, profile: BatchProfile, run: Callable[[FloatArray], FloatArray]) -> FloatArray:
-    """Run a batch of any size on a network that takes `profile`: split, and a short rest padded with zeros.
+    """Run a batch of any size on a network limited to `profile`: split it, and pad a short rest with zeros.
 
     Returns:
-        The logits of `batch`, in memory of their own.
+        The logits of `batch`, copied.
     """
     results = []
     for start in range(0, len(batch), profile.max):

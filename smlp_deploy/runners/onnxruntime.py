@@ -1,6 +1,6 @@
-"""ONNX graphs in ONNX Runtime, on the CPU, or on request with its CUDA or TensorRT provider.
+"""ONNX graphs in ONNX Runtime: on the CPU, or on request with its CUDA or TensorRT provider.
 
-ONNX Runtime's CPU provider computes an fp16 graph in fp32, weights rounded, and has no bf16 convolution at all. A bf16
+ONNX Runtime's CPU provider computes an fp16 graph in fp32 with rounded weights, and has no bf16 convolution. A bf16
 graph is therefore emulated: computed in fp32, with every value that is bf16 in the graph rounded to bf16.
 """
 
@@ -32,17 +32,17 @@ class OnnxRuntimeRunner(Closing):
 
     Args:
         graph: what to run.
-        provider: "cpu", "cuda" or "tensorrt"; another than the one asked for is never taken.
+        provider: "cpu", "cuda" or "tensorrt"; never falls back to another.
 
     Raises:
-        ArtifactError: ONNX Runtime cannot load it.
+        ArtifactError: ONNX Runtime cannot load the graph.
         MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
     """
 
     def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
         wanted = _available(provider)
         session, emulated = _session(self._content(graph), graph.path, wanted)
-        # Listing a provider does not start it: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
+        # A listed provider may not start: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
         if session.get_providers()[0] != wanted:
             raise MissingDependencyError(
                 f"{wanted} does not start here, only {session.get_providers()[0]}",
@@ -60,7 +60,7 @@ class OnnxRuntimeRunner(Closing):
         """Run a file that `smlp export` wrote.
 
         Raises:
-            ArtifactError: not an ONNX file, without smlp-deploy's metadata, or refused (`graphs/check.py`).
+            ArtifactError: it is not an ONNX file, lacks smlp-deploy's metadata, or is refused by `graphs/check.py`.
             MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
             ConfigError: its metadata is damaged.
         """
@@ -73,7 +73,7 @@ class OnnxRuntimeRunner(Closing):
         return self._run(batch)
 
     def _content(self, graph: Graph) -> bytes:
-        """What is run of a graph."""
+        """The serialized model to run."""
         return graph.content
 
     def _run(self, batch: FloatArray) -> FloatArray:
@@ -86,7 +86,7 @@ class OnnxRuntimeRunner(Closing):
             self._batch_sizes.add(len(batch))
         try:
             return cast(list[FloatArray], self._session.run(None, {self._session.get_inputs()[0].name: batch}))
-        # onnxruntime's exceptions share no base class of their own.
+        # onnxruntime's exceptions have no common base class.
         except Exception as error:
             raise ArtifactError(f"ONNX Runtime cannot run it: {_reason(error)}", where=self._path) from None
 
@@ -95,10 +95,10 @@ class OnnxRuntimeRunner(Closing):
 
 
 def _available(provider: str) -> str:
-    """ONNX Runtime's name of a provider.
+    """ONNX Runtime's name for a provider.
 
     Raises:
-        MissingDependencyError: the installed ONNX Runtime does not have it.
+        MissingDependencyError: the installed ONNX Runtime lacks it.
     """
     name = PROVIDERS[provider]
     if name not in onnxruntime.get_available_providers():
@@ -109,10 +109,10 @@ def _available(provider: str) -> str:
 
 
 def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:
-    """A session of bytes that were checked, and whether bf16 is emulated in it."""
+    """A session for checked bytes, and whether it emulates bf16."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    # Otherwise bytes that are both ONNX and ONNX Runtime's own format are taken for the latter, which nobody checked.
+    # Otherwise bytes valid as both ONNX and ONNX Runtime's own format are loaded as the latter, which was not checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         try:
@@ -120,7 +120,7 @@ def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.Inf
         except KernelMissing:
             emulated = emulate_bf16(ModelProto.FromString(content)).SerializeToString()
             return onnxruntime.InferenceSession(emulated, options, providers=[provider]), True
-    # onnxruntime's exceptions share no base class of their own.
+    # onnxruntime's exceptions have no common base class.
     except Exception as error:
         raise ArtifactError(
             f"ONNX Runtime cannot load it: {_reason(error)}", where=path, fix="export it again"
@@ -132,23 +132,23 @@ def _reason(error: Exception) -> str:
 
 
 def working_providers() -> dict[str, bool]:
-    """Of each provider that this ONNX Runtime lists and `OnnxRuntimeRunner` knows: whether a session really gets it."""
+    """For each provider that ONNX Runtime lists and `OnnxRuntimeRunner` knows: whether a session really uses it."""
     listed = onnxruntime.get_available_providers()
     return {name: _starts(provider) for name, provider in PROVIDERS.items() if provider in listed}
 
 
 def _starts(provider: str) -> bool:
-    """Whether the smallest of sessions runs on it."""
+    """Whether a minimal session runs on it."""
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "smallest", value[:1], value[1:])
-    # Of old versions, which every ONNX Runtime that can be installed here reads.
+    # Old versions, which every supported ONNX Runtime reads.
     model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     try:
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
         session.run(None, {"x": np.ones(1, np.float32)})
-    # onnxruntime's exceptions share no base class of their own.
+    # onnxruntime's exceptions have no common base class.
     except Exception:
         return False
     return bool(session.get_providers()[0] == provider)

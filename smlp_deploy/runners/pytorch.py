@@ -1,4 +1,4 @@
-"""The network in PyTorch on the CPU: as trained, the reference for all artifacts; and lowered, for a closer look."""
+"""The network in PyTorch on the CPU: as trained, the reference of all artifacts; and lowered, for inspection."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PyTorchRunner(Closing):
         return logits
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
-        """What is run of the trained network."""
+        """The module to run, made from the trained network."""
         return network
 
     def _input(self, batch: FloatArray) -> Tensor:
@@ -47,7 +47,7 @@ class PyTorchRunner(Closing):
 
 
 class CompiledRunner(PyTorchRunner):
-    """Runs a checkpoint's network as trained through `torch.compile`, which compiles it anew for each batch size."""
+    """Runs a checkpoint's network as trained through `torch.compile`, which compiles it again for each batch size."""
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
         super().__init__(checkpoint, metadata)
@@ -58,7 +58,7 @@ class CompiledRunner(PyTorchRunner):
 
 
 class HalfRunner(PyTorchRunner):
-    """Runs a checkpoint's lowered network in true fp16 arithmetic, float32 only where an fp16 graph has it. Slow."""
+    """Runs a checkpoint's lowered network in true fp16 arithmetic, in float32 only where an fp16 graph is. Slow."""
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
         super().__init__(checkpoint, metadata)
@@ -72,10 +72,10 @@ class HalfRunner(PyTorchRunner):
 
 
 class RecordingRunner(PyTorchRunner):
-    """Runs a checkpoint's lowered network in float32 and remembers its largest activation.
+    """Runs a checkpoint's lowered network in float32 and records its largest activation.
 
-    What is watched is what an fp16 graph keeps in fp16: inputs and outputs of every convolution, among them the axial
-    products, and the output of every block.
+    It watches the values that are fp16 in an fp16 graph: the inputs and outputs of every convolution, including the
+    axial products, and the output of every block.
     """
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
@@ -98,17 +98,17 @@ class RecordingRunner(PyTorchRunner):
         return record
 
     def largest(self) -> tuple[str, float]:
-        """The layer with the largest absolute activation so far, and that activation."""
+        """The layer with the largest absolute activation so far, and its value."""
         return max(self._largest.items(), key=lambda item: item[1])
 
 
 class TracingPyTorchRunner(PyTorchRunner):
-    """Runs a checkpoint's network, as trained or lowered, and shows what is inside.
+    """Runs a checkpoint's network, as trained or lowered, and returns the values inside.
 
     Args:
         checkpoint: the weights.
         metadata: labels and preprocessing to go with them.
-        lowered: run the network as deployed.
+        lowered: run the lowered network, as deployed.
     """
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, lowered: bool = False) -> None:
@@ -148,7 +148,7 @@ class TracingPyTorchRunner(PyTorchRunner):
             module.register_forward_hook(see)
 
     def _watch_token_mixing(self, block: nn.Module, index: int) -> None:
-        """A lowered block adds what its `fuse` gives to its own input."""
+        """A lowered block adds the output of its `fuse` to its input."""
 
         def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._seen["tokens", index] = inputs[0]

@@ -1,8 +1,8 @@
 """Engines in TensorRT or TensorRT-RTX, through polygraphy.
 
-An engine is code: it is loaded only if its sha256 is the one in the JSON beside it. TensorRT-RTX compiles an engine's
-kernels on the GPU they run on; they are kept in the user's cache directory for the next time, and run as CUDA graphs.
-TensorRT has neither at run time.
+An engine is code: it is loaded only if its sha256 matches the manifest beside it. TensorRT-RTX compiles an engine's
+kernels on the GPU that runs them; they are cached in the user's cache directory, and run as CUDA graphs. TensorRT does
+neither at run time.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
 
 
 class Session(Protocol):
-    """What runs the engine: polygraphy's TrtRunner, whose outputs are buffers that the next run overwrites."""
+    """Polygraphy's TrtRunner; the next run overwrites its output buffers."""
 
     def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]: ...
 
 
 class TensorRTRunner(Closing):
-    """Runs an engine; any number of images, split and padded to the engine's batch profile.
+    """Runs an engine on any number of images, split and padded to its batch profile.
 
     Args:
         path: the engine's file.
-        manifest: the facts beside it.
-        session: what runs it.
+        manifest: the manifest beside it.
+        session: runs the engine.
     """
 
     _keeps_kernels = True
-    """Whether the kernels that TensorRT-RTX compiles are kept for the next time."""
+    """Whether to cache the kernels that TensorRT-RTX compiles."""
 
     def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
         graphs = " (CUDA graphs)" if manifest.backend == "tensorrt-rtx" else ""
@@ -74,8 +74,8 @@ class TensorRTRunner(Closing):
         """Load an engine onto the GPU.
 
         Raises:
-            ArtifactError: it is not the engine that the JSON beside it is about, or there is no GPU it runs on.
-            MissingDependencyError: its backend of TensorRT is not installed, or another major version is.
+            ArtifactError: it does not match the manifest beside it, or there is no GPU that can run it.
+            MissingDependencyError: its TensorRT backend is not installed, or in another major version.
         """
         plan = read_file(path, limit=MAX_ENGINE_BYTES, error=ArtifactError, fix="smlp build-engine makes one")
         manifest = _manifest_of(path, hashlib.sha256(plan).hexdigest())
@@ -84,12 +84,12 @@ class TensorRTRunner(Closing):
 
     @classmethod
     def load(cls, plan: bytes, path: Path, manifest: EngineManifest) -> Self:
-        """Load an engine that was read or built already, onto a GPU that `check_machine` passed.
+        """Load an engine that is already in memory, onto a GPU that passed `check_machine`.
 
         Args:
             plan: its bytes.
             path: its file, for names and messages.
-            manifest: the facts about it.
+            manifest: its manifest.
 
         Raises:
             ArtifactError: it does not load here.
@@ -106,7 +106,7 @@ class TensorRTRunner(Closing):
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         if not self._profile.min <= len(batch) <= self._profile.max:
             return []
-        self._run(batch)  # sets shapes and buffers, and brings the images onto the GPU
+        self._run(batch)  # sets shapes and buffers, and copies the images to the GPU
         from polygraphy import cuda
 
         return time_executions(cuda.wrapper(), self._session, runs=runs)
@@ -122,22 +122,22 @@ class TensorRTRunner(Closing):
 
 
 class TracingTensorRTRunner(TensorRTRunner):
-    """Shows what is inside an engine's graph: runs a second engine, of that graph with the trace points as outputs.
+    """Returns values inside an engine's graph by running a second engine, built with the trace points as outputs.
 
-    What an engine has inside cannot be read. TensorRT may fuse other operations in the second engine, because the
-    values at the points must exist in it, so that they are not those of the first one to the last digit.
+    The values inside an engine cannot be read. Because the second engine has to output them, TensorRT may fuse other
+    operations in it, so they can differ from the first engine's in the last digits.
 
     Args:
         path: the first engine's file.
-        manifest: the facts about the second.
-        session: what runs the second.
+        manifest: the second engine's manifest.
+        session: runs the second engine.
     """
 
     _keeps_kernels = False
 
     def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
         super().__init__(path, manifest, session)
-        self.name += " (built again to look inside)"
+        self.name += " (rebuilt with trace points)"
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
@@ -151,16 +151,16 @@ class TracingTensorRTRunner(TensorRTRunner):
             return logits
 
         in_batches(batch, self._profile, run)
-        # Only the end of the last part can be padding.
+        # Only the end of the last part can be padded.
         return {name: np.concatenate([part[name] for part in parts])[: len(batch)] for name in names}
 
 
 def read_manifest(path: Path) -> EngineManifest:
-    """The facts about the engine at `path`, after checking that they are about this very file; it is not loaded.
+    """The manifest of the engine at `path`, checked against the engine's sha256; the engine is not loaded.
 
     Raises:
-        ArtifactError: one of the two files cannot be read, or the JSON is about another engine.
-        ConfigError: the JSON is damaged.
+        ArtifactError: one of the two files cannot be read, or the manifest is of another engine.
+        ConfigError: the manifest is damaged.
     """
     check_regular(path, error=ArtifactError, fix="smlp build-engine makes one")
     try:
@@ -171,27 +171,27 @@ def read_manifest(path: Path) -> EngineManifest:
 
 
 def _manifest_of(path: Path, sha256: str) -> EngineManifest:
-    """What the JSON beside an engine says, if it is about the engine with this hash."""
+    """The manifest beside an engine, if it is of the engine with this hash."""
     beside = engine_manifest_path(path)
     text = read_text(beside, error=ArtifactError, fix="build the engine again")
     manifest = EngineManifest.from_json(text, where=beside)
     if manifest.engine_sha256 != sha256:
         raise ArtifactError(
-            "is not the engine that the JSON beside it is about, so it is not loaded", where=path, fix="build it again"
+            "does not match the sha256 in its manifest, so it is not loaded", where=path, fix="build it again"
         )
     return manifest
 
 
 def check_machine(path: Path, manifest: EngineManifest) -> None:
-    """Check that an engine can run here, as far as can be told without loading it.
+    """Check that an engine can run here, as far as possible without loading it.
 
     Raises:
-        ArtifactError: there is no GPU, or it was built for others.
-        MissingDependencyError: its backend is not installed, or another major version of it is.
+        ArtifactError: there is no GPU, or the engine was built for others.
+        MissingDependencyError: its backend is not installed, or in another major version.
     """
     gpu = find_gpu()
     if gpu is None:
-        raise ArtifactError("needs an NVIDIA GPU and driver, and there is none", where=path, fix="use the ONNX file")
+        raise ArtifactError("needs an NVIDIA GPU and driver; none was found", where=path, fix="use the ONNX file")
     if not _built_for(gpu, manifest):
         raise ArtifactError(
             f"was built for {', '.join(manifest.architectures)}, this GPU is {gpu.architecture} ({gpu.name})",
@@ -203,7 +203,7 @@ def check_machine(path: Path, manifest: EngineManifest) -> None:
     installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[manifest.backend])), "")
     if installed.split(".")[0] != manifest.version.split(".")[0] and not manifest.options.get("version_compatible"):
         raise MissingDependencyError(
-            f"built by {manifest.backend} {manifest.version}, installed is {installed or 'none'}",
+            f"built by {manifest.backend} {manifest.version}, but {installed or 'none'} is installed",
             where=path,
             fix="build the engine again with the installed version",
         )
@@ -218,7 +218,7 @@ def _built_for(gpu: GpuDevice, manifest: EngineManifest) -> bool:
 def _session(
     plan: bytes, path: Path, manifest: EngineManifest, *, stack: ExitStack, cache_path: Callable[[], Path] | None
 ) -> Session:
-    """polygraphy's runner of the engine whose bytes are `plan`, active until `stack` is closed."""
+    """Polygraphy's runner for the engine with the bytes `plan`, active until `stack` is closed."""
     if manifest.backend == "tensorrt-rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
@@ -232,7 +232,7 @@ def _session(
     except PolygraphyException:
         built_for = ", ".join(manifest.architectures) or "the GPU of its builder"
         raise ArtifactError(
-            f"{manifest.backend} {manifest.version} does not load it on this GPU",
+            f"{manifest.backend} {manifest.version} cannot load it on this GPU",
             where=path,
             fix=f"it was built for {built_for}; build it again here",
         ) from None
@@ -240,15 +240,15 @@ def _session(
 
 
 def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:
-    """Seconds that the GPU takes for what the session ran last, each time between two CUDA events.
+    """Seconds that the GPU takes to repeat the session's last run, each between two CUDA events.
 
     The events belong to the CUDA runtime that polygraphy has loaded. cuda-bindings is not worth it for five calls: it
-    is 31 MB, has a runtime of its own, and needs an error check in place of polygraphy's.
+    is 31 MB, brings its own runtime, and needs its own error check in place of polygraphy's.
 
     Args:
-        cuda: polygraphy's wrapper of the CUDA runtime, which has no events of its own.
-        session: polygraphy's TrtRunner, its shapes and buffers set.
-        runs: how often.
+        cuda: polygraphy's wrapper of the CUDA runtime, which does not wrap events.
+        session: polygraphy's TrtRunner with shapes and buffers set.
+        runs: number of runs.
     """
     runtime, stream = cuda.handle, ctypes.c_void_p(session.stream.ptr)
     start, end, milliseconds = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
@@ -269,7 +269,7 @@ def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:
 
 
 def runtime_cache_path(manifest: EngineManifest) -> Path:
-    """Where the kernels that TensorRT-RTX compiles for this engine, GPU and driver are kept."""
+    """Where to cache the kernels that TensorRT-RTX compiles for this engine, GPU and driver."""
     gpu = find_gpu()
     assert gpu is not None, "an engine was loaded without a GPU"
     name = "".join(c if c.isalnum() else "-" for c in gpu.name)
@@ -277,13 +277,13 @@ def runtime_cache_path(manifest: EngineManifest) -> Path:
 
 
 def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Any:
-    """An execution context; of TensorRT-RTX one that captures CUDA graphs and keeps its compiled kernels.
+    """An execution context; for TensorRT-RTX one that captures CUDA graphs and caches its compiled kernels.
 
     Args:
         trt: the binding.
         engine: loaded by it.
-        cache_path: where compiled kernels are kept; asked only where there are any. None to keep none.
-        stack: writes the kernels when it is closed, if new ones were compiled.
+        cache_path: returns where to cache compiled kernels, called only for TensorRT-RTX; None for no cache.
+        stack: on closing, writes the kernels if new ones were compiled.
     """
     if not hasattr(trt, "IRuntimeCache"):
         return engine.create_execution_context()
@@ -295,7 +295,7 @@ def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None,
     path = cache_path()
     stored = path.read_bytes() if path.is_file() else b""
     if stored and not cache.deserialize(stored):
-        logger.info("%s is of another environment, so the kernels are compiled anew", path)
+        logger.info("%s was written in another environment, so the kernels are compiled again", path)
     config.set_runtime_cache(cache)
     stack.callback(_keep, cache, path, stored)
     return engine.create_execution_context(config)
@@ -307,5 +307,5 @@ def _keep(cache: Any, path: Path, stored: bytes) -> None:
         return
     try:
         write_bytes(path, kernels)
-    except (OSError, SmlpError) as error:  # the results are right without it, the next start is slower
-        logger.warning("compiled kernels are not kept: %s", error)
+    except (OSError, SmlpError) as error:  # results stay correct; only the next start is slower
+        logger.warning("compiled kernels were not cached: %s", error)

@@ -1,4 +1,4 @@
-"""What is inside an ONNX graph: the values between its parts, and what int8 does to each layer, in ONNX Runtime."""
+"""Values inside an ONNX graph, in ONNX Runtime: between its blocks, and of each int8 layer beside its fp32 form."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 
 class _OpenedRunner(OnnxRuntimeRunner):
-    """Runs a graph of which more comes out than the logits.
+    """Runs a graph with additional outputs.
 
     Args:
         graph: what to run.
-        extend: adds the outputs to it; it is given the graph's path too.
+        extend: adds the outputs, given the graph and its path.
         provider: see `OnnxRuntimeRunner`.
     """
 
@@ -31,7 +31,7 @@ class _OpenedRunner(OnnxRuntimeRunner):
         super().__init__(graph, provider=provider)
 
     def added(self, batch: FloatArray) -> list[FloatArray]:
-        """What comes out of the added outputs; a fixed batch size is filled up with zeros."""
+        """The values of the added outputs; a graph with a fixed batch size gets zeros as padding."""
         size = self.metadata.batch or len(batch)
         parts = []
         for start in range(0, len(batch), size):
@@ -48,10 +48,10 @@ class _OpenedRunner(OnnxRuntimeRunner):
 
 
 class TracingOnnxRunner(_OpenedRunner):
-    """Runs a graph that `smlp export` made, in any precision, and shows what is inside.
+    """Runs a graph that `smlp export` made, in any precision, and returns the values inside.
 
     Raises:
-        ArtifactError: like `OnnxRuntimeRunner`, or its nodes do not have the names that `smlp export` gives.
+        ArtifactError: as `OnnxRuntimeRunner`, or the nodes lack the names that `smlp export` gives them.
     """
 
     def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
@@ -67,16 +67,16 @@ class TracingOnnxRunner(_OpenedRunner):
 
 
 class QuantizedLayers(Closing):
-    """The int8 layers of one graph beside the same layers of the fp32 graph it was made from, or could have been.
+    """The int8 layers of one graph beside the same layers of an fp32 graph, its source or an equivalent export.
 
-    A layer is found by its weight's name, because the number in a node's name depends on how the graph was exported.
+    Layers are matched by the name of their weight, because the number in a node's name depends on the export.
 
     Args:
         candidate: an int8 graph that `smlp export` made.
         reference: an fp32 graph of a network of the same shape.
 
     Raises:
-        ArtifactError: like `OnnxRuntimeRunner`, or the fp32 graph lacks a layer.
+        ArtifactError: as `OnnxRuntimeRunner`, or the fp32 graph lacks a layer.
     """
 
     def __init__(self, candidate: Graph, reference: Graph) -> None:
@@ -85,7 +85,7 @@ class QuantizedLayers(Closing):
         self._reference = _OpenedRunner(reference, self._watch_reference)
 
     def trace_layers(self, batch: FloatArray) -> Iterator[LayerOutput]:
-        """See `LayerTracer`; image by image where the graph allows it, because all layers are in memory at once."""
+        """See `LayerTracer`; image by image if the graph allows, because all layers are in memory at once."""
         size = self._deployed.metadata.batch or self._reference.metadata.batch or 1
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
@@ -103,7 +103,7 @@ class QuantizedLayers(Closing):
             add_output(graph, layer.output, f"{layer.weight}_out")
 
     def _watch_reference(self, graph: GraphProto, path: Path) -> None:
-        """Two outputs more for each layer: its own, and that of a copy in int8 which reads the same value."""
+        """Adds two outputs per layer: its own, and that of an int8 copy with the same input."""
         nodes = {name: node for node in graph.node for name in node.input}
         for layer in self._layers:
             if layer.weight not in nodes:

@@ -296,7 +296,7 @@ class TestContinued:
     def test_another_evaluation_is_not_continued(self, samples: list[LabelledImage], target: Path) -> None:
         with pytest.raises(StoppedError):
             self.run(target, samples, resume=False, until=6)
-        with pytest.raises(UsageError, match=r"an interrupted run is there · .* · add --resume"):
+        with pytest.raises(UsageError, match=r"found an interrupted run · .* · add --resume"):
             self.run(target, samples, resume=False)
         others = (
             (samples[1:], "samples count was 20, now it is 19"),
@@ -304,7 +304,9 @@ class TestContinued:
             ([replace(sample, named_by="index") for sample in samples], "samples sha256 was"),
         )
         for those, message in others:
-            with pytest.raises(UsageError, match=rf"cannot continue it: {message}.* · .*partial · give the same"):
+            with pytest.raises(
+                UsageError, match=rf"cannot continue it: {message}.* · .*partial · use the same settings"
+            ):
                 self.run(target, those, resume=True)
         (target.parent.parent / "m").write_text("another")
         with pytest.raises(UsageError, match=r"cannot continue it: model 1 was \w{64}, now it is \w{64} · "):

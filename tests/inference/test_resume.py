@@ -135,19 +135,21 @@ class TestRefusals:
     def test_other_images(self, interrupted: Path) -> None:
         with pytest.raises(UsageError, match="image 3 was c, now it is X · "):
             run(interrupted, list("abXdefghij"), IDENTITY, resume=True)
-        with pytest.raises(UsageError, match="image 4 was d, now there is none · "):
+        with pytest.raises(UsageError, match="image 4 was d, now it is missing · "):
             run(interrupted, list("abc"), IDENTITY, resume=True)
         assert run(interrupted, list("abcdefghij"), IDENTITY, resume=True).done == 8
 
     def test_beginning_anew_is_not_done_unasked(self, interrupted: Path) -> None:
-        with pytest.raises(UsageError, match=r"an interrupted run is there · .*x\.jsonl\.partial · add --resume"):
+        with pytest.raises(UsageError, match=r"found an interrupted run · .*x\.jsonl\.partial · add --resume"):
             run(interrupted, list("abcdefghij"), IDENTITY, resume=False)
 
     @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"model": "m"}'])
     def test_a_run_of_which_nothing_is_known(self, interrupted: Path, text: str | None) -> None:
         beside = interrupted.with_name("x.jsonl.partial.json")
         beside.unlink() if text is None else beside.write_text(text)
-        with pytest.raises(SmlpError, match=r"x\.jsonl\.partial\.json, which says how .* is missing or damaged"):
+        with pytest.raises(
+            SmlpError, match=r"x\.jsonl\.partial\.json, which records its settings, is missing or damaged"
+        ):
             run(interrupted, list("abcdefghij"), IDENTITY, resume=True)
 
     def test_a_file_that_another_process_is_writing(self, interrupted: Path) -> None:
@@ -259,7 +261,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_can_be_continued(predict: Predi
     code, err = predict.finish(target, preexec_fn=limit)
     assert code == 1
     assert err.splitlines() == [
-        f"error: cannot write: File too large · {target}.partial · make room, then continue with --resume"
+        f"error: cannot write: File too large · {target}.partial · free disk space, then continue with --resume"
     ]
     assert predict.finish(target, "--resume")[0] == 0
     assert target.read_bytes() == (predict.folder / "whole.csv").read_bytes()

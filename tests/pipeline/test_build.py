@@ -122,9 +122,7 @@ class TestWhereTheEngineRuns:
         with OnnxRuntimeRunner(prepared.graph) as half:
             wrong = FakeRunner(lambda batch: -half.infer(batch), prepared.graph.metadata)
             monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
-            with pytest.raises(
-                BuildError, match=r"run on this GPU it computes something else: cosine.*x\.engine\.failed"
-            ):
+            with pytest.raises(BuildError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
                 build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed"}
 
@@ -203,7 +201,7 @@ class TestLayerByLayer:
         expected = verify_layers(exported(precision).path, reference=digits_export.path)
         assert report.first_over is None
         assert report.precision == precision
-        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (built again to look inside)"
+        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (rebuilt with trace points)"
         assert report.reference == "onnxruntime (CPU) source.onnx"
         assert [point.name for point in report.points] == [point.name for point in expected.points]
         errors = [point.error for point in report.points]
@@ -269,7 +267,7 @@ class TestLayerByLayer:
         made = graph.graph.metadata
         other = replace(made, quantization={**made.quantization, "layers_in_half": ["x"]})
         path = engine_of(digits_export.path, tmp_path, metadata=other)
-        message = r"was quantized while it was built, and its JSON does not say with which ranges · .*x\.engine · write"
+        message = r"was quantized during the build, and its manifest does not state the ranges · .*x\.engine · write"
         with pytest.raises(ArtifactError, match=message):
             verify_layers(path)
 
@@ -278,7 +276,7 @@ class TestLayerByLayer:
     ) -> None:
         micro = load_checkpoint(micro_pth)
         source = export_checkpoint(micro, describe(micro), tmp_path / "micro.onnx").path
-        with pytest.raises(ArtifactError, match="its JSON does not say with which ranges"):
+        with pytest.raises(ArtifactError, match="its manifest does not state the ranges"):
             verify_layers(engine_of(source, tmp_path, "int8"))
         assert not workshop.options
 
@@ -342,7 +340,7 @@ class TestLayerByLayer:
             main(["verify", str(path), "--layers"])
         assert stop.value.code == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: needs an NVIDIA GPU and driver, and there is none · ")
+        assert line.startswith("error: needs an NVIDIA GPU and driver; none was found · ")
 
     def test_on_the_command_line(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, capsys: pytest.CaptureFixture[str]
@@ -410,7 +408,7 @@ def test_a_half_graph_cannot_be_built_in_another_precision(digits_export: Export
     half = prepare_graph(Graph.read(digits_export.path), "fp16").graph
     assert prepare_graph(half, "fp16").parity is None
     for other in ("bf16", "int8"):
-        with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was asked for"):
+        with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was requested"):
             prepare_graph(half, other)
 
 
@@ -426,7 +424,7 @@ def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp
         changed = (numpy_helper.to_array(weights[name]) + change).astype(np.float32)
         weights[name].CopyFrom(numpy_helper.from_array(changed, name))
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(ArtifactError, match="in bf16 it computes something else: cosine"):
+    with pytest.raises(ArtifactError, match="parity failed in bf16: cosine"):
         prepare_graph(Graph.read(tmp_path / "x.onnx"), "bf16")
 
 

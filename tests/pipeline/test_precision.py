@@ -141,7 +141,7 @@ def test_unreadable_images_are_left_out_with_a_warning(
 ) -> None:
     quantized = plan_quantization(graph, Int8Options(images=(Path("absent.jpg"), *digit_images)))
     assert quantized.table.images == 12
-    assert "not calibrated on absent.jpg: no such file" in caplog.text
+    assert "calibration skips absent.jpg: no such file" in caplog.text
     assert "only 12 calibration images" in caplog.text
 
 

@@ -71,7 +71,7 @@ def test_a_provider_that_falls_back_is_an_error(digits_export: Export, monkeypat
 def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
     with open_runner(digits_export.path, provider="cpu") as runner:
         assert runner.name == "onnxruntime (CPU) digits-fp32.onnx"
-    with pytest.raises(UsageError, match="a provider is for ONNX files"):
+    with pytest.raises(UsageError, match="only ONNX files take a provider"):
         open_runner(BUNDLED_CHECKPOINT, provider="cpu")
 
 
