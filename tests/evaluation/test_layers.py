@@ -226,13 +226,8 @@ class TestRealNetworks:
         assert report.first_over is None
 
     def test_another_kind_of_file_is_refused(self, tmp_path: Path) -> None:
-<<<<<<< HEAD
-        with pytest.raises(UsageError, match=r"cannot be looked into · .*x\.txt"):
+        with pytest.raises(UsageError, match=r"cannot be compared block by block · .*x\.txt"):
             verify_layers(tmp_path / "x.txt")
-=======
-        with pytest.raises(UsageError, match=r"cannot be compared block by block · .*x\.engine"):
-            verify_layers(tmp_path / "x.engine")
->>>>>>> english-b
 
 
 @pytest.fixture
