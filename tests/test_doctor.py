@@ -1,4 +1,4 @@
-"""`examine` in environments made for it: real ones, whose packages are links to this environment's, and stand-ins."""
+"""`examine` in environments made for it: real ones, whose packages are links to this environment's, and fakes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
 @pytest.fixture
 def stand_ins(tmp_path: Path) -> Path:
     """A folder for packages that come before the installed ones."""
-    folder = tmp_path / "stand-ins"
+    folder = tmp_path / "fakes"
     folder.mkdir()
     return folder
 
@@ -101,7 +101,7 @@ def examined(python: Path, folder: Path, gpu: GpuDevice | None = None, *, prelud
     variables = {
         **os.environ,
         "XDG_CACHE_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(folder / "stand-ins"),
+        "PYTHONPATH": str(folder / "fakes"),
     }
     output = subprocess.run(
         [python, "-c", script], cwd=folder, env=variables, stdout=subprocess.PIPE, check=True
@@ -169,7 +169,7 @@ class TestPackages:
         self, environments: Environments, tmp_path: Path, stand_ins: Path
     ) -> None:
         stand_in(stand_ins, "torch", code="class version: cuda = None\nclass cuda: is_available = lambda: False")
-        (tmp_path / "torch.py").write_text("raise SystemExit('a stranger')")
+        (tmp_path / "torch.py").write_text("raise SystemExit('a module of the current folder')")
         findings = examined(environments(""), tmp_path, prelude="sys.path.remove('')")
         assert findings["torch"].detail == "torch 1.0, built for the CPU"
 

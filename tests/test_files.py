@@ -77,7 +77,7 @@ def test_sha256(tmp_path: Path) -> None:
 
 class TestReading:
     def read(self, path: Path) -> bytes:
-        return read_file(path, limit=4, error=ArtifactError, fix="mend it")
+        return read_file(path, limit=4, error=ArtifactError, fix="correct it")
 
     def test_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(b"four")
@@ -98,7 +98,7 @@ class TestReading:
             with pytest.raises(ArtifactError) as caught:
                 self.read(tmp_path / name)
             assert caught.value.what.startswith(reason)
-            assert caught.value.fix == "mend it"
+            assert caught.value.fix == "correct it"
 
     def test_what_has_no_stated_size_is_read_no_further(self) -> None:
         # /proc files claim to be empty.

@@ -1,4 +1,4 @@
-"""Images as strangers make them: each file is made for real, and gives the right pixels or a one-line reason."""
+"""Untrusted images: each file is made for real, and gives the right pixels or a one-line reason."""
 
 from __future__ import annotations
 

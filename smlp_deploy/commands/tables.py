@@ -31,12 +31,19 @@ _CONFUSIONS_SHOWN = 5
 _STATUS_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
+def _table(*heads: str | Text, words: Sequence[str] = (), no_wrap: Sequence[str] = (), **settings: Any) -> Table:
+    """An empty table; columns hold right-aligned numbers, unless they are among the `words`."""
+    table = Table(box=None, pad_edge=False, **settings)
+    for head in heads:
+        table.add_column(head, justify="left" if str(head) in words else "right", no_wrap=str(head) in no_wrap)
+    return table
+
+
 def show_variants(variants: Mapping[str, Variant]) -> None:
     from smlp_deploy.models.variants import OFFICIAL_URL, mac_count, parameter_count
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("variant", "parameters", "MACs at 224", "paper top-1", "official weights"):
-        table.add_column(heading, justify="right" if heading[0] in "pM" else "left", no_wrap=True)
+    heads = ("variant", "parameters", "MACs at 224", "paper top-1", "official weights")
+    table = _table(*heads, words=("variant", "official weights"), no_wrap=heads)
     for variant in variants.values():
         table.add_row(
             variant.name,
@@ -77,9 +84,8 @@ def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
 
 def show_parity(report: ParityReport, *, on_stderr: bool) -> None:
     """The report's gates as a table, then the failures."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("gate", "", "measured", "limit"):
-        table.add_column(heading)
+    heads = ("gate", "", "measured", "limit")
+    table = _table(*heads, words=heads)
     for gate in report.gates:
         measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
         verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
@@ -96,10 +102,8 @@ def show_divergence(report: DivergenceReport) -> None:
     """How the error grows from point to point, on stdout."""
     console = stdout()
     console.print(Text(f"{printable(report.candidate)} against {printable(report.reference)}, {report.images} images"))
-    table = Table(box=None, pad_edge=False)
-    for heading in ("after", "error", "SQNR dB", "growth", "worst image", ""):
-        numeric = heading in ("error", "SQNR dB", "growth")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    heads = ("after", "error", "SQNR dB", "growth", "worst image", "")
+    table = _table(*heads, words=("after", "worst image", ""), no_wrap=heads)
     for point in report.points:
         growth = "" if point.growth is None else ">x99" if point.growth > 99 else f"x{point.growth:.2g}"
         verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
@@ -107,9 +111,8 @@ def show_divergence(report: DivergenceReport) -> None:
         table.add_row(Text(point.name), f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, Text(image), verdict)
     console.print(table)
     if report.layers:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("int8 layer", "own SQNR dB", "in the network"):
-            table.add_column(heading, justify="left" if heading == "int8 layer" else "right", no_wrap=True)
+        columns = ("int8 layer", "own SQNR dB", "in the network")
+        table = _table(*columns, words=columns[:1], no_wrap=columns)
         for layer in report.layers[:_LAYERS_SHOWN]:
             table.add_row(Text(printable(layer.name)), f"{layer.own_sqnr_db:.1f}", f"{layer.sqnr_db:.1f}")
         console.print(table)
@@ -123,9 +126,7 @@ def show_evaluation(report: Evaluation) -> None:
     """The figures of each model and pair, and the first model's confusions, on stdout."""
     console = stdout()
     console.print(f"{report.evaluated} images, {len(report.unreadable)} unreadable; classes named by {report.named_by}")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "model", "top-1 %", "95%", "top-5 %", "loss", "ECE"):
-        table.add_column(heading, justify="left" if heading in ("", "model") else "right")
+    table = _table("", "model", "top-1 %", "95%", "top-5 %", "loss", "ECE", words=("", "model"))
     for number, model in enumerate(report.models, start=1):
         interval = f"{100 * model.top1.low:.1f}-{100 * model.top1.high:.1f}"
         loss, ece = ("" if v is None else f"{v:.4f}" for v in (model.loss, model.calibration_error))
@@ -133,9 +134,8 @@ def show_evaluation(report: Evaluation) -> None:
         table.add_row(str(number), Text(printable(model.name)), top1, interval, top5, loss, ece)
     console.print(table)
     if report.pairs:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("models", "agree on", "only first right", "only second right", "McNemar p"):
-            table.add_column(heading, justify="left" if heading == "models" else "right")
+        heads = ("models", "agree on", "only first right", "only second right", "McNemar p")
+        table = _table(*heads, words=("models",))
         for pair in report.pairs:
             models = f"{pair.first + 1} and {pair.second + 1}"
             agree = f"{100 * pair.agreement.value:.2f}%"
@@ -169,9 +169,8 @@ def show_benchmark(report: Benchmark) -> None:
 
 
 def _models_table(report: Benchmark) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "model", "load s", "first s", "peak MB"):
-        table.add_column(heading, justify="left" if heading in ("", "model") else "right", no_wrap=heading != "model")
+    heads = ("", "model", "load s", "first s", "peak MB")
+    table = _table(*heads, words=("", "model"), no_wrap=(*heads[:1], *heads[2:]))
     for number, model in enumerate(report.models, start=1):
         peak = "" if model.peak_memory is None else f"{model.peak_memory / 1e6:.0f}"
         name = Text(printable(model.name), overflow="fold")
@@ -180,9 +179,8 @@ def _models_table(report: Benchmark) -> Table:
 
 
 def _batches_table(report: Benchmark) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("batch", "", "median ms", "p90", "p95", "p99", "images/s", "ratio", "95%"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ("batch", "", "median ms", "p90", "p95", "p99", "images/s", "ratio", "95%")
+    table = _table(*heads, no_wrap=heads)
     for of_size in zip(*(model.batches for model in report.models), strict=True):
         for number, timing in enumerate(of_size, start=1):
             times = (four_digits(1000 * t) for t in (timing.median, timing.p90, timing.p95, timing.p99))
@@ -197,9 +195,8 @@ def _end_to_end_table(report: Benchmark) -> Table:
     title = (
         f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} decoding threads"
     )
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for heading in ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    heads = ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%")
+    table = _table(*heads, no_wrap=heads, title=title, title_justify="left")
     for number, model in enumerate(report.models, start=1):
         if (end := model.end_to_end) is not None:
             seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
@@ -236,9 +233,8 @@ def show_findings(findings: Sequence[Finding]) -> None:
 
 def show_sensitivity(report: SensitivityReport) -> None:
     """The most sensitive int8 layers and the precision chosen for each, on stderr."""
-    table = Table(box=None, pad_edge=False, title=f"int8 alone, top-1 {report.measure} lost on {report.inputs} images")
-    for heading in ("layer", "points", "error", "choice"):
-        table.add_column(heading, justify="right" if heading in ("points", "error") else "left")
+    title = f"int8 alone, top-1 {report.measure} lost on {report.inputs} images"
+    table = _table("layer", "points", "error", "choice", words=("layer", "choice"), title=title)
     for layer in report.layers[: max(_LAYERS_SHOWN, len(report.left_out))]:
         table.add_row(layer.layer, f"{layer.drop:.2f}", f"{layer.error:.1e}", layer.precision)
     stderr().print(table)
@@ -266,9 +262,8 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     console.print(
         f"{profile.source}: {profile.precision}, batch {summary.batch}, {profile.architecture}", soft_wrap=True
     )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("MB", "precision", "kernel", "writes", "ONNX nodes"):
-        table.add_column(heading, justify="right" if heading == "MB" else "left", no_wrap=heading != "ONNX nodes")
+    heads = ("MB", "precision", "kernel", "writes", "ONNX nodes")
+    table = _table(*heads, words=heads[1:], no_wrap=heads[:-1])
     for kernel in sorted(profile.kernels, key=lambda kernel: -kernel.nbytes)[:top]:
         written = "x".join(str(size) for size in kernel.outputs[0].shape) if kernel.outputs else ""
         nodes = Text(", ".join(kernel.nodes))
@@ -277,9 +272,9 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     total = summary.bytes_per_image * summary.batch / 1e6
     compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
     console.print(f"{summary.count} kernels, {total:.0f} MB read and written; convolutions and products: {compute}")
-    estimates = Table(box=None, pad_edge=False, title="best case (an estimate; nothing was run)", title_justify="left")
-    for heading in ("GPU", "us/image", "bound by", "GB/s", "T/s"):
-        estimates.add_column(heading, justify="left" if heading in ("GPU", "bound by") else "right")
+    title = "best case (an estimate; nothing was run)"
+    heads = ("GPU", "us/image", "bound by", "GB/s", "T/s")
+    estimates = _table(*heads, words=("GPU", "bound by"), title=title, title_justify="left")
     for estimate in roofline(profile):
         gpu = estimate.gpu
         peak = f"{gpu.peak[profile.precision]:g}"
@@ -289,9 +284,7 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
 
 def show_comparison(first: GraphProfile, second: GraphProfile) -> None:
     """The totals of two profiles side by side, on stdout."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", Text(str(first.source)), Text(str(second.source)), "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = _table("", Text(str(first.source)), Text(str(second.source)), "ratio", words=("",))
     kinds = sorted({*first.summary.by_kind, *second.summary.by_kind})
     rows = [
         ("kernels", first.summary.count, second.summary.count),

@@ -1,7 +1,7 @@
 """Charts as SVG for a page: drawn by matplotlib, coloured by the page's CSS variables, the same bytes each time.
 
-matplotlib draws in stand-in colours. Each becomes a variable of the page, so that a chart follows light and dark. Text
-stays text, in the page's font; ids are prefixed with the chart's name, so that a page can hold several charts.
+matplotlib draws in placeholder colours; each becomes a variable of the page, so that a chart follows light and dark.
+Text stays text, in the page's font; ids are prefixed with the chart's name, so that a page can hold several charts.
 """
 
 from __future__ import annotations

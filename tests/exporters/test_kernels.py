@@ -9,7 +9,7 @@ from smlp_deploy.exporters.kernels import (
     kernels_from_log,
     summarize,
 )
-from tests.support.onnx_session import INSPECTED, KERNEL
+from tests.support.tensorrt_binding import INSPECTED, KERNEL
 
 
 def kernel(kind: str, element: str, *, reads: str | None = None) -> Kernel:

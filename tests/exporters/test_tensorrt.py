@@ -17,7 +17,7 @@ from smlp_deploy.exporters.kernels import summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, TensorRT, check_alone, find_backend
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.pipeline.export import Export
-from tests.support.onnx_session import VERSIONS, StandIn
+from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT
 
 SM89 = BuildOptions(architectures=("sm89",))
 
@@ -34,11 +34,11 @@ def rtx() -> TensorRT:
 
 
 class TestEveryBinding:
-    """The adapter on stand-ins that have exactly the names of real versions."""
+    """The adapter on fakes that have exactly the names of real versions."""
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_builds_with_every_option(self, version: str) -> None:
-        module: Any = StandIn(version)
+        module: Any = FakeTensorRT(version)
         adapter = TensorRT(module)
         steps: list[tuple[str, int, int]] = []
         options = BuildOptions(
@@ -63,34 +63,34 @@ class TestEveryBinding:
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_says_what_the_parser_refused(self, version: str) -> None:
-        module: Any = StandIn(version, fail="parse")
+        module: Any = FakeTensorRT(version, fail="parse")
         with pytest.raises(BuildError, match=r"Loop node 'blocks\.1/loop': no importer"):
             TensorRT(module).build(b"graph", BuildOptions())
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_says_why_the_build_failed(self, version: str) -> None:
-        module: Any = StandIn(version, fail="build")
+        module: Any = FakeTensorRT(version, fail="build")
         with pytest.raises(BuildError, match="could not build it: out of memory"):
             TensorRT(module).build(b"graph", BuildOptions())
 
     def test_without_a_gpu_there_is_no_builder(self) -> None:
-        module: Any = StandIn("tensorrt-11.4", fail="builder")
+        module: Any = FakeTensorRT("tensorrt-11.4", fail="builder")
         with pytest.raises(BuildError, match="need an NVIDIA GPU and driver"):
             TensorRT(module).build(b"graph", BuildOptions())
 
     def test_an_engine_that_does_not_load_is_an_error(self) -> None:
-        module: Any = StandIn("tensorrt-10.13", fail="load")
+        module: Any = FakeTensorRT("tensorrt-10.13", fail="load")
         with pytest.raises(BuildError, match="cannot be loaded again"):
             TensorRT(module).build(b"graph", BuildOptions())
 
     def test_a_fixed_batch_needs_the_same_profile(self) -> None:
-        module: Any = StandIn("tensorrt-11.4", batch=4)
+        module: Any = FakeTensorRT("tensorrt-11.4", batch=4)
         with pytest.raises(UsageError, match="takes exactly 4 images"):
             TensorRT(module).build(b"graph", BuildOptions())
         assert TensorRT(module).build(b"graph", BuildOptions(profile=BatchProfile.fixed(4))).plan == b"plan"
 
     def test_a_name_that_a_version_lacks_would_be_noticed(self) -> None:
-        module: Any = StandIn("tensorrt-11.4")
+        module: Any = FakeTensorRT("tensorrt-11.4")
         with pytest.raises(AttributeError):
             _ = module.ComputeCapability
         with pytest.raises(AttributeError):

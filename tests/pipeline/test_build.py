@@ -33,7 +33,7 @@ from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, read_manifest
 from tests.support.fakes import Exported, FakeRunner
-from tests.support.onnx_session import OnnxSession
+from tests.support.tensorrt_binding import OnnxSession
 
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
 
@@ -98,7 +98,7 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
 
 
 class TestWhereTheEngineRuns:
-    """On a stand-in for the GPU: ONNX Runtime runs the graph that the engine was built from."""
+    """On a fake GPU: ONNX Runtime runs the graph that the engine was built from."""
 
     @pytest.fixture
     def prepared(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> Prepared:

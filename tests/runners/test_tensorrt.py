@@ -29,7 +29,7 @@ from smlp_deploy.runners.tensorrt import (
     time_executions,
 )
 from tests.support.fakes import metadata, quadrant_means
-from tests.support.onnx_session import VERSIONS, StandIn
+from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT
 
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
@@ -115,7 +115,7 @@ def test_without_a_gpu_it_is_one_clear_line(engine: Path, monkeypatch: pytest.Mo
 
 
 def test_an_engine_that_the_json_is_not_about_is_never_loaded(engine: Path) -> None:
-    engine.write_bytes(b"an engine of a stranger")
+    engine.write_bytes(b"another engine")
     with pytest.raises(ArtifactError, match="does not match the sha256 in its manifest"):
         open_runner(engine)
 
@@ -221,11 +221,11 @@ class TestTheMachine:
 
 
 class TestExecutionContexts:
-    """Contexts are made on stand-ins that have exactly the names of real versions."""
+    """Contexts are made on fakes that have exactly the names of real versions."""
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_rtx_captures_graphs_and_keeps_its_kernels(self, version: str, tmp_path: Path) -> None:
-        module = StandIn(version)
+        module = FakeTensorRT(version)
         path = tmp_path / "cache" / "x.cache"
         with ExitStack() as stack:
             create_context(module, module.engine(), lambda: path, stack)
@@ -243,14 +243,14 @@ class TestExecutionContexts:
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_kernels_of_an_engine_that_is_used_once_are_not_kept(self, version: str) -> None:
-        module = StandIn(version)
+        module = FakeTensorRT(version)
         with ExitStack() as stack:
             create_context(module, module.engine(), None, stack)
         names = [call[0] for call in module.calls]
         assert names == ["create_execution_context"]
 
     def test_kernels_of_another_environment_are_replaced(self, tmp_path: Path) -> None:
-        module = StandIn("tensorrt_rtx-1.7", fail="deserialize")
+        module = FakeTensorRT("tensorrt_rtx-1.7", fail="deserialize")
         path = tmp_path / "x.cache"
         path.write_bytes(b"of an older driver")
         with ExitStack() as stack:
@@ -260,7 +260,7 @@ class TestExecutionContexts:
     def test_a_cache_that_cannot_be_written_is_a_warning(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        module = StandIn("tensorrt_rtx-1.7")
+        module = FakeTensorRT("tensorrt_rtx-1.7")
         (tmp_path / "file").touch()
         with ExitStack() as stack:
             create_context(module, module.engine(), lambda: tmp_path / "file" / "x.cache", stack)

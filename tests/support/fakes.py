@@ -1,4 +1,4 @@
-"""Stand-ins for what a test does not examine."""
+"""Fakes of what a test does not examine."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Strict:
         self._behaviour[name] = value
 
 
-class StandIn:
+class FakeTensorRT:
     """The module. `calls` lists what was set or asked for, `fail` chooses what goes wrong."""
 
     def __init__(self, version: str, *, fail: str = "", batch: int = -1) -> None:
