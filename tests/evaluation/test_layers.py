@@ -337,4 +337,4 @@ def test_the_worst_layers_are_shown_and_all_are_counted(capsys: pytest.CaptureFi
     assert ["layer", "0", "30.2", "20.0"] in [line.split() for line in shown.splitlines()]
     assert "layer 9 " in shown
     assert "layer 10" not in shown
-    assert "the 10 with the most noise of their own, of 33 int8 layers" in shown
+    assert "the 10 int8 layers with the most noise of their own, of 33" in shown

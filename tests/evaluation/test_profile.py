@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ArtifactError
 from smlp_deploy.evaluation.profile import GPUS, GraphProfile, profile_graph, roofline
 from smlp_deploy.exporters.kernels import KernelSummary
 from smlp_deploy.pipeline.export import Export
@@ -52,5 +52,5 @@ def test_a_graph_of_another_tool_is_refused(digits_export: Export, tmp_path: Pat
     model = onnx.load(digits_export.path)
     model.ClearField("metadata_props")
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(UsageError, match="smlp-deploy did not write it"):
+    with pytest.raises(ArtifactError, match="smlp-deploy did not write it"):
         profile_graph(tmp_path / "x.onnx")
