@@ -1,11 +1,12 @@
-"""What TensorRT-RTX makes of sMLPNet: kernels, bytes they move, and engine sizes, graph by graph. Needs no GPU.
+"""How TensorRT-RTX compiles sMLPNet: kernels, memory traffic and engine size of each graph. Needs no GPU.
 
     python -m benchmarks.kernels [VARIANT ...] [--json FILE]
 
-Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the unlowered baseline, the trained
-network as `torch.onnx.export` makes it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8 inside
-fp16, calibrated on the package's own eighteen images. Kernels and bytes are those of a build for batch 8 and one
-architecture; the size is of the engine that `smlp build-engine` writes, for any batch from 1 to 32. Nothing is run.
+Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the unlowered baseline, which is the
+trained network as `torch.onnx.export` exports it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8
+inside fp16, calibrated on the eighteen images in the package. Kernels and bytes are those of a build for batch 8 and
+one architecture; the size is that of the engine that `smlp build-engine` writes, for batches from 1 to 32. Nothing is
+run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tests.support.recipe import recipe_weights
 BATCH = 8
 SEED = 1
 TARGETS = {"sm89": DEFAULT_ARCHITECTURES, "sm75": ("sm75",)}
-"""The architecture whose kernels are listed, and those that the engine is built for."""
+"""The architecture to list kernels for -> those to build the engine for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class Row:
     Attributes:
         variant: of the paper.
         graph: how it was made.
-        architecture: that the kernels are for.
-        kernels: how many.
-        megabytes: that they read and write for one batch, 10^6 bytes.
+        architecture: of the kernels.
+        kernels: their number.
+        megabytes: read and written for one batch, in 10^6 bytes.
         engine_megabytes: size of the engine.
         compute: convolutions and matrix products by element type.
     """
@@ -64,11 +65,9 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Kernels, memory traffic and engine sizes, graph by graph; needs no GPU."
-    )
+    parser = argparse.ArgumentParser(description="Kernels, memory traffic and engine size of each graph; needs no GPU.")
     parser.add_argument("variants", nargs="*", default=["smlpnet_tiny"], metavar="VARIANT")
-    parser.add_argument("--json", type=Path, help="Write the figures here, too.")
+    parser.add_argument("--json", type=Path, help="Also write the figures here.")
     arguments = parser.parse_args()
     tensorrt = TensorRT.load("tensorrt-rtx")
     rows = []
@@ -76,7 +75,7 @@ def main() -> None:
         for graph, made in graphs(VARIANTS[name]):
             for architecture in TARGETS:
                 if graph in ("unlowered fp32", "lowered fp32") and architecture == "sm75":
-                    continue  # TensorRT-RTX has no fp32 matrix product for it
+                    continue  # TensorRT-RTX has no fp32 matrix product for sm75
                 rows.append(measure(tensorrt, name, graph, made.content, architecture))
                 print(rows[-1], file=sys.stderr)
     show(rows)
@@ -115,7 +114,7 @@ def measure(tensorrt: TensorRT, variant: str, graph: str, content: bytes, archit
 
 
 def show(rows: list[Row]) -> None:
-    """Each row beside its ratio to the variant's unlowered baseline, or to its fp16 where that was not built."""
+    """Each row, with ratios to the variant's unlowered baseline, or to its fp16 graph if that was not built."""
     table = Table(box=None, pad_edge=False)
     for heading in ("variant", "graph", "GPU", "kernels", "MB moved", "engine MB"):
         table.add_column(heading, justify="left" if heading in ("variant", "graph", "GPU") else "right")

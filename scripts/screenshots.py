@@ -1,4 +1,4 @@
-"""Write docs/screens/*.png anew: reports of the bundled model on the held-out digits, as a browser shows them.
+"""Regenerate docs/screens/*.png: reports of the bundled model on the held-out digits, as a browser shows them.
 
 python -m scripts.screenshots
 """
@@ -42,7 +42,7 @@ def export_digits() -> list[Path]:
 
 
 def eval_page(paths: list[Path]) -> str:
-    """Paths on the page are relative to the current folder."""
+    """The accuracy report; its paths are relative to the current folder."""
     write_held_out(Path("held-out"))
     with open_runner(paths[0]) as first, open_runner(paths[1]) as second:
         return evaluation_page(evaluate([first, second], find_labelled_images(Path("held-out"), first.metadata.labels)))
@@ -53,7 +53,7 @@ def speed_page(paths: list[Path]) -> str:
 
 
 def shoot(html: str, target: Path) -> None:
-    """The top of a page as a picture."""
+    """Write a picture of the top of a page."""
     page_file = Path(f"{target.stem}.html").absolute()
     page_file.write_text(html, encoding="utf-8")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))

@@ -1,8 +1,8 @@
-"""Train the small sMLPNet that ships with the package on 4,000 real MNIST digits; a few minutes on two cores.
+"""Train the small sMLPNet bundled with the package on 4,000 real MNIST digits; takes a few minutes on two cores.
 
     python -m scripts.train_digits [--epochs 60] [-o smlp_deploy/data/smlpnet_digits.safetensors]
 
-The held-out 1,000 digits are looked at once, after the last epoch; no choice is made by them.
+The 1,000 held-out digits are evaluated once, after the last epoch, and influence no choice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tensors(digits: Digits) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A random rotation (to 12 degrees), scale, shear (to 10 %) and shift (to 2 pixels) of each image."""
+    """Randomly rotate (up to 12 degrees), scale and shear (up to 10 %), and shift (up to 2 pixels) each image."""
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * limit

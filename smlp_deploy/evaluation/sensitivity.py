@@ -93,7 +93,7 @@ def measure_sensitivity(
         progress: called with the number of layers done, after each.
 
     Raises:
-        UsageError: there are no inputs, or not one label for each.
+        UsageError: there are no inputs, or the numbers of inputs and labels differ.
     """
     scale = _Scale(reference_logits, labels)
     found = []

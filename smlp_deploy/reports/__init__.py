@@ -1,4 +1,4 @@
-"""Findings as self-contained HTML pages. Each function turns a value into the text of one."""
+"""Results as self-contained HTML pages; each function turns a result into the text of a page."""
 
 from smlp_deploy.reports.accuracy import IMAGES_SHOWN, evaluation_page, predictions_page
 from smlp_deploy.reports.page import require_report

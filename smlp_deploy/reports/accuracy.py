@@ -1,4 +1,4 @@
-"""Pages of what models take images for, and how often they are right."""
+"""Pages of predictions and accuracy."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _BARS = 5
 
 
 def predictions_page(predictions: Sequence[Prediction], *, model: str, total: int, failed: int) -> str:
-    """What a model takes images for.
+    """A model's predictions.
 
     Args:
-        predictions: the first of them; as many as are to be shown.
-        model: its name.
-        total: images in all.
+        predictions: those to show, the first of the run.
+        model: the model's name.
+        total: number of images in the run.
         failed: those of them without a prediction.
     """
     require_report()
@@ -55,17 +55,17 @@ def predictions_page(predictions: Sequence[Prediction], *, model: str, total: in
         )
         for prediction in predictions
     )
-    which = f"The first {len(cards):,} of {total:,} images." if len(cards) < total else "All images, in their order."
+    which = f"The first {len(cards):,} of {total:,} images." if len(cards) < total else "All images, in order."
     return render(
         "Predictions",
-        f"Best classes by {model}, with their softmax probabilities.",
+        f"Best classes of {model}, with softmax probabilities.",
         facts=[Fact(f"{total:,}", plural(total, "image")), Fact(f"{failed:,}", "failed")],
         sections=[Section(name="images", title="Images", text=[which], cards=cards)],
     )
 
 
 def evaluation_page(report: Evaluation) -> str:
-    """How often models are right, what they take for what, and the images they have wrong."""
+    """Accuracy of models, their confusions, and the images they misclassify."""
     require_report()
     on = f"on {report.evaluated:,} {plural(report.evaluated, 'image')}"
     return render(
@@ -125,12 +125,12 @@ def _pairs_section(report: Evaluation) -> Section:
         for pair in report.pairs
     ]
     table = Table(caption="Models on the same images", heads=heads, words=("models",), rows=rows)
-    text = ["p is that of McNemar's exact test; a small one says that one of the two is right more often."]
+    text = ["p is from McNemar's exact test; a small p means that one of the two is right more often."]
     return Section(name="pairs", title="Model against model", text=text, tables=[table])
 
 
 def _image_sections(report: Evaluation) -> list[Section]:
-    """Images that no model has right, those that only some have right, and the rest; surest and least sure first."""
+    """Images that all models misclassify, that some do, and that none does; the rest by ascending confidence."""
     several = len(report.models) > 1
     groups: dict[str, list[ImageRecord]] = {"wrong": [], "different": [], "right": []}
     for record in report.records:
@@ -140,15 +140,15 @@ def _image_sections(report: Evaluation) -> list[Section]:
     for name, records in groups.items():
         records.sort(key=_confidence, reverse=name != "right")
     titles = {
-        "wrong": ("No model is right" if several else "Wrong", "surest first", _WRONG_SHOWN),
-        "different": ("Some models are right, some wrong", "surest first", _DIFFERENT_SHOWN),
-        "right": ("All models are right" if several else "Right", "least sure first", _RIGHT_SHOWN),
+        "wrong": ("No model is right" if several else "Wrong", "most confident first", _WRONG_SHOWN),
+        "different": ("Some models are right, some wrong", "most confident first", _DIFFERENT_SHOWN),
+        "right": ("All models are right" if several else "Right", "least confident first", _RIGHT_SHOWN),
     }
     return [
         Section(
             name=name,
             title=f"{title}: {len(groups[name]):,}",
-            text=[f"Shown: {shown(groups[name], most)}, {order}. Bars are the probability of the class answered."],
+            text=[f"Shown: {shown(groups[name], most)}, {order}. Bars show the probability of the answer."],
             cards=[_record_card(record, report) for record in groups[name][:most]],
         )
         for name, (title, order, most) in titles.items()
@@ -175,7 +175,7 @@ def _record_card(record: ImageRecord, report: Evaluation) -> Card:
 
 
 def _confusions_section(report: Evaluation, position: int) -> Section:
-    """What one model took for what: a heat map of the classes it confuses most, and a table."""
+    """One model's confusions: a heat map of the classes it confuses most, and a table."""
     model = report.models[position]
     often: Counter[int] = Counter({of_class.index: 0 for of_class in model.classes})
     for confusion in model.confusions:
@@ -197,9 +197,9 @@ def _confusions_section(report: Evaluation, position: int) -> Section:
     ]
     heads = ("label", "taken for", "images")
     caption = f"Confusions, most frequent first: {shown(model.confusions, ROWS_SHOWN)}"
-    text = f"{model.name}; grey is right."
+    text = f"{model.name}; right answers are grey."
     if len(often) > len(drawn):
-        text += f" The {len(drawn)} classes most often confused, of {len(often):,}."
+        text += f" Shown are the {len(drawn)} most confused of {len(often):,} classes."
     return Section(
         name=f"confusions-of-{position + 1}",
         title=f"Confusions of model {position + 1}" if len(report.models) > 1 else "Confusions",
@@ -210,7 +210,7 @@ def _confusions_section(report: Evaluation, position: int) -> Section:
 
 
 def _classes_section(report: Evaluation) -> Section:
-    """Each class by each model, the worst of the first model first."""
+    """Each model's accuracy on each class, the first model's worst class first."""
     by_class = sorted(zip(*(model.classes for model in report.models), strict=True), key=lambda of: of[0].top1)
     rows = [
         (first.label, f"{first.n:,}", *(f"{100 * one.top1:.1f} %" for one in (first, *others)))
@@ -218,7 +218,7 @@ def _classes_section(report: Evaluation) -> Section:
     ]
     heads = ("class", "images", *(f"top-1 of {number}" for number in range(1, len(report.models) + 1)))
     table = Table(caption="Top-1 by class", heads=heads, words=heads[:1], rows=rows, folded=len(rows) > _CLASSES_SHOWN)
-    return Section(name="classes", title="Classes", text=["Lowest first, by model 1."], tables=[table])
+    return Section(name="classes", title="Classes", text=["Sorted by model 1, lowest first."], tables=[table])
 
 
 def _unreadable_section(records: Sequence[ImageRecord]) -> Section:

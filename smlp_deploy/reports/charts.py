@@ -1,7 +1,8 @@
-"""Charts as SVG for a page: drawn by matplotlib, coloured by the page's CSS variables, the same bytes each time.
+"""Charts as SVG for a page: drawn by matplotlib, coloured by the page's CSS variables, reproducible to the byte.
 
-matplotlib draws in placeholder colours; each becomes a variable of the page, so that a chart follows light and dark.
-Text stays text, in the page's font; ids are prefixed with the chart's name, so that a page can hold several charts.
+matplotlib draws in placeholder colours, each of which becomes a CSS variable, so that charts follow light and dark
+mode. Text stays text, in the page's font; ids are prefixed with the chart's name, so that a page can hold several
+charts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 WIDTH = 760
-"""Of every chart, in CSS pixels where there is room."""
+"""Of every chart, in CSS pixels; narrower on small screens."""
 
 _INK, _MUTED, _LINE, _ACCENT, _BAD = (f"#01010{digit}" for digit in range(5))
 _SERIES = tuple(f"#02020{digit}" for digit in range(6))
@@ -41,7 +42,7 @@ _VARIABLES = {
 _COLOUR = re.compile("#[0-9a-f]{6}")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a label may have dollar signs
+    "text.parse_math": False,  # a label may contain dollar signs
     "font.size": 12,
     "text.color": _INK,
     "axes.labelcolor": _MUTED,
@@ -60,7 +61,7 @@ _NAME_SHOWN = 40
 _TICKS = 60
 _ROW = 30
 _WIDE = 10
-_DARKEST = 0.55  # of a cell, so that its number can be read
+_DARKEST = 0.55  # opacity of a cell; its number has to stay readable
 
 
 def interval_chart(
@@ -83,7 +84,7 @@ def interval_chart(
 def heat_map(
     labels: Sequence[str], counts: Sequence[Sequence[int]], *, name: str, title: str, axes_names: tuple[str, str]
 ) -> str:
-    """Counts by row and column, darker where there are more; the diagonal, which is much larger, in grey."""
+    """Counts by row and column, darker for higher counts; the diagonal, which is much larger, in grey."""
     size = len(labels)
     largest = max((counts[i][j] for i in range(size) for j in range(size) if i != j), default=0)
 
@@ -113,7 +114,7 @@ def heat_map(
 def growth_chart(points: Sequence[tuple[str, float]], *, gate: float, name: str, title: str, unit: str) -> str:
     """A value at each named point on a logarithmic axis, the gate as a line, and the first point over it marked.
 
-    A zero is drawn at the axis's lower end; what is not finite at its upper end, as a cross.
+    Zero is drawn at the lower end of the axis; a value that is not finite at the upper end, as a cross.
     """
     values = np.array([value for _, value in points], dtype=np.float64)
     positive = [*values[np.isfinite(values) & (values > 0)].tolist(), *([gate] if gate > 0 else [])] or [1.0]
@@ -143,9 +144,9 @@ def growth_chart(points: Sequence[tuple[str, float]], *, gate: float, name: str,
 def distribution_chart(
     rows: Sequence[tuple[str, Sequence[Sequence[float]]]], *, name: str, title: str, unit: str
 ) -> str:
-    """For each row its values in rounds: a box over the middle half, whiskers from 1 to 99 %, each round's median.
+    """For each row of values in rounds: a box over the middle half, whiskers from 1 to 99 %, each round's median.
 
-    The axis is logarithmic where one row's median is more than ten times another's.
+    The axis is logarithmic if one row's median is more than ten times another's.
     """
 
     every = [np.concatenate([np.asarray(one, dtype=np.float64) for one in rounds]) for _, rounds in rows]
@@ -180,7 +181,7 @@ def line_chart(
     title: str,
     units: tuple[str, str],
 ) -> str:
-    """Lines over named, evenly spaced positions, from zero up; each with a marker of its own shape."""
+    """Lines over named, evenly spaced positions, from zero up; each line has its own marker."""
 
     def draw(axes: Axes) -> None:
         for number, (label, values) in enumerate(lines):
@@ -198,7 +199,7 @@ def line_chart(
 def stacked_chart(
     rows: Sequence[tuple[str, Mapping[str, float]]], *, parts: Sequence[str], name: str, title: str, unit: str
 ) -> str:
-    """For each row a bar of its parts, in the order of `parts`."""
+    """A stacked bar for each row, in the order of `parts`."""
 
     def draw(axes: Axes) -> None:
         ends = np.zeros(len(rows))
@@ -234,7 +235,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _plain_powers(axis: Axis) -> None:
-    """Numbers on a logarithmic axis; matplotlib's own would be formulas."""
+    """Plain numbers on a logarithmic axis; matplotlib's default labels are formulas."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(numticks=8))
@@ -243,7 +244,7 @@ def _plain_powers(axis: Axis) -> None:
 
 
 def _shortened(text: str, length: int = _NAME_SHOWN) -> str:
-    """`text` on one line, without its middle where it is longer than `length`."""
+    """`text` on one line, its middle replaced by an ellipsis if longer than `length`."""
     text = printable(text)
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[-(length - length // 2) :]}"
 
@@ -262,18 +263,20 @@ def _svg(draw: Callable[[Axes], None], *, name: str, title: str, height: int) ->
 
 @contextmanager
 def _drawing(salt: str) -> Iterator[None]:
-    """matplotlib's settings, whatever the user's own; put back afterwards."""
+    """matplotlib with our settings, independent of the user's, which are restored afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)  # the browser has other fonts
+        warnings.filterwarnings(
+            "ignore", message="Glyph ", category=UserWarning
+        )  # the browser renders text in its own fonts
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": salt})
         yield
 
 
 def _inline(svg: str, *, name: str, title: str) -> str:
-    """What matplotlib wrote, as an element of a page."""
+    """matplotlib's SVG document as an element of a page."""
     root = ET.fromstring(svg)  # noqa: S314 - matplotlib has just written it
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

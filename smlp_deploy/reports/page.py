@@ -1,7 +1,7 @@
-"""A self-contained HTML page: no script, nothing loaded, images and charts inside it.
+"""A self-contained HTML page: no scripts, no external resources, images and charts embedded.
 
-A page is facts and sections of text, charts, tables and images; `templates/` lays them out. All text passes through
-jinja2's escaping and `errors.printable`, so that a file's name or a label stays text.
+A page has facts and sections of text, charts, tables and images; `templates/` lays them out. All text passes through
+jinja2's escaping and `errors.printable`, so that file names and labels stay text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from smlp_deploy.evaluation.benchmark import ModelTiming
 
 THUMBNAIL = 96
-"""Pixels of its longest side."""
+"""Maximum side of a thumbnail, in pixels."""
 
 ROWS_SHOWN = 200
 """The most rows of a table that may be long."""
@@ -35,7 +35,7 @@ _Model = TypeVar("_Model", "ModelResult", "ModelTiming")
 
 
 class Verdict(NamedTuple):
-    """A table's cell that is told by a sign and a word, not by colour alone."""
+    """A table cell shown by a sign and a word, not by colour alone."""
 
     good: bool
     text: str
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Columns whose heads are not among `words` are numbers; a `folded` table is shown when it is asked for."""
+    """A table; columns whose heads are not in `words` are numbers, and a `folded` table is collapsed."""
 
     caption: str
     heads: Sequence[str]
@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """A class and its probability; `good` where it is known to be right or wrong, `by` where several models answer."""
+    """A class and its probability; `good` if known to be right or wrong, `by` to tell several models apart."""
 
     label: str
     probability: float | None
@@ -82,23 +82,23 @@ class Section:
 
 
 class Fact(NamedTuple):
-    """One of the first things to read: a number or a verdict, and what it is."""
+    """A headline of the page: a number or a verdict, and its meaning."""
 
     value: str | Verdict
     meaning: str
 
 
 def require_report() -> None:
-    """Check that what writes the pages is installed.
+    """Check that the packages that write pages are installed.
 
     Raises:
-        MissingDependencyError: it is not.
+        MissingDependencyError: one is missing.
     """
     require("jinja2", "matplotlib", purpose="to write HTML reports", extra="report")
 
 
 def thumbnail(path: str | Path) -> str | None:
-    """The centre square of an image, upright and at most 96 pixels wide, as a `data:` address; None if unreadable."""
+    """The centre square of an image, upright and at most 96 pixels wide, as a `data:` URL; None if unreadable."""
     try:
         with open_image(Path(path)) as image:
             image.draft(None, (2 * THUMBNAIL, 2 * THUMBNAIL))  # a large JPEG is decoded at a fraction of its size
@@ -107,7 +107,7 @@ def thumbnail(path: str | Path) -> str | None:
         enlarged = THUMBNAIL // side * side
         content = io.BytesIO()
         small.resize((enlarged, enlarged), resample=0).save(content, "JPEG", quality=80)  # 0: whole pixels
-    # Decoders raise almost anything for damaged files. The page says elsewhere why an image could not be read.
+    # Decoders raise almost anything for damaged files. The page states elsewhere why an image is unreadable.
     except Exception:
         return None
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
@@ -118,7 +118,7 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def numbered(models: Sequence[_Model]) -> list[tuple[str, _Model]]:
-    """Each model by its number, which other tables use, and its name."""
+    """Each model with its label, its name after the number that other tables use."""
     return [(f"{number} {model.name}", model) for number, model in enumerate(models, start=1)]
 
 
@@ -133,7 +133,7 @@ def number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def four_digits(value: float) -> str:
-    """Four digits, and no powers of ten."""
+    """Four significant digits, without an exponent."""
     return f"{float(f'{value:.4g}'):,.10g}"
 
 
@@ -161,5 +161,5 @@ def render(title: str, subtitle: str, *, facts: Sequence[Fact], sections: Sequen
 
 
 def _on_one_line(value: Any) -> Any:
-    """Text as `errors.printable` has it; what is HTML already stays."""
+    """Plain text through `errors.printable`; markup is left unchanged."""
     return printable(value) if type(value) is str else value

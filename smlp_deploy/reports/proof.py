@@ -1,4 +1,4 @@
-"""Pages of whether two forms of a network compute the same, and where they part."""
+"""Pages of whether two forms of a network compute the same, and where they diverge."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def parity_page(report: ParityReport) -> str:
         for gate in report.gates
     ]
     words = ("gate", "verdict", "limit", "detail")
-    table = Table(caption="All gates have to pass", heads=heads, words=words, rows=gates)
+    table = Table(caption="All gates must pass", heads=heads, words=words, rows=gates)
     return render(
         "Parity",
         f"{report.candidate} ({report.precision}) against {report.reference}.",
         facts=[
             Fact(verdict, f"failed: {failed}" if failed else f"{len(gates)} gates"),
-            Fact(number(report.max_relative, ".2e"), "largest difference of a logit, over their standard deviation"),
+            Fact(number(report.max_relative, ".2e"), "largest logit difference, in standard deviations of the logits"),
             Fact(number(report.min_cosine, ".7f"), "smallest cosine"),
             Fact(percent(report.top1_agreement), "same best class"),
         ],
         sections=[
             Section(name="gates", title="Gates", tables=[table]),
-            Section(name="measured", title="What was measured", tables=[facts_table(_measured(report))]),
+            Section(name="measured", title="Measurements", tables=[facts_table(_measured(report))]),
             *([_half_section(report.half)] if report.half else []),
             *_not_compared(report.unreadable),
         ],
@@ -68,7 +68,7 @@ def _measured(report: ParityReport) -> dict[str, str]:
         "seeded noise inputs": f"{report.noise:,}",
         "batch sizes": ", ".join(map(str, report.batch_sizes)),
         "standard deviation of the reference's logits": number(report.logit_scale, ".4g"),
-        "largest difference of a logit": number(report.max_abs, ".3e"),
+        "largest logit difference": number(report.max_abs, ".3e"),
         "mean share of the five best classes in common": percent(report.top5_agreement),
         "NaN logits": f"{report.nan_count:,}",
         "infinite logits": f"{report.inf_count:,}",
@@ -79,7 +79,7 @@ def _measured(report: ParityReport) -> dict[str, str]:
 def _half_section(half: HalfReport) -> Section:
     facts = {
         "inputs run in fp16 arithmetic": f"{half.images:,}",
-        "largest difference of a logit, over their standard deviation": number(half.max_relative, ".2e"),
+        "largest logit difference, in standard deviations of the logits": number(half.max_relative, ".2e"),
         "smallest cosine": number(half.min_cosine, ".7f"),
         "largest activation": f"{half.largest_activation:.4g} of {half.range:g}, in {half.layer}",
     }
@@ -87,7 +87,7 @@ def _half_section(half: HalfReport) -> Section:
 
 
 def divergence_page(report: DivergenceReport) -> str:
-    """How the difference of two forms of a network grows from part to part."""
+    """How the difference between two forms of a network grows from point to point."""
     require_report()
     over = report.first_over
     verdict = Verdict(over is None, "within the gate" if over is None else f"over the gate at {over.name}")
@@ -95,7 +95,7 @@ def divergence_page(report: DivergenceReport) -> str:
         [(point.name, point.error) for point in report.points],
         gate=report.max_error,
         name="growth",
-        title="Relative error after each part of the network",
+        title="Relative error at each point of the network",
         unit="relative error",
     )
     rows = [
@@ -112,14 +112,14 @@ def divergence_page(report: DivergenceReport) -> str:
         for point in report.points
     ]
     heads = ("after", "error", "SQNR, dB", "growth", "largest difference", "worst image's error", "worst image", "gate")
-    table = Table(caption="In the order of the computation", heads=heads, words=("after", *heads[-2:]), rows=rows)
+    table = Table(caption="In execution order", heads=heads, words=("after", *heads[-2:]), rows=rows)
     return render(
         "Layer by layer",
         f"{report.candidate} ({report.precision}) against {report.reference}, {report.images:,} images.",
         facts=[
             Fact(verdict, f"at most {report.max_error:g}"),
             *(
-                Fact(number(p.error, ".2e"), f"relative error after {p.name}, the last part")
+                Fact(number(p.error, ".2e"), f"relative error after {p.name}, the last point")
                 for p in report.points[-1:]
             ),
         ],
@@ -137,8 +137,8 @@ def _layers_section(layers: Sequence[LayerNoise]) -> Section:
     heads = ("int8 layer", "own SQNR, dB", "in the network, dB")
     table = Table(caption="The most noise of its own first", heads=heads, words=heads[:1], rows=rows)
     text = (
-        "Signal-to-quantization-noise ratio at the layer's output: of the layer alone, given what it is given in the"
-        " fp32 network, and inside the int8 network, where the noise of all layers before it adds up."
+        "Signal-to-quantization-noise ratio at the layer's output: of the layer alone, given its input in the fp32"
+        " network, and inside the int8 network, with the accumulated noise of all layers before it."
     )
     return Section(name="layers", title="Int8 layers", text=[text], tables=[table])
 

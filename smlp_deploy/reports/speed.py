@@ -1,4 +1,4 @@
-"""Pages of how fast models are, and of the kernels that TensorRT makes of them."""
+"""Pages of how fast models run, and of the kernels that TensorRT compiles them to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KERNELS_SHOWN = 20
 
 
 def benchmark_page(report: Benchmark) -> str:
-    """How fast models are, side by side."""
+    """How fast models run, side by side."""
     require_report()
     first, *others = report.models
     fastest = max(first.batches, key=lambda timing: timing.images_per_second)
@@ -41,8 +41,8 @@ def benchmark_page(report: Benchmark) -> str:
             facts.append(Fact(f"{value}×", f"{known}as fast at batch {timing.batch} · {model.name}"))
     return render(
         "Speed",
-        "Models in turns on one machine. Ratios say how many times as fast as model 1 a model is: the median over the"
-        " rounds, with its 95 % bootstrap interval.",
+        "Models timed in turns on one machine. A ratio is the speedup over model 1: the median over the rounds, with"
+        " its 95 % bootstrap interval.",
         facts=facts,
         sections=[
             _speed_section(report),
@@ -55,7 +55,7 @@ def benchmark_page(report: Benchmark) -> str:
 
 
 def _by_batch(report: Benchmark) -> Iterator[tuple[str, BatchTiming]]:
-    """Each model's name and timing, by batch size first."""
+    """Each model's name and timing, grouped by batch size."""
     for of_size in zip(*(model.batches for model in report.models), strict=True):
         for (name, _), timing in zip(numbered(report.models), of_size, strict=True):
             yield name, timing
@@ -74,14 +74,14 @@ def _speed_section(report: Benchmark) -> Section:
         for name, timing in _by_batch(report)
         if timing.ratio
     ]
-    title = "Times as fast as model 1, with 95 % intervals"
+    title = "Speedup over model 1, with 95 % intervals"
     drawn = charts.interval_chart(ratios, name="ratios", title=title, unit="ratio", reference=1)
     rows = [
         (str(timing.batch), name, four_digits(timing.images_per_second), *_ratio(timing.ratio))
         for name, timing in _by_batch(report)
     ]
     heads = ("batch", "model", "images/s", "ratio", "95 %")
-    table = Table(caption="Throughput by the median run", heads=heads, words=("model",), rows=rows)
+    table = Table(caption="Throughput of the median run", heads=heads, words=("model",), rows=rows)
     both = [throughput, drawn] if ratios else [throughput]
     return Section(name="speed", title="Throughput", charts=both, tables=[table])
 
@@ -109,7 +109,7 @@ def _latency_section(report: Benchmark) -> Section:
     ]
     heads = ("batch", "model", "median ms", "p90", "p95", "p99", "IQR / median", "GPU alone, ms", "stable")
     table = Table(caption="Time of a run", heads=heads, words=("model", "stable"), rows=rows)
-    text = "Boxes hold the middle half of all runs, whiskers go from 1 to 99 %, ticks are the rounds' medians."
+    text = "Boxes span the middle half of all runs, whiskers 1 to 99 %; ticks are the medians of rounds."
     return Section(name="latency", title="Latency", text=[text], charts=drawn, tables=[table])
 
 
@@ -126,7 +126,7 @@ def _end_to_end_section(report: Benchmark) -> Section:
         for name, end in ends
     ]
     heads = ("model", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95 %")
-    caption = f"{first.images:,} files, {first.failed:,} failed; batch {first.batch}, {first.workers} threads decode"
+    caption = f"{first.images:,} files, {first.failed:,} failed; batch {first.batch}, {first.workers} decoding threads"
     table = Table(caption=caption, heads=heads, words=("model",), rows=rows)
     return Section(name="files", title="From files to records", tables=[table])
 
@@ -143,20 +143,20 @@ def _starts_section(report: Benchmark) -> Section:
         for name, model in numbered(report.models)
     ]
     heads = ("model", "precision", "load, s", "first prediction, s", "peak memory, MB")
-    table = Table(caption="Each in a process of its own", heads=heads, words=heads[:2], rows=rows)
+    table = Table(caption="Each model in its own process", heads=heads, words=heads[:2], rows=rows)
     text = [f"Left out: {reason}" for reason in report.left_out]
     return Section(name="starts", title="Start and memory", text=text, tables=[table])
 
 
 def profile_page(profile: GraphProfile) -> str:
-    """The kernels that TensorRT makes of a graph, where their memory traffic is, and the least time they can take."""
+    """The kernels that TensorRT compiles a graph to, where their memory traffic is, and their least time."""
     require_report()
     summary = profile.summary
     compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
     return render(
         "Kernels",
         f"{profile.source}: {profile.precision}, compiled for {profile.architecture} at batch {summary.batch}."
-        " Bytes follow from the kernels' shapes: an estimate, nothing was run.",
+        " Bytes are estimated from the kernels' shapes; nothing was run.",
         facts=[
             Fact(f"{summary.count:,} kernels", f"convolutions and matrix products: {compute or 'none'}"),
             Fact(f"{summary.bytes_per_image / 1e6:,.2f} MB", "read and written per image"),
@@ -202,7 +202,7 @@ def _traffic_section(profile: GraphProfile) -> Section:
 
 
 def _block(kernel: Kernel) -> str:
-    """Where in the network a kernel belongs, by its first ONNX node: `blocks.3` for `blocks.3.hidden/conv2d_5`."""
+    """The block that a kernel belongs to, by its first ONNX node: `blocks.3` for `blocks.3.hidden/conv2d_5`."""
     module, slash, _ = next(iter(kernel.nodes), "").partition("/")
     if not slash:
         return "between blocks"
@@ -212,7 +212,7 @@ def _block(kernel: Kernel) -> str:
 
 
 def _roofline_section(profile: GraphProfile) -> Section:
-    from smlp_deploy.evaluation.profile import roofline  # loads onnx, which the other pages do not need
+    from smlp_deploy.evaluation.profile import roofline  # imports onnx, which the other pages do not need
 
     rows = [
         (
@@ -228,12 +228,12 @@ def _roofline_section(profile: GraphProfile) -> Section:
         for estimate in roofline(profile)
     ]
     heads = ("GPU", "µs/image", "bound by", "by memory, µs", "by arithmetic, µs", "GB/s", "T/s", "source")
-    table = Table(caption="Least time of an image", heads=heads, words=("GPU", "bound by", "source"), rows=rows)
+    table = Table(caption="Least time per image", heads=heads, words=("GPU", "bound by", "source"), rows=rows)
     text = (
-        "An estimate, nothing was run: all bytes over the memory's bandwidth or all operations over the peak rate,"
-        " whichever takes longer. No kernel reaches either; it is a bound to compare graphs by."
+        "An estimate; nothing was run: all bytes over the memory bandwidth or all operations over the peak rate,"
+        " whichever takes longer. Kernels reach neither limit; use it as a bound for comparing graphs."
     )
-    return Section(name="roofline", title="At best, by the data sheets", text=[text], tables=[table])
+    return Section(name="roofline", title="Best case by data sheets", text=[text], tables=[table])
 
 
 def _kernels_section(kernels: Sequence[Kernel]) -> Section:
@@ -253,13 +253,13 @@ def _kernels_section(kernels: Sequence[Kernel]) -> Section:
         ]
         return Table(caption=caption, heads=("MB", *words), words=words, rows=rows, folded=folded)
 
-    first = table(f"Those that move most: {shown(kernels, _KERNELS_SHOWN)}", largest, folded=False)
-    every = table(f"All {len(kernels):,}, in the order they run", kernels, folded=True)
+    first = table(f"Most bytes moved: {shown(kernels, _KERNELS_SHOWN)}", largest, folded=False)
+    every = table(f"All {len(kernels):,}, in execution order", kernels, folded=True)
     return Section(name="kernels", title="Kernels", tables=[first, every])
 
 
 def _ends(ratio: Ratio) -> tuple[float, float]:
-    """The interval, of no width where it is not known."""
+    """The interval, or one of zero width if unknown."""
     return ratio.low or ratio.value, ratio.high or ratio.value
 
 

@@ -327,7 +327,7 @@ class TestLayerByLayer:
         self, digits_export: Export, tmp_path: Path, workshop: Workshop
     ) -> None:
         path = engine_of(digits_export.path, tmp_path, options={"sparse": True})
-        with pytest.raises(ArtifactError, match=r"options that this version does not know: sparse · .*x\.engine"):
+        with pytest.raises(ArtifactError, match=r"options unknown to this version: sparse · .*x\.engine"):
             verify_layers(path)
 
     def test_without_a_gpu_it_is_one_clear_line(

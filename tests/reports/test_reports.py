@@ -262,7 +262,7 @@ class TestPredictions:
         assert "The first 2 of 1,234 images." in text
         assert "40.0 %" in text
         all_of_them = reports.predictions_page(predictions(tmp_path), model="digits", total=2, failed=1)
-        assert "All images, in their order." in all_of_them
+        assert "All images, in order." in all_of_them
 
     def test_what_cannot_be_printed_is_escaped(self, tmp_path: Path) -> None:
         page = Page(reports.predictions_page(predictions(tmp_path), model="digits", total=2, failed=1))
@@ -305,11 +305,11 @@ class TestEvaluation:
         )
         page = Page(reports.evaluation_page(found))
         assert "Wrong: 980" in page.text
-        assert "Shown: the first 100 of 980, surest first." in page.text
+        assert "Shown: the first 100 of 980, most confident first." in page.text
         assert page.text.index("998.jpg") < page.text.index("997.jpg")
         assert "the first 40" not in page.text
         assert page.text.count("no picture") == 120 <= reports.IMAGES_SHOWN
-        assert "The 30 classes most often confused, of 50." in page.text
+        assert "Shown are the 30 most confused of 50 classes." in page.text
         assert page.tags["details"] == 2
 
 
@@ -353,7 +353,7 @@ def test_traffic_is_by_block_and_precision() -> None:
     assert "embeddings.0 4.000 0.000" in text or "embeddings.0 0.000 4.000" in text
     assert re.search(r"blocks\.3 (8\.000 4\.000|4\.000 8\.000)", text)
     assert "between blocks" in text
-    assert "An estimate, nothing was run" in text
+    assert "An estimate; nothing was run" in text
     empty = replace(profile(), kernels=(), summary=summarize((), batch=2))
     assert "0 kernels" in Page(reports.profile_page(empty)).text
 
