@@ -590,19 +590,28 @@ class TestInterruptions:
         ],
     )
     def test_no_partial_files_are_left(
-        self, artifact: Path, tmp_path: Path, verb: str, folder: str | None, times: int, number: signal.Signals
+        self,
+        artifact: Path,
+        micro_pth: Path,
+        tmp_path: Path,
+        verb: str,
+        folder: str | None,
+        times: int,
+        number: signal.Signals,
     ) -> None:
         """The signal comes when a file is made or written, or an image is read to calibrate with or to prove on."""
         command, *options = verb.split()
-        target = tmp_path / "out" / ("x.engine" if command == "build-engine" else "x.onnx")
-        source = [artifact] if command == "build-engine" else []
+        source, name = (artifact, "x.engine") if command == "build-engine" else (micro_pth, "x.onnx")
+        target = tmp_path / "out" / name
+        if "--int8" in options:
+            options += ["--calibration-data", str(DATA_FOLDER / "calibration")]
         before = at_open(DATA_FOLDER / folder if folder else target.parent, number, times=times)
-        with start(command, *source, *options, "-o", target, before=before) as process:
+        with start(command, source, *options, "-o", target, before=before) as process:
             _, err = process.communicate()
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         assert process.returncode == 128 + number
         assert err.splitlines()[-1] == f"error: stopped by {name}; no partial files left"
-        assert not list(target.parent.iterdir())
+        assert not list(target.parent.glob("*"))
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
     def test_an_evaluation_goes_on_where_it_was_stopped(
