@@ -73,6 +73,11 @@ class Graph:
         return cls._checked(read_onnx(path))
 
     @classmethod
+    def parse(cls, content: bytes, *, path: Path) -> Self:
+        """The graph in the bytes of a file that was read already; see `read`."""
+        return cls._checked(parse_onnx(content, path))
+
+    @classmethod
     def _checked(cls, file: OnnxFile) -> Self:
         check_graph(file)
         metadata = file.metadata()

@@ -5,6 +5,7 @@ PyTorch is imported only to run a checkpoint, because comparing an engine with i
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from smlp_deploy.dependencies import require, require_onnxruntime, require_proof
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, prove
-from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.files import BUNDLED_CHECKPOINT, read_file, sha256_of
 from smlp_deploy.images.defaults import default_images, is_bundled
 from smlp_deploy.metadata import EngineManifest, ModelMetadata
 from smlp_deploy.models.pretrained import cached_weights
@@ -234,17 +235,15 @@ def _verify_engine_layers(
 
 def _source_of(engine: Path, manifest: EngineManifest, given: Path | None) -> Graph:
     """The ONNX file that an engine was built from: the one given, or the one of that name beside the engine."""
+    from smlp_deploy.graphs.check import MAX_FILE_BYTES
     from smlp_deploy.graphs.file import Graph
 
     fix = f"give the ONNX file that {engine.name} was built from with --reference, or build the engine again"
     path = given or engine.parent / Path(manifest.onnx_file).name
-    try:
-        source = Graph.read(path)
-    except ArtifactError as error:
-        raise ArtifactError(error.what, where=path, fix=fix) from None
-    if source.sha256 != manifest.onnx_sha256:
+    content = read_file(path, limit=MAX_FILE_BYTES, error=ArtifactError, fix=fix)
+    if hashlib.sha256(content).hexdigest() != manifest.onnx_sha256:
         raise ArtifactError(f"is not the {manifest.onnx_file} that {engine.name} was built from", where=path, fix=fix)
-    return source
+    return Graph.parse(content, path=path)
 
 
 def _graph_of(engine: Path, manifest: EngineManifest, source: Graph) -> Graph:

@@ -101,7 +101,7 @@ def test_a_json_beside_the_file_does_the_same(micro_pth: Path) -> None:
 
 def test_a_damaged_json_beside_the_file_is_an_error(micro_pth: Path) -> None:
     micro_pth.with_suffix(".json").write_text('{"labels": "abc"}')
-    with pytest.raises(ConfigError, match=r"labels are not a list.*micro\.json"):
+    with pytest.raises(ConfigError, match=r"metadata is damaged: Expected `array.*labels.*micro\.json"):
         load_checkpoint(micro_pth)
 
 

@@ -313,7 +313,7 @@ class TestLayerByLayer:
     def test_an_onnx_file_that_cannot_be_read_is_one_clear_line(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refused(path: Path, *_: object) -> IO[bytes]:
+        def refused(path: Path, *_: object, **__: object) -> IO[bytes]:
             raise PermissionError(errno.EACCES, "Permission denied", path)
 
         path = engine_of(digits_export.path, tmp_path)

@@ -188,4 +188,4 @@ def test_of_many_images_an_even_selection_is_used(
     monkeypatch.setattr(quantization, "MOST_IMAGES", 4)
     quantized = plan_quantization(graph, Int8Options(images=tuple(digit_images)))
     assert quantized.images == tuple(digit_images[0:12:3])
-    assert "4 of the 12 calibration images are used" in caplog.text
+    assert "using 4 of the 12 calibration images" in caplog.text
