@@ -313,12 +313,14 @@ class TestLayerByLayer:
     def test_an_onnx_file_that_cannot_be_read_is_one_clear_line(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refused(path: Path, *_: object, **__: object) -> IO[bytes]:
-            raise PermissionError(errno.EACCES, "Permission denied", path)
+        opened = Path.open
+
+        def refused(path: Path, *arguments: Any, **options: Any) -> IO[Any]:
+            if path.name == "source.onnx":
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return opened(path, *arguments, **options)
 
         path = engine_of(digits_export.path, tmp_path)
-        manifest = read_manifest(path)
-        monkeypatch.setattr(runners, "read_manifest", lambda path: manifest)
         monkeypatch.setattr(Path, "open", refused)  # a real one would not stop root
         with pytest.raises(ArtifactError, match=r"cannot read it: Permission denied · .*source\.onnx"):
             verify_layers(path)
