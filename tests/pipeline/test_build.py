@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import onnx
@@ -318,7 +318,7 @@ class TestLayerByLayer:
         def refused(path: Path, *arguments: Any, **options: Any) -> IO[Any]:
             if path.name == "source.onnx":
                 raise PermissionError(errno.EACCES, "Permission denied", path)
-            return opened(path, *arguments, **options)
+            return cast(IO[Any], opened(path, *arguments, **options))
 
         path = engine_of(digits_export.path, tmp_path)
         monkeypatch.setattr(Path, "open", refused)  # a real one would not stop root
