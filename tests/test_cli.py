@@ -450,7 +450,7 @@ class TestPages:
         assert "page written to page.html" in outcome.err
         page = Path("page.html").read_text()
         assert f"<h1>{title}</h1>" in page
-        assert "<b>7" not in page
+        assert "<b>7.jpg" not in page
         if arguments[0] in ("predict", "eval"):
             assert "&lt;b&gt;7.jpg" in page
 
