@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from smlp_deploy.errors import ArtifactError
@@ -204,6 +204,18 @@ def check_classifier(file: OnnxFile, metadata: ModelMetadata) -> None:
     if logits != (batch, metadata.config.num_classes):
         of = f"{metadata.config.num_classes} classes" + (f" at batch {batch}" if batch > 1 else "")
         _refuse(f"its output has shape {_shape_text(logits)}, but its metadata says {of}", path)
+
+
+def check_depth(file: OnnxFile) -> None:
+    """Check that protobuf can parse the whole file: the structure was put together field by field, which goes deeper.
+
+    Raises:
+        ArtifactError: its messages are nested too deeply.
+    """
+    try:
+        ModelProto.FromString(file.structure.SerializeToString())
+    except (DecodeError, EncodeError):
+        raise _no_onnx(file.path, ", or one that is nested too deeply") from None
 
 
 def check_sizes(structure: ModelProto, path: Path, *, batch: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from smlp_deploy.graphs.check import (
     OnnxFile,
     as_text,
     check_classifier,
+    check_depth,
     check_graph,
     parse_onnx,
     read_onnx,
@@ -88,6 +89,7 @@ class Graph:
                 fix="export the checkpoint with smlp export",
             )
         check_classifier(file, metadata)
+        check_depth(file)
         return cls(file=file, metadata=metadata)
 
     @property
