@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# Modules are compiled when they are first imported; most of those installed here never are.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
 
 .PHONY: demo test docs fuzz clean
 
@@ -26,9 +27,10 @@ test: .venv/test
 	$(INSTALL) ".[cpu,export,rtx]"
 	touch $@
 
-.venv/test: .venv/demo
-	$(INSTALL) ".[test]"
-	touch $@
+.venv/test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) ".[cpu,export,rtx,test]"
+	touch .venv/demo $@
 
 # Copied as they lie, so that links between them are the same in the repository and on the site.
 PAGES := README.md CHANGELOG.md docs benchmarks/README.md smlp_deploy/data/README.md

@@ -413,10 +413,11 @@ def fuzz(setup: Setup, *, jobs: int = 1, examiner: type[Examiner] = Examiner) ->
 
 def _keep_running(setup: Setup, number: int, examiner: type[Examiner]) -> None:
     log, ready = setup.folder / f"child-{number}.log", setup.folder / f"ready-{number}"
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.fuzz"])  # most of a child's start is imports
     while True:
         ready.unlink(missing_ok=True)
-        process = spawn.Process(target=serve, args=(examiner, setup, number), daemon=True)
+        process = context.Process(target=serve, args=(examiner, setup, number), daemon=True)
         process.start()
         process.join()
         if process.exitcode == 0:

@@ -38,11 +38,19 @@ def digits() -> Checkpoint:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Trace each network once for all tests, which takes 3 s each time; `tests/exporters/test_onnx.py` traces anew."""
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Trace each network once for all tests, which takes seconds each time; `tests/exporters/test_onnx.py` traces anew.
+
+    The folder holds the traces of all processes.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    folder /= "traces"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_trace", remembering(exporter._trace))
-        yield
+        patch.setattr(exporter, "_trace", remembering(exporter._trace, folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

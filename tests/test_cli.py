@@ -25,7 +25,7 @@ from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
-from tests.support.processes import after_bytes, at_open, start
+from tests.support.processes import after_bytes, at_open, run_verb, start, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -594,6 +594,7 @@ class TestInterruptions:
         artifact: Path,
         micro_pth: Path,
         tmp_path: Path,
+        traces: Path,
         verb: str,
         folder: str | None,
         times: int,
@@ -606,6 +607,8 @@ class TestInterruptions:
         if "--int8" in options:
             options += ["--calibration-data", str(DATA_FOLDER / "calibration")]
         before = at_open(DATA_FOLDER / folder if folder else target.parent, number, times=times)
+        if command == "export":
+            before += with_traces(traces)
         with start(command, source, *options, "-o", target, before=before) as process:
             _, err = process.communicate()
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
@@ -623,33 +626,30 @@ class TestInterruptions:
         dataset.write_text("\n".join(["path,label", *rows * 40]))
         models: list[str | Path] = ["-m", artifact, "-m", artifact]
         arguments = ["eval", dataset, *models, "--batch-size", "7", "-o", target]
-        with start(*arguments) as process:
-            assert process.communicate()[1] == ""
+        assert run_verb(*arguments) == (0, "")
         expected = target.read_bytes()
         target.unlink()
-        with start(*arguments, before=after_bytes(number, 5000)) as process:
-            _, err = process.communicate()
+        code, err = run_verb(*arguments, before=after_bytes(number, 5000))
         whole = partial.read_bytes().count(b"\n")
         if number == signal.SIGKILL:
-            assert process.returncode == -number
+            assert code == -number
         else:
-            assert process.returncode == 128 + number
+            assert code == 128 + number
             assert whole % 7 == 0
             (line,) = err.splitlines()
             assert line.endswith(f" after {whole} images · {partial} · the same command with --resume continues")
         assert 0 < whole < 13 * 40
         assert not target.exists()
-        with start(*arguments) as process:
-            assert "add --resume, or delete it to start over" in process.communicate()[1]
-        with start(*arguments, "--resume") as process:
-            assert process.communicate()[1] == ""
-        assert (process.returncode, target.read_bytes() == expected) == (0, True)
+        assert "add --resume, or delete it to start over" in run_verb(*arguments)[1]
+        assert run_verb(*arguments, "--resume") == (0, "")
+        assert target.read_bytes() == expected
         assert not partial.exists()
 
-    def test_two_exports_at_once_leave_one_whole_file(self, micro_pth: Path, tmp_path: Path) -> None:
+    def test_two_exports_at_once_leave_one_whole_file(self, micro_pth: Path, tmp_path: Path, traces: Path) -> None:
         target = tmp_path / "out" / "x.onnx"
         export = ["export", str(micro_pth), "-o", str(target)]
-        with start(*export) as first, start(*export) as second:
+        before = with_traces(traces)
+        with start(*export, before=before) as first, start(*export, before=before) as second:
             errors = [process.communicate()[1] for process in (first, second)]
         assert (first.returncode, second.returncode) == (0, 0), errors
         assert sorted(path.name for path in target.parent.iterdir()) == ["x.onnx", "x.parity.json"]
@@ -657,15 +657,14 @@ class TestInterruptions:
             assert check.communicate()[1] == ""
         assert check.returncode == 0
 
-    def test_a_full_disk_is_one_line_and_leaves_nothing(self, tmp_path: Path) -> None:
-        limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        code = limit + "runpy.run_module('smlp_deploy', run_name='__main__', alter_sys=True)"
-        command = [sys.executable, "-c", code, "export", "-o", str(tmp_path / "out" / "x.onnx")]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+    def test_a_full_disk_is_one_line_and_leaves_nothing(
+        self, digits_export: Export, tmp_path: Path, traces: Path
+    ) -> None:
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+        with start("export", "-o", tmp_path / "out" / "x.onnx", before=with_traces(traces) + limit) as process:
+            _, err = process.communicate()
         assert process.returncode == 1
-        assert process.stderr.splitlines()[-1] == (
-            f"error: cannot write: File too large · {tmp_path}/out/x.onnx · make room"
-        )
+        assert err.splitlines()[-1] == (f"error: cannot write: File too large · {tmp_path}/out/x.onnx · make room")
         assert not list((tmp_path / "out").iterdir())
 
     def test_a_closed_pipe_ends_quietly(self, artifact: Path, digit_images: list[Path]) -> None:

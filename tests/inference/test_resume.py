@@ -4,9 +4,7 @@ import csv
 import json
 import os
 import random
-import resource
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.inference.records import RunIdentity
 from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.pipeline.export import Export
-from tests.support.processes import after_bytes, start
+from tests.support.processes import after_bytes, run_verb, start
 
 ODD_NAMES = [os.fsdecode(b"\xff.jpg"), 'a "b",\n\t\x1b.jpg', "c\r\nd.jpg", "\n", "図.jpg", "'", '"', "e,f"]
 IDENTITY = RunIdentity(
@@ -182,18 +180,15 @@ class Predict:
         self._model = model
         (folder / "images").mkdir()
 
-    def start(self, target: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
-        images = self.folder / "images"
+    def arguments(self, target: Path, *options: str) -> list[str | Path]:
         shape = ["--batch-size", "3", "--topk", "2", "--allow-errors", *options]
-        return start("predict", images, "-m", self._model, "-o", target, *shape, **settings)
+        return ["predict", self.folder / "images", "-m", self._model, "-o", target, *shape]
 
-    def finish(self, target: Path, *options: str, **settings: Any) -> tuple[int, str]:
-        """Exit code and stderr of a run that is left alone."""
-        with self.start(target, *options, **settings) as process:
-            _, err = process.communicate()
-        return process.returncode, err
+    def finish(self, target: Path, *options: str, before: str = "") -> tuple[int | None, str]:
+        """Exit code and stderr of a run that is left alone, after the code `before`."""
+        return run_verb(*self.arguments(target, *options), before=before)
 
-    def stop(self, target: Path, number: signal.Signals, *options: str, after: int) -> tuple[int, str]:
+    def stop(self, target: Path, number: signal.Signals, *options: str, after: int) -> tuple[int | None, str]:
         """Exit code and stderr of a run that gets a signal once `after` bytes are written."""
         return self.finish(target, *options, before=after_bytes(number, after))
 
@@ -247,18 +242,16 @@ def test_a_signal_finishes_the_batch_and_says_how_to_go_on(
     assert err.splitlines() == [
         f"error: stopped by {name} after {count} images · {target}.partial · the same command with --resume continues"
     ]
-    code, err = predict.finish(target)
-    assert (code, "add --resume, or delete it to start over" in err) == (2, True)
+    found, err = predict.finish(target)
+    assert (found, "add --resume, or delete it to start over" in err) == (2, True)
     assert predict.finish(target, "--resume")[0] == 0
     assert target.read_bytes() == (predict.folder / "whole.jsonl").read_bytes()
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_can_be_continued(predict: Predict, tmp_path: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     target = tmp_path / "x.csv"
-    code, err = predict.finish(target, preexec_fn=limit)
+    code, err = predict.finish(target, before=limit)
     assert code == 1
     assert err.splitlines() == [
         f"error: cannot write: File too large · {target}.partial · free disk space, then continue with --resume"
@@ -269,7 +262,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_can_be_continued(predict: Predi
 
 def test_two_runs_at_once_do_not_mix(predict: Predict, tmp_path: Path) -> None:
     target = tmp_path / "x.jsonl"
-    with predict.start(target) as first, predict.start(target) as second:
+    command = predict.arguments(target)
+    with start(*command) as first, start(*command) as second:
         errors = [process.communicate()[1] for process in (first, second)]
     assert target.read_bytes() == (predict.folder / "whole.jsonl").read_bytes()
     refused = [err for process, err in zip((first, second), errors, strict=True) if process.returncode]

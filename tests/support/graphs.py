@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -22,20 +24,22 @@ def smallest_classifier() -> onnx.ModelProto:
     return helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)], producer_name="test")
 
 
-def remembering(trace: Callable[..., onnx.ModelProto]) -> Callable[..., onnx.ModelProto]:
-    """`trace`, which is called once for each network, by its class and weights, and set of options."""
-    made: dict[tuple[str, ...], bytes] = {}
+def remembering(trace: Callable[..., onnx.ModelProto], folder: Path) -> Callable[..., onnx.ModelProto]:
+    """`trace`, which is called once for each network, by its class and weights, and set of options.
+
+    Traces are kept in a folder, so that processes share them.
+    """
 
     def remembered(network: nn.Module, **options: Any) -> onnx.ModelProto:
-        weights = hashlib.sha256(type(network).__name__.encode())
+        key = hashlib.sha256(f"{type(network).__name__} {sorted(options.items())}".encode())
         for name, tensor in network.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.numpy().tobytes())
-        key = (weights.hexdigest(), *map(str, sorted(options.items())))
-        if key not in made:
-            made[key] = trace(network, **options).SerializeToString()
-        model: onnx.ModelProto = onnx.ModelProto.FromString(made[key])
-        return model
+            key.update(name.encode())
+            key.update(tensor.numpy().tobytes())
+        path = folder / f"{key.hexdigest()}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                path.write_bytes(trace(network, **options).SerializeToString())
+        return onnx.load(path)
 
     remembered.__wrapped__ = trace  # type: ignore[attr-defined]
     return remembered

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# What is imported there is there in all commands; the fuzzer's children come from the same process.
+_CONTEXT.set_forkserver_preload(["scripts.fuzz", "smlp_deploy.commands.eval", "smlp_deploy.commands.predict"])
 
 _RUN = """
 import runpy
@@ -28,6 +36,14 @@ def see(event, arguments):
 sys.addaudithook(see)
 """
 
+_WITH_TRACES = """
+from pathlib import Path
+from smlp_deploy.exporters import onnx
+from tests.support.graphs import remembering
+
+onnx._trace = remembering(onnx._trace, Path({folder!r}))
+"""
+
 _AFTER_BYTES = """
 import io, os
 from types import SimpleNamespace
@@ -46,15 +62,44 @@ resume.io = SimpleNamespace(FileIO=File, StringIO=io.StringIO)
 
 
 def start(*arguments: str | Path, before: str = "", **settings: Any) -> subprocess.Popen[str]:
-    """`smlp` with arguments, after the code `before`, which `at_open` or `after_bytes` gives; stderr is a pipe."""
+    """`smlp` with arguments, after the code `before`, which the functions below give; stderr is a pipe."""
     command = [sys.executable, "-c", before + _RUN, *map(str, arguments)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **{**pipes, "preexec_fn": allow_ctrl_c, "text": True, **settings})
 
 
+def run_verb(*arguments: str | Path, before: str = "") -> tuple[int | None, str]:
+    """Exit code and stderr of `smlp`, in a process forked from one that has imported it, which saves a second."""
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_run, args=(theirs, [*map(str, arguments)], before))
+    process.start()
+    theirs.close()
+    with os.fdopen(os.dup(ours.fileno()), encoding="utf-8") as stream:
+        err = stream.read()
+    ours.close()
+    process.join()
+    return process.exitcode, err
+
+
+def _run(stderr: Connection, arguments: list[str], before: str) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for source, target in ((null, 0), (null, 1), (stderr.fileno(), 2)):
+        os.dup2(source, target)
+    stderr.close()
+    allow_ctrl_c()
+    sys.argv[1:] = arguments
+    exec(before, {})
+    runpy.run_module("smlp_deploy", run_name="__main__", alter_sys=True)
+
+
 def at_open(folder: Path, number: signal.Signals, *, times: int = 1) -> str:
     """Code that gives its process a signal just before it opens a file below a folder for the given time."""
     return _AT_OPEN.format(folder=str(folder), number=int(number), times=times)
+
+
+def with_traces(folder: Path) -> str:
+    """Code that has networks traced once for all processes; see `remembering`."""
+    return _WITH_TRACES.format(folder=str(folder))
 
 
 def after_bytes(number: signal.Signals, after: int) -> str:
