@@ -6,7 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Modules are compiled when they are first imported; most of those installed here never are.
+# Modules are compiled once, when they are first imported; most of those installed here never are.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
 
 .PHONY: demo test docs fuzz clean
