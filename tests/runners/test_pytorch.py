@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smlp_deploy.images.batches import FloatArray
-from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.runners.pytorch import CompiledRunner, HalfRunner, PyTorchRunner, RecordingRunner
 
@@ -38,9 +39,10 @@ def test_the_recorder_computes_the_same_and_remembers_the_largest(digits: Checkp
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_computes_the_same(digits: Checkpoint, batch: FloatArray) -> None:
-    metadata = describe(digits)
-    with PyTorchRunner(digits, metadata) as trained, CompiledRunner(digits, metadata) as compiled:
+def test_a_compiled_network_computes_the_same(micro_pth: Path, batch: FloatArray) -> None:
+    micro = load_checkpoint(micro_pth)
+    metadata = describe(micro)
+    with PyTorchRunner(micro, metadata) as trained, CompiledRunner(micro, metadata) as compiled:
         expected, found = trained.infer(batch), compiled.infer(batch)
-    assert compiled.name == "torch.compile (CPU) smlpnet_digits.safetensors"
+    assert compiled.name == "torch.compile (CPU) micro.pth"
     assert np.abs(found - expected).max() < 1e-4
