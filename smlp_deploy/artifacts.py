@@ -48,6 +48,11 @@ def failed_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".failed")
 
 
+def untried_path(engine: Path) -> Path:
+    """The name under which an engine is kept while it is tried on this GPU, and afterwards if that ends the process."""
+    return engine.with_name(engine.name + ".untried")
+
+
 def newest_artifact(pattern: str = "*.onnx") -> Path | None:
     """The newest file in the artifacts folder that matches the pattern, or None.
 

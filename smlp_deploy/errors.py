@@ -6,6 +6,7 @@ SmlpError                  exit code 1
 ├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
 ├── ArtifactError          an ONNX file (or its metadata) that cannot be used
 ├── BuildError             an engine that TensorRT did not build, or not as requested
+├── GpuError               a GPU that cannot go on, which ends the run
 ├── ImageError             an image that cannot be read; becomes that image's record
 ├── StoppedError           Ctrl-C or SIGTERM during a run that can be resumed (exit code 130 or 143)
 ├── DownloadError          official weights that could not be fetched or verified
@@ -56,6 +57,10 @@ class ArtifactError(SmlpError):
 
 
 class BuildError(SmlpError):
+    pass
+
+
+class GpuError(SmlpError):
     pass
 
 

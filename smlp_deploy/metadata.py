@@ -304,6 +304,8 @@ class EngineManifest:
         profile: batch sizes it accepts.
         architectures: of the GPUs it was built for, ahead of time or on the building machine.
         ran_here: whether it was run on the machine that built it.
+        gpu: name of the GPU it was built on; empty if it was built ahead of time.
+        system: operating system and processor it was built on: "Linux x86_64"; empty if it was built ahead of time.
         options: how it was built.
         memory: figures from the build log.
         kernels: a summary of its kernels.
@@ -320,11 +322,19 @@ class EngineManifest:
     profile: BatchProfile
     architectures: tuple[str, ...]
     ran_here: bool
+    gpu: str = ""
+    system: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     memory: tuple[str, ...] = ()
     kernels: Mapping[str, Any] = field(default_factory=dict)
     graph_parity: Mapping[str, Any] | None = None
     engine_parity: Mapping[str, Any] | None = None
+
+    @property
+    def arithmetic(self) -> str:
+        """What its products are computed in: "tf32" for fp32 engines built so, otherwise the graph's precision."""
+        precision = self.metadata.precision
+        return "tf32" if precision == "fp32" and self.options.get("tf32") else precision
 
     def to_json(self) -> str:
         return (

@@ -20,11 +20,13 @@ from PIL import Image
 
 from smlp_deploy import __version__, reports
 from smlp_deploy.cli import main
-from smlp_deploy.errors import SmlpError
+from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.processes import after_bytes, at_open, run_verb, start, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -407,6 +409,31 @@ class TestPredict:
         with Path("out/records.csv").open(newline="") as stream:
             assert [row["path"] for row in csv.DictReader(stream)] == [str(path) for path in digit_images]
         assert [path.name for path in Path("out").iterdir()] == ["records.csv"]
+
+    def test_a_dead_gpu_ends_the_run_and_what_was_done_is_kept(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run, batches = OnnxRuntimeRunner.infer, []
+
+        def dying(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
+            batches.append(len(batch))
+            if len(batches) > 2:
+                raise GpuError("an illegal memory access was encountered")
+            return run(runner, batch)
+
+        command: list[str | Path] = ["predict", "--batch-size", "3", "-o", "x.jsonl", *digit_images]
+        with monkeypatch.context() as patch:
+            patch.setattr(OnnxRuntimeRunner, "infer", dying)
+            outcome = smlp(*command)
+        assert outcome.code == 1
+        assert one_error(outcome) == (
+            "error: an illegal memory access was encountered, after 6 images · x.jsonl.partial · "
+            "the same command with --resume continues"
+        )
+        assert batches == [3, 3, 3]
+        assert smlp(*command, "--resume").code == 0
+        records = Path("x.jsonl").read_text().splitlines()
+        assert [json.loads(record)["path"] for record in records] == list(map(str, digit_images))
 
     def test_a_list_of_images(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
         Path("list.txt").write_text("\n".join(map(str, digit_images)))

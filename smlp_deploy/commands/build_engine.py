@@ -38,6 +38,7 @@ def build_engine(
     optimization_level: o.OptimizationLevelOption = None,
     version_compatible: o.VersionCompatibleOption = False,
     hardware_compatible: o.HardwareCompatibleOption = False,
+    tf32: o.Tf32Option = False,
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
@@ -62,6 +63,7 @@ def build_engine(
         timing_cache=_read_timing_cache(timing_cache, backend),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
+        tf32=tf32,
     )
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
     require_onnxruntime()

@@ -326,6 +326,12 @@ VersionCompatibleOption = Annotated[
     bool,
     typer.Option("--version-compatible", help="Loads in later TensorRT versions.", rich_help_panel=TENSORRT_PANEL),
 ]
+Tf32Option = Annotated[
+    bool,
+    typer.Option(
+        "--tf32", help="Multiply fp32 in TF32: faster from Ampere on, 10 binary digits.", rich_help_panel=TENSORRT_PANEL
+    ),
+]
 HardwareCompatibleOption = Annotated[
     bool,
     typer.Option(

@@ -20,9 +20,9 @@ import numpy as np
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
-from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner
+from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner, arithmetic_of
 
-MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
+MAX_ERROR = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: about ten times the bundled model's error, for int8 three times."""
 
 _BATCH = 8
@@ -175,10 +175,10 @@ def find_divergence(
     return DivergenceReport(
         reference=reference.name,
         candidate=candidate.name,
-        precision=candidate.metadata.precision,
+        precision=arithmetic_of(candidate),
         images=len(names),
         unreadable=tuple(unreadable),
-        max_error=MAX_ERROR[candidate.metadata.precision] if max_error is None else max_error,
+        max_error=MAX_ERROR[arithmetic_of(candidate)] if max_error is None else max_error,
         points=_reports(totals, names),
         layers=_worst_first(noise),
     )

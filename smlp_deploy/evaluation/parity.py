@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.base import Runner, arithmetic_of
 
 LARGEST_BATCH = 32
 ODD_BATCH = 7
@@ -57,6 +57,7 @@ Bounds = Mapping[str, float]
 
 GATES = {
     "fp32": Gates(cosine=0.99999, difference=1e-4),
+    "tf32": Gates(cosine=0.9999, difference=1e-2),
     "fp16": Gates(cosine=0.9999),
     "bf16": Gates(cosine=0.999),
     "int8": Gates(cosine=0.99, top1=0.99),
@@ -102,7 +103,7 @@ class ParityReport:
     Attributes:
         reference: name of the runner taken as the truth.
         candidate: name of the runner under test.
-        precision: of the candidate; it selects the gates.
+        precision: of the candidate, or "tf32"; it selects the gates.
         images: real images compared.
         noise: seeded noise inputs compared.
         unreadable: images left out, with the reason.
@@ -175,7 +176,8 @@ def prove(
         artifact_sha256: of the candidate's file, for the report.
     """
     metadata = candidate.metadata
-    gates = replace(GATES[metadata.precision], **(bounds or {}))
+    arithmetic = arithmetic_of(candidate)
+    gates = replace(GATES[arithmetic], **(bounds or {}))
     samples = _Samples(image_paths, metadata, fill=metadata.batch or LARGEST_BATCH)
     parts = list(_run(reference, candidate, samples))
     mismatch = _shape_mismatch(parts)
@@ -186,7 +188,7 @@ def prove(
     return ParityReport(
         reference=reference.name,
         candidate=candidate.name,
-        precision=metadata.precision,
+        precision=arithmetic,
         images=samples.images,
         noise=samples.noise,
         unreadable=tuple(samples.unreadable),

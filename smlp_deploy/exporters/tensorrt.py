@@ -42,6 +42,7 @@ class BuildOptions:
         timing_cache: contents of a timing cache to start from.
         version_compatible: loadable by later TensorRT versions.
         hardware_compatible: runs on every GPU from Ampere on; TensorRT only.
+        tf32: multiply fp32 numbers in TF32, with 10 binary digits, where the GPU has it.
     """
 
     profile: BatchProfile = field(default_factory=BatchProfile)
@@ -51,6 +52,7 @@ class BuildOptions:
     timing_cache: bytes | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    tf32: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class TensorRT:
             profile=BatchProfile.fixed(options.profile.opt),
             architectures=options.architectures[:1],
             workspace_gib=options.workspace_gib,
+            tf32=options.tf32,
         )
         with self._log.recording() as messages:
             self._build(graph, single, detailed=True, progress=None)
@@ -223,6 +226,8 @@ class TensorRT:
         trt = self._trt
         if detailed:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if not options.tf32:  # TensorRT sets it
+            config.clear_flag(trt.BuilderFlag.TF32)
         if options.workspace_gib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
         if options.optimization_level is not None:

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import GpuError, UsageError
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner
@@ -137,11 +137,17 @@ class Classifier:
 
 
 def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
-    """Finite logits of each image, or an error message; the images of a failed batch are run again one by one."""
+    """Finite logits of each image, or an error message; the images of a failed batch are run again one by one.
+
+    Raises:
+        GpuError: the GPU cannot go on.
+    """
     if not images:
         return
     try:
         outputs = runner.infer(np.stack(images))
+    except GpuError:  # no image's fault: all the others would fail too
+        raise
     # A backend may raise anything, and one bad image must not cost the others in its batch their results.
     except Exception as error:
         reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

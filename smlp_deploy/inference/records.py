@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from smlp_deploy.errors import GpuError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
@@ -191,17 +192,22 @@ def write_records(
 
     Raises:
         StoppedError: a signal arrived.
+        GpuError: the GPU cannot go on; whole batches that were done are kept.
     """
     done, failed = sink.done, sink.failed
-    for prediction in predictions:
-        sink.write(prediction)
-        advance()
-        done += 1
-        failed += prediction.error is not None
-        if done % batch_size == 0:
-            sink.flush()
-            if stop:
-                break
+    try:
+        for prediction in predictions:
+            sink.write(prediction)
+            advance()
+            done += 1
+            failed += prediction.error is not None
+            if done % batch_size == 0:
+                sink.flush()
+                if stop:
+                    break
+    except GpuError as error:
+        fix = "the same command with --resume continues" if sink.partial else error.fix
+        raise GpuError(f"{error.what}, after {done} images", where=sink.partial or error.where, fix=fix) from error
     sink.flush()
     stop.report(done, partial=sink.partial)
     return done, failed

@@ -10,21 +10,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import engine_manifest_path, failed_path
+from smlp_deploy.artifacts import engine_manifest_path, failed_path, untried_path
 from smlp_deploy.dependencies import find_gpu, require_onnxruntime
-from smlp_deploy.errors import ArtifactError, BuildError, SmlpError
+from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, prove
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
-from smlp_deploy.files import check_writable, replacing, write_bytes
+from smlp_deploy.files import check_writable, replacing
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import EngineManifest
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine
+from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, system
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,10 @@ def build_engine(
     bounds: Bounds | None = None,
     progress: Progress | None = None,
 ) -> EngineBuild:
-    """Build an engine, check its kernels, and write it with its manifest beside it; both, or neither.
+    """Build an engine, check its kernels, and write it with its manifest beside it.
 
-    If the engine can run here, it is also compared with its ONNX source. An engine that fails parity is written under
-    a `.failed` name, and an existing file at `target` is left unchanged.
+    If the engine can run here, it is first written under an `.untried` name and compared with its ONNX source. One that
+    fails parity or cannot be run is kept under a `.failed` name, and an existing file at `target` is left unchanged.
 
     Args:
         prepared: what to build.
@@ -122,34 +122,44 @@ def build_engine(
         progress: told of each step.
 
     Raises:
-        BuildError: TensorRT refused, built no kernel in the requested precision, or the engine failed parity.
+        BuildError: TensorRT refused, built no kernel in the requested precision, or the engine failed parity or
+            cannot be run.
+        UsageError: TF32 for another precision than fp32.
     """
-    manifest_path = engine_manifest_path(target)
-    for path in (target, manifest_path):
+    if options.tf32 and prepared.graph.metadata.precision != "fp32":
+        raise UsageError(f"TF32 is for fp32 engines; this one is {prepared.graph.metadata.precision}", where="--tf32")
+    for path in (target, engine_manifest_path(target)):
         check_writable(path)
     tensorrt = TensorRT.load(backend)
     engine = tensorrt.build(prepared.graph.content, options, progress=progress)
     summary = summarize(engine.kernels, batch=options.profile.opt)
     check_precision(summary, prepared.graph.metadata.precision)
     manifest = _manifest(prepared, engine, summary, options, backend=backend, version=tensorrt.version)
-    parity = _run_here(engine.plan, target, manifest, prepared, bounds)
-    if parity is not None:
-        manifest = replace(manifest, ran_here=True, engine_parity=_as_json(parity))
-        if not parity.passed:
-            failed = failed_path(target)
-            write_bytes(failed, engine.plan)
-            raise BuildError(f"parity failed on this GPU: {_failures(parity)}", where=failed)
-    with replacing(target) as temporary, replacing(manifest_path) as beside:
-        temporary.write_bytes(engine.plan)
-        beside.write_text(manifest.to_json(), encoding="utf-8")
+    parity = None
+    if _runs_here(target, manifest):
+        parity = _try(engine.plan, target, manifest, prepared, bounds)
+    else:
+        _write(target, engine.plan, manifest)
     return EngineBuild(
-        path=target, manifest_path=manifest_path, summary=summary, parity=parity, timing_cache=engine.timing_cache
+        path=target,
+        manifest_path=engine_manifest_path(target),
+        summary=summary,
+        parity=parity,
+        timing_cache=engine.timing_cache,
     )
+
+
+def _write(path: Path, plan: bytes, manifest: EngineManifest) -> None:
+    """Both files, or neither."""
+    with replacing(path) as temporary, replacing(engine_manifest_path(path)) as beside:
+        temporary.write_bytes(plan)
+        beside.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _manifest(
     prepared: Prepared, engine: Engine, summary: KernelSummary, options: BuildOptions, *, backend: str, version: str
 ) -> EngineManifest:
+    gpu = None if options.architectures else find_gpu()
     return EngineManifest(
         engine_sha256=hashlib.sha256(engine.plan).hexdigest(),
         metadata=prepared.graph.metadata,
@@ -158,8 +168,10 @@ def _manifest(
         backend=backend,
         version=version,
         profile=options.profile,
-        architectures=options.architectures or _architecture_here(),
+        architectures=options.architectures or ((gpu.architecture,) if gpu else ()),
         ran_here=False,
+        gpu=gpu.name if gpu else "",
+        system="" if options.architectures else system(),
         options=_other_options(options),
         memory=engine.memory,
         kernels=asdict(summary),
@@ -167,22 +179,53 @@ def _manifest(
     )
 
 
-def _run_here(
-    plan: bytes, path: Path, manifest: EngineManifest, prepared: Prepared, bounds: Bounds | None
-) -> ParityReport | None:
-    """The engine's comparison with its ONNX source; None if the engine cannot run here."""
+def _runs_here(path: Path, manifest: EngineManifest) -> bool:
     try:
         check_machine(path, manifest)
     except SmlpError as error:
         logger.info("the engine was not run: %s", error)
-        return None
-    with OnnxRuntimeRunner(prepared.source) as reference, TensorRTRunner.load(plan, path, manifest) as candidate:
-        return prove(reference, candidate, prepared.images, bounds=bounds, artifact_sha256=manifest.engine_sha256)
+        return False
+    return True
 
 
-def _architecture_here() -> tuple[str, ...]:
-    gpu = find_gpu()
-    return (gpu.architecture,) if gpu else ()
+def _try(
+    plan: bytes, target: Path, manifest: EngineManifest, prepared: Prepared, bounds: Bounds | None
+) -> ParityReport:
+    """Compare an engine with its ONNX source, and write it to `target` if it passes.
+
+    A build takes minutes, and a try can end the process, so the engine is on disk before it is tried.
+
+    Raises:
+        BuildError: it failed parity or cannot be run; it is kept under its `.failed` name.
+    """
+    untried = untried_path(target)
+    _write(untried, plan, manifest)
+    try:
+        with OnnxRuntimeRunner(prepared.source) as reference, TensorRTRunner.load(plan, target, manifest) as candidate:
+            parity = prove(reference, candidate, prepared.images, bounds=bounds, artifact_sha256=manifest.engine_sha256)
+    # TensorRT and the CUDA runtime may raise anything.
+    except Exception as error:
+        kept = _move(untried, failed_path(target), manifest)
+        what = error.what if isinstance(error, SmlpError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = "smlp doctor says what this machine lacks; the engine itself may be fine"
+        raise BuildError(f"built, but could not be run on this GPU: {what}", where=kept, fix=fix) from error
+    except BaseException:
+        logger.warning("the engine was built but not compared with its ONNX file; it is kept as %s", untried)
+        raise
+    manifest = replace(manifest, ran_here=True, engine_parity=_as_json(parity))
+    kept = _move(untried, target if parity.passed else failed_path(target), manifest)
+    if not parity.passed:
+        raise BuildError(f"parity failed on this GPU: {_failures(parity)}", where=kept)
+    return parity
+
+
+def _move(untried: Path, path: Path, manifest: EngineManifest) -> Path:
+    """Give an engine that was tried its name, and write its manifest beside it."""
+    with replacing(engine_manifest_path(path)) as beside:
+        beside.write_text(manifest.to_json(), encoding="utf-8")
+        untried.replace(path)
+    engine_manifest_path(untried).unlink(missing_ok=True)
+    return path
 
 
 def _failures(parity: ParityReport) -> str:

@@ -38,6 +38,11 @@ class Runner(Protocol):
     ) -> None: ...
 
 
+def arithmetic_of(runner: Runner) -> str:
+    """What a runner's products are computed in, which selects the gates: its precision, or "tf32"."""
+    return str(getattr(runner, "arithmetic", runner.metadata.precision))
+
+
 class TracingRunner(Runner, Protocol):
     """A runner that also returns values inside the network, at the points of `trace_points`."""
 

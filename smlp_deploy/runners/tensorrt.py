@@ -12,6 +12,8 @@ import hashlib
 import importlib
 import logging
 import os
+import platform
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,6 +67,7 @@ class TensorRTRunner(Closing):
         graphs = " (CUDA graphs)" if manifest.backend == "tensorrt-rtx" else ""
         self.name = f"{manifest.backend}{graphs} {path.name}"
         self.metadata = manifest.metadata
+        self.arithmetic = manifest.arithmetic
         self._profile = manifest.profile
         self._session: Session | None = session
         self._stack = ExitStack()
@@ -198,15 +201,35 @@ def check_machine(path: Path, manifest: EngineManifest) -> None:
             where=path,
             fix="build it again for this GPU",
         )
+    if manifest.system not in ("", system()):
+        raise ArtifactError(
+            f"was built on {manifest.system}, this is {system()}", where=path, fix="build it again on this machine"
+        )
     extra = _EXTRAS[manifest.backend]
     require("polygraphy", TENSORRT_MODULES[manifest.backend], purpose=f"to run {manifest.backend} engines", extra=extra)
     installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[manifest.backend])), "")
-    if installed.split(".")[0] != manifest.version.split(".")[0] and not manifest.options.get("version_compatible"):
+    if not _loads_in(installed, manifest):
         raise MissingDependencyError(
             f"built by {manifest.backend} {manifest.version}, but {installed or 'none'} is installed",
             where=path,
             fix="build the engine again with the installed version",
         )
+    if manifest.gpu not in ("", gpu.name) and not manifest.options.get("hardware_compatible"):
+        logger.warning("%s was built on %s, this GPU is %s: build it again if it is slow", path, manifest.gpu, gpu.name)
+
+
+def system() -> str:
+    """The operating system and processor, outside of which an engine does not load: "Linux x86_64"."""
+    return f"{platform.system()} {platform.machine()}"
+
+
+def _loads_in(installed: str, manifest: EngineManifest) -> bool:
+    """Whether an installed version can load the engine: the same release, or a later one if it was built for that."""
+    now, then = (tuple(map(int, re.findall(r"\d+", version)[:4])) for version in (installed, manifest.version))
+    if manifest.options.get("version_compatible"):
+        return now >= then
+    digits = min(len(now), len(then))
+    return digits > 0 and now[:digits] == then[:digits]
 
 
 def _built_for(gpu: GpuDevice, manifest: EngineManifest) -> bool:

@@ -62,6 +62,15 @@ class TestEveryBinding:
         assert ("set_shape", "images", (1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)) in module.calls
 
     @pytest.mark.parametrize("version", VERSIONS)
+    def test_tf32_is_cleared_unless_it_is_asked_for(self, version: str) -> None:
+        cleared = {}
+        for tf32 in (True, False):
+            module: Any = FakeTensorRT(version)
+            TensorRT(module).build(b"graph", BuildOptions(tf32=tf32))
+            cleared[tf32] = ("clear_flag", module.names["BuilderFlag"].index("TF32")) in module.calls
+        assert cleared == {True: False, False: True}
+
+    @pytest.mark.parametrize("version", VERSIONS)
     def test_says_what_the_parser_refused(self, version: str) -> None:
         module: Any = FakeTensorRT(version, fail="parse")
         with pytest.raises(BuildError, match=r"Loop node 'blocks\.1/loop': no importer"):
@@ -99,6 +108,13 @@ class TestEveryBinding:
 
 class TestTheRealThing:
     """TensorRT-RTX builds with no GPU."""
+
+    def test_tf32_is_set_until_it_is_cleared(self, rtx: TensorRT) -> None:
+        flag = rtx._trt.BuilderFlag.TF32
+        config = rtx._trt.Builder(rtx._log.handle).create_builder_config()
+        assert config.get_flag(flag)
+        rtx._configure(config, SM89, detailed=False)
+        assert not config.get_flag(flag)
 
     def test_an_fp16_engine_has_fp16_kernels(self, rtx: TensorRT, graph: bytes) -> None:
         phases: set[str] = set()

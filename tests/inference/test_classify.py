@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from smlp_deploy import Classifier
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import GpuError, UsageError
 from smlp_deploy.images import batches
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import load_image
@@ -209,3 +209,13 @@ class TestABatchThatFails:
 
         predictions = list(Classifier(FakeRunner(small)).classify(paths))
         assert [p.scores[0].index for p in predictions] == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_dead_gpu_is_no_image_s_fault(mixed: list[Path]) -> None:
+    def dead(batch: FloatArray) -> FloatArray:
+        raise GpuError("an illegal memory access was encountered")
+
+    runner = FakeRunner(dead)
+    with pytest.raises(GpuError, match="illegal memory access"):
+        list(Classifier(runner).classify(mixed))
+    assert runner.batch_sizes == [3]

@@ -16,10 +16,12 @@ from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
+from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.graphs.file import Graph
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -124,7 +126,82 @@ class TestWhereTheEngineRuns:
             monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
             with pytest.raises(BuildError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
                 build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
-        assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed"}
+        assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed", "x.engine.failed.json"}
+        manifest = read_manifest(tmp_path / "x.engine.failed")
+        assert manifest.ran_here is True
+        assert manifest.engine_parity is not None
+        assert manifest.engine_parity["passed"] is False
+
+    @pytest.mark.parametrize("error", [OSError("libcudart.so.12: cannot open"), ArtifactError("it does not load")])
+    def test_one_that_cannot_be_run_is_not_lost(
+        self, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        there = []
+
+        def load(plan: bytes, path: Path, manifest: EngineManifest) -> None:
+            assert read_manifest(tmp_path / "x.engine.untried") == manifest
+            assert (tmp_path / "x.engine.untried").read_bytes() == plan
+            there.append(plan)
+            raise error
+
+        (tmp_path / "x.engine").write_bytes(b"an older one")
+        monkeypatch.setattr(TensorRTRunner, "load", load)
+        with pytest.raises(BuildError, match=r"could not be run on this GPU: .*(cannot open|load) · .*engine\.failed"):
+            build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"x.engine", "x.engine.failed", "x.engine.failed.json"}
+        assert (tmp_path / "x.engine").read_bytes() == b"an older one"
+        assert [(tmp_path / "x.engine.failed").read_bytes()] == there
+        assert read_manifest(tmp_path / "x.engine.failed").ran_here is False
+
+    def test_one_whose_try_is_interrupted_is_kept(
+        self,
+        prepared: Prepared,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def load(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(TensorRTRunner, "load", load)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        assert {path.name for path in tmp_path.iterdir()} == {"x.engine.untried", "x.engine.untried.json"}
+        assert "it is kept as" in caplog.text
+
+
+class TestTf32:
+    """Products with 10 binary digits: only on request, and by gates of their own."""
+
+    def test_it_is_for_fp32(self, exported: Exported, tmp_path: Path) -> None:
+        prepared = prepare_graph(exported("fp16").graph, None)
+        with pytest.raises(UsageError, match="TF32 is for fp32 engines; this one is fp16 · --tf32"):
+            build_engine(prepared, tmp_path / "x.engine", replace(SM89, tf32=True), backend="tensorrt-rtx")
+
+    def test_its_manifest_says_so(self, digits_export: Export, tmp_path: Path) -> None:
+        prepared = prepare_graph(digits_export.graph, None)
+        for tf32, arithmetic in ((True, "tf32"), (False, "fp32")):
+            path = tmp_path / f"{arithmetic}.engine"
+            build_engine(prepared, path, replace(SM89, tf32=tf32), backend="tensorrt-rtx")
+            assert read_manifest(path).arithmetic == arithmetic
+
+    def test_its_gates_are_its_own(self, digits_export: Export, tmp_path: Path) -> None:
+        """Noise of TF32's size fails the gates of fp32, and passes those of TF32."""
+        with OnnxRuntimeRunner(digits_export.graph) as reference:
+            rng = np.random.default_rng(0)
+
+            def noisy(batch: FloatArray) -> FloatArray:
+                logits = reference.infer(batch)
+                logits += np.float32(1e-3) * logits.std() * rng.standard_normal(logits.shape, np.float32)
+                return logits
+
+            candidate = FakeRunner(noisy, digits_export.graph.metadata)
+            assert not prove(reference, candidate, bundled_images()).passed
+            candidate.arithmetic = "tf32"
+            report = prove(reference, candidate, bundled_images())
+        assert report.passed, report.failures
+        assert report.precision == "tf32"
 
 
 def engine_of(source: Path, folder: Path, precision: str = "fp32", **changes: Any) -> Path:

@@ -26,6 +26,7 @@ from smlp_deploy.runners.tensorrt import (
     create_context,
     read_manifest,
     runtime_cache_path,
+    system,
     time_executions,
 )
 from tests.support.fakes import metadata, quadrant_means
@@ -173,9 +174,30 @@ class TestTheMachine:
         with pytest.raises(MissingDependencyError, match=r"built by tensorrt-rtx 2\.0, but 1\..* is installed"):
             check_machine(engine, card_of(engine, version="2.0"))
 
-    def test_the_same_or_a_version_compatible_engine_passes(self, engine: Path) -> None:
+    def test_the_same_release_passes(self, engine: Path) -> None:
         check_machine(engine, card_of(engine))
-        check_machine(engine, card_of(engine, version="2.0", options={"version_compatible": True}))
+
+    @pytest.mark.parametrize("version", ["1.7.1.115", "1.7.0.116", "1.6.1.116"])
+    def test_another_release_of_the_same_major_version_is_refused(self, engine: Path, version: str) -> None:
+        with pytest.raises(MissingDependencyError, match=r"built by .*, but 1\.7\.1\.116 is installed"):
+            check_machine(engine, card_of(engine, version=version))
+
+    def test_a_version_compatible_engine_loads_in_later_releases(self, engine: Path) -> None:
+        check_machine(engine, card_of(engine, version="1.6", options={"version_compatible": True}))
+        with pytest.raises(MissingDependencyError, match=r"built by tensorrt-rtx 2\.0"):
+            check_machine(engine, card_of(engine, version="2.0", options={"version_compatible": True}))
+
+    def test_an_engine_of_another_system_is_refused(self, engine: Path) -> None:
+        with pytest.raises(ArtifactError, match=r"was built on Windows AMD64, this is Linux .* build it again"):
+            check_machine(engine, card_of(engine, system="Windows AMD64"))
+
+    def test_another_gpu_of_the_same_architecture_is_a_warning(
+        self, engine: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        check_machine(engine, card_of(engine, gpu="NVIDIA L4", system=system()))
+        assert not caplog.text
+        check_machine(engine, card_of(engine, gpu="NVIDIA GeForce RTX 4090"))
+        assert "was built on NVIDIA GeForce RTX 4090, this GPU is NVIDIA L4" in caplog.text
 
     def test_an_engine_for_other_gpus_says_which(self, engine: Path) -> None:
         with pytest.raises(ArtifactError, match=r"built for sm80, sm86, this GPU is sm89 \(NVIDIA L4\)"):

@@ -35,6 +35,7 @@ class FakeRunner:
     def __init__(self, function: Callable[[FloatArray], FloatArray], of: ModelMetadata | None = None) -> None:
         self.name = "fake"
         self.metadata = of or metadata()
+        self.arithmetic = self.metadata.precision
         self.batch_sizes: list[int] = []
         self.closed = False
         self._function = function

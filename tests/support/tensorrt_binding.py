@@ -122,7 +122,13 @@ class FakeTensorRT:
 
         self.config = {
             name: self._noted(name)
-            for name in ("set_flag", "set_memory_pool_limit", "add_optimization_profile", "set_compute_capability")
+            for name in (
+                "set_flag",
+                "clear_flag",
+                "set_memory_pool_limit",
+                "add_optimization_profile",
+                "set_compute_capability",
+            )
         }
         self.config |= {"create_timing_cache": create_timing_cache, "set_timing_cache": self._noted("set_timing_cache")}
         return Strict("IBuilderConfig", self.names["IBuilderConfig"], self.config)
