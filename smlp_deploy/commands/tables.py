@@ -275,9 +275,9 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
         table.add_row(megabytes, kernel.precision, kernel.kind, written, nodes)
     console.print(table)
     total = summary.bytes_per_image * summary.batch / 1e6
-    unknown = f" ({summary.bytes_unknown} kernels unknown)" if summary.bytes_unknown else ""
-    moved = f"{total:.0f} MB read and written{unknown}"
-    console.print(f"{summary.count} kernels, {moved}; convolutions and products: {summary.compute}")
+    unknown = f" (bytes of {summary.bytes_unknown} unknown)" if summary.bytes_unknown else ""
+    kernels = f"{summary.count} kernels{unknown}, {total:.0f} MB read and written"
+    console.print(f"{kernels}; convolutions and products: {summary.compute}")
     title = "best case (an estimate; nothing was run)"
     heads = ("GPU", "us/image", "bound by", "GB/s", "T/s")
     estimates = _table(*heads, words=("GPU", "bound by"), title=title, title_justify="left")

@@ -106,16 +106,18 @@ class Kernel:
 
     @property
     def nbytes(self) -> int | None:
-        """Bytes read and written, constants not counted; None if those of one tensor are unknown."""
-        tensors = (*self.inputs, *self.outputs)
-        sizes = [tensor.nbytes for tensor in tensors]
-        if not tensors and self.kind == UNKNOWN:
-            return None
-        return None if None in sizes else sum(size for size in sizes if size is not None)
+        """Bytes read and written, constants not counted; None if they are unknown.
+
+        They are if those of one tensor are, and for a region, because the kernels inside it are not listed.
+        """
+        sizes = [tensor.nbytes for tensor in (*self.inputs, *self.outputs)]
+        known = [size for size in sizes if size is not None]
+        listed = not self._is_region and (sizes or self.kind != UNKNOWN)
+        return sum(known) if listed and len(known) == len(sizes) else None
 
     @property
     def opaque(self) -> bool:
-        """Whether it can hold any operation: a fusion, a part of the graph that Myelin compiles, or a mere name."""
+        """Whether it can hold any operation: a fusion, a region of the graph that Myelin compiled, or a mere name."""
         return self.kind.lower() in _OPAQUE or self._is_region
 
     @property
@@ -194,7 +196,7 @@ class KernelSummary:
 def summarize(kernels: Iterable[Kernel], *, batch: int) -> KernelSummary:
     """Totals over kernels that run `batch` images at a time."""
     kernels = list(kernels)
-    compute = Counter(kernel.precision if kernel.computes else UNKNOWN for kernel in kernels if _may_compute(kernel))
+    compute = Counter(k.precision if k.computes else UNKNOWN for k in kernels if k.computes or k.opaque)
     known = [kernel.nbytes for kernel in kernels if kernel.nbytes is not None]
     return KernelSummary(
         batch=batch,
@@ -204,10 +206,6 @@ def summarize(kernels: Iterable[Kernel], *, batch: int) -> KernelSummary:
         bytes_per_image=round(sum(known) / batch),
         bytes_unknown=len(kernels) - len(known),
     )
-
-
-def _may_compute(kernel: Kernel) -> bool:
-    return kernel.computes or kernel.opaque
 
 
 def kernels_from_log(messages: Iterable[str]) -> tuple[Kernel, ...]:

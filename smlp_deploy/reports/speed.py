@@ -152,7 +152,7 @@ def profile_page(profile: GraphProfile) -> str:
     """The kernels that TensorRT compiles a graph to, where their memory traffic is, and their least time."""
     require_report()
     summary = profile.summary
-    unknown = f"; {summary.bytes_unknown:,} kernels unknown" if summary.bytes_unknown else ""
+    unknown = f"; bytes of {summary.bytes_unknown:,} kernels unknown" if summary.bytes_unknown else ""
     return render(
         "Kernels",
         f"{profile.source}: {profile.precision}, compiled for {profile.architecture} at batch {summary.batch}."
@@ -163,7 +163,7 @@ def profile_page(profile: GraphProfile) -> str:
             Fact(f"{profile.macs / 1e6:,.1f} M", "multiply-accumulates per image"),
         ],
         sections=[
-            *([_traffic_section(profile)] if profile.kernels else []),
+            *([_traffic_section(profile)] if summary.count > summary.bytes_unknown else []),
             _roofline_section(profile),
             _kernels_section(profile.kernels),
         ],
