@@ -247,10 +247,14 @@ def show_sensitivity(report: SensitivityReport) -> None:
 def show_kernels(summary: KernelSummary) -> None:
     """An engine's kernels in three lines on stderr."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in summary.by_kind.items())
-    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
     say(f"{summary.count} kernels at batch {summary.batch}: {kinds}")
-    say(f"convolutions and matrix products: {compute}")
-    say(f"{summary.bytes_per_image / 1e6:.1f} MB read and written per image (estimate, from the kernels' shapes)")
+    say(f"convolutions and matrix products: {summary.compute}")
+    moved = f"{summary.bytes_per_image / 1e6:.1f} MB read and written per image (estimate, from"
+    known = summary.count - summary.bytes_unknown
+    if not summary.bytes_unknown:
+        say(f"{moved} the kernels' shapes)")
+    else:
+        say(f"at least {moved} the shapes of {known} kernels)" if known else "bytes read and written: unknown")
 
 
 def show_profile(profile: GraphProfile, *, top: int) -> None:
@@ -264,14 +268,16 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     )
     heads = ("MB", "precision", "kernel", "writes", "ONNX nodes")
     table = _table(*heads, words=heads[1:], no_wrap=heads[:-1])
-    for kernel in sorted(profile.kernels, key=lambda kernel: -kernel.nbytes)[:top]:
-        written = "x".join(str(size) for size in kernel.outputs[0].shape) if kernel.outputs else ""
+    for kernel in sorted(profile.kernels, key=lambda kernel: -(kernel.nbytes or 0))[:top]:
+        written = kernel.outputs[0].written_out("x") if kernel.outputs else ""
         nodes = Text(", ".join(kernel.nodes))
-        table.add_row(f"{kernel.nbytes / 1e6:.2f}", kernel.precision, kernel.kind, written, nodes)
+        megabytes = "?" if kernel.nbytes is None else f"{kernel.nbytes / 1e6:.2f}"
+        table.add_row(megabytes, kernel.precision, kernel.kind, written, nodes)
     console.print(table)
     total = summary.bytes_per_image * summary.batch / 1e6
-    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
-    console.print(f"{summary.count} kernels, {total:.0f} MB read and written; convolutions and products: {compute}")
+    unknown = f" (bytes of {summary.bytes_unknown} unknown)" if summary.bytes_unknown else ""
+    kernels = f"{summary.count} kernels{unknown}, {total:.0f} MB read and written"
+    console.print(f"{kernels}; convolutions and products: {summary.compute}")
     title = "best case (an estimate; nothing was run)"
     heads = ("GPU", "us/image", "bound by", "GB/s", "T/s")
     estimates = _table(*heads, words=("GPU", "bound by"), title=title, title_justify="left")

@@ -147,7 +147,7 @@ class TensorRT:
         with self._log.recording() as messages:
             plan, cache = self._build(graph, options, detailed=not self.ahead_of_time, progress=progress)
         memory = tuple(line for line in messages if any(figure in line for figure in _MEMORY_FIGURES))
-        kernels = self.kernels(graph, options) if self.ahead_of_time else self._inspected_kernels(plan)
+        kernels = self.kernels(graph, options) if self.ahead_of_time else self._inspected_kernels(plan, options)
         return Engine(plan=plan, kernels=kernels, memory=memory, timing_cache=cache)
 
     def check_architectures(self, architectures: Sequence[str]) -> None:
@@ -179,25 +179,60 @@ class TensorRT:
             self._build(graph, single, detailed=True, progress=None)
         return kernels_from_log(messages)
 
-    def _inspected_kernels(self, plan: bytes) -> tuple[Kernel, ...]:
-        trt = self._trt
+    def _inspected_kernels(self, plan: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
         with _uninterrupted():
-            engine = trt.Runtime(self._log.handle).deserialize_cuda_engine(plan)
+            engine = self._create("Runtime").deserialize_cuda_engine(plan)
             if engine is None:
                 raise BuildError(
                     "the engine that was just built cannot be loaded again", fix="build it on the GPU that is to run it"
                 )
-            text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        return kernels_from_inspector(text)
+            inspector = engine.create_engine_inspector()
+            context = self._context_at(engine, options.profile.opt)
+            if context is not None:
+                inspector.execution_context = context
+            text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        try:
+            return kernels_from_inspector(text)
+        except ValueError as error:  # not a reason to lose an engine that took minutes to build
+            logger.warning("the engine's kernels are unknown: TensorRT's list of them cannot be read: %s", error)
+            return ()
+
+    def _context_at(self, engine: Any, batch: int) -> Any:
+        """An execution context for `batch` images, by which the inspector knows shapes; None if it lacks the memory."""
+        context = engine.create_execution_context()
+        if context is None:
+            logger.info("no GPU memory for an execution context, so the kernels' shapes are unknown")
+            return None
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT:
+                context.set_input_shape(name, (batch, *tuple(engine.get_tensor_shape(name))[1:]))
+        return context
+
+    def _create(self, name: str) -> Any:
+        """The binding's Builder or Runtime; either starts CUDA, which needs a driver.
+
+        Raises:
+            BuildError: there is none, or it is older than TensorRT's CUDA.
+        """
+        try:
+            created = getattr(self._trt, name)(self._log.handle)
+        except TypeError as error:
+            if "nullptr" not in str(error):
+                raise
+            created = None
+        if created is None:
+            raise BuildError(
+                f"cannot create TensorRT's {name}: the NVIDIA driver is missing or too old for it",
+                fix="update the driver; TensorRT builds need an NVIDIA GPU and driver",
+            )
+        return created
 
     def _build(
         self, graph: bytes, options: BuildOptions, *, detailed: bool, progress: Progress | None
     ) -> tuple[bytes, bytes | None]:
         trt = self._trt
         with _uninterrupted() as request:
-            builder = trt.Builder(self._log.handle)
-            if builder is None:
-                raise BuildError("cannot create a builder", fix="TensorRT builds need an NVIDIA GPU and driver")
+            builder = self._create("Builder")
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             self._parse(graph, network)
             config = builder.create_builder_config()

@@ -15,7 +15,7 @@ from smlp_deploy.dependencies import find_gpu, require_onnxruntime
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, prove
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
-from smlp_deploy.exporters.kernels import KernelSummary, summarize
+from smlp_deploy.exporters.kernels import UNKNOWN, KernelSummary, summarize
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
 from smlp_deploy.files import check_writable, replacing
 from smlp_deploy.graphs.file import Graph
@@ -122,7 +122,7 @@ def build_engine(
         progress: told of each step.
 
     Raises:
-        BuildError: TensorRT refused, built no kernel in the requested precision, or the engine failed parity or
+        BuildError: TensorRT refused, built all kernels in another precision, or the engine failed parity or
             cannot be run.
         UsageError: TF32 for another precision than fp32.
     """
@@ -240,14 +240,24 @@ def _as_json(parity: ParityReport) -> Mapping[str, Any]:
 def check_precision(summary: KernelSummary, precision: str) -> None:
     """Check that convolutions and matrix products run in the requested precision.
 
+    If TensorRT does not state the precision of all of them, a warning says so.
+
     Raises:
         BuildError: none of them does.
     """
-    if not summary.share(precision):
-        raise BuildError(
-            f"no kernel computes in {precision}: {dict(summary.compute_by_precision)}",
-            fix="the graph sets the precision; export it again",
+    if summary.share(precision):
+        return
+    if not summary.count or summary.compute_by_precision.get(UNKNOWN):
+        logger.warning(
+            "TensorRT does not say whether the engine computes in %s (convolutions and matrix products: %s)",
+            precision,
+            summary.compute or UNKNOWN,
         )
+        return
+    raise BuildError(
+        f"no kernel computes in {precision}: {dict(summary.compute_by_precision)}",
+        fix="the graph sets the precision; export it again",
+    )
 
 
 def _other_options(options: BuildOptions) -> Mapping[str, Any]:

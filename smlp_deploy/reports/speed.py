@@ -152,18 +152,18 @@ def profile_page(profile: GraphProfile) -> str:
     """The kernels that TensorRT compiles a graph to, where their memory traffic is, and their least time."""
     require_report()
     summary = profile.summary
-    compute = ", ".join(f"{count} in {precision}" for precision, count in summary.compute_by_precision.items())
+    unknown = f"; bytes of {summary.bytes_unknown:,} kernels unknown" if summary.bytes_unknown else ""
     return render(
         "Kernels",
         f"{profile.source}: {profile.precision}, compiled for {profile.architecture} at batch {summary.batch}."
         " Bytes are estimated from the kernels' shapes; nothing was run.",
         facts=[
-            Fact(f"{summary.count:,} kernels", f"convolutions and matrix products: {compute or 'none'}"),
-            Fact(f"{summary.bytes_per_image / 1e6:,.2f} MB", "read and written per image"),
+            Fact(f"{summary.count:,} kernels", f"convolutions and matrix products: {summary.compute or 'none'}"),
+            Fact(f"{summary.bytes_per_image / 1e6:,.2f} MB", f"read and written per image{unknown}"),
             Fact(f"{profile.macs / 1e6:,.1f} M", "multiply-accumulates per image"),
         ],
         sections=[
-            *([_traffic_section(profile)] if profile.kernels else []),
+            *([_traffic_section(profile)] if summary.count > summary.bytes_unknown else []),
             _roofline_section(profile),
             _kernels_section(profile.kernels),
         ],
@@ -173,7 +173,7 @@ def profile_page(profile: GraphProfile) -> str:
 def _traffic_section(profile: GraphProfile) -> Section:
     traffic: dict[str, Counter[str]] = {}
     for kernel in profile.kernels:
-        traffic.setdefault(_block(kernel), Counter())[kernel.precision] += kernel.nbytes
+        traffic.setdefault(_block(kernel), Counter())[kernel.precision] += kernel.nbytes or 0
     by_precision = sum(traffic.values(), Counter[str]())
     total = by_precision.total() or 1
     parts = [precision for precision, _ in by_precision.most_common()]
@@ -237,16 +237,16 @@ def _roofline_section(profile: GraphProfile) -> Section:
 
 
 def _kernels_section(kernels: Sequence[Kernel]) -> Section:
-    largest = sorted(kernels, key=lambda kernel: -kernel.nbytes)[:_KERNELS_SHOWN]
+    largest = sorted(kernels, key=lambda kernel: -(kernel.nbytes or 0))[:_KERNELS_SHOWN]
     words = ("precision", "kind", "writes", "ONNX nodes")
 
     def table(caption: str, some: Sequence[Kernel], *, folded: bool) -> Table:
         rows = [
             (
-                f"{kernel.nbytes / 1e6:,.3f}",
+                "?" if kernel.nbytes is None else f"{kernel.nbytes / 1e6:,.3f}",
                 kernel.precision,
                 kernel.kind,
-                "×".join(map(str, kernel.outputs[0].shape)) if kernel.outputs else "",
+                kernel.outputs[0].written_out("×") if kernel.outputs else "",
                 ", ".join(kernel.nodes),
             )
             for kernel in some

@@ -20,6 +20,8 @@ from smlp_deploy.commands.tables import show_benchmark, show_divergence
 from smlp_deploy.doctor import Finding
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
 from smlp_deploy.evaluation.layers import DivergenceReport, PointReport
+from smlp_deploy.evaluation.profile import GraphProfile
+from smlp_deploy.exporters.kernels import Kernel, KernelSummary, KernelTensor, summarize
 from smlp_deploy.pipeline.export import Export
 
 COLOR = re.compile(r"\x1b\[[\d;]*3[1-7][\d;]*m")
@@ -50,6 +52,54 @@ def test_findings_are_a_table_in_a_terminal_and_a_line_each_in_a_pipe(monkeypatc
     assert "artifacts/[red]x.engine" in shown[True][0]
     assert "try: build it again" in shown[True][-1]
     assert shown[False] == [f"warning artifacts/[red]x.engine  {detail}", f"{'':33}try: build it again"]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "bytes_read", "moved"),
+    [
+        (0, 1_500_000, "1.5 MB read and written per image (estimate, from the kernels' shapes)"),
+        (2, 500_000, "at least 0.5 MB read and written per image (estimate, from the shapes of 3 kernels)"),
+        (5, 0, "bytes read and written: unknown"),
+    ],
+)
+def test_kernels_of_unknown_bytes_are_told(
+    unknown: int, bytes_read: int, moved: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables.show_kernels(
+        KernelSummary(
+            batch=4,
+            count=5,
+            by_kind={"gemm": 3, "Myelin": 2},
+            compute_by_precision={"Half": 3, "unknown": 2},
+            bytes_per_image=bytes_read,
+            bytes_unknown=unknown,
+        )
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "5 kernels at batch 4: 3 gemm, 2 Myelin",
+        "convolutions and matrix products: 3 in Half, 2 unknown",
+        moved,
+    ]
+
+
+def test_a_profile_shows_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = [KernelTensor(shape=(batch, 500, 1000), element="Half") for batch in (4, -1)]
+    kernels = [Kernel(name="k", kind="gemm", inputs=(), outputs=(tensor,), nodes=()) for tensor in tensors]
+    profile = GraphProfile(
+        source=Path("x.onnx"),
+        precision="fp16",
+        architecture="sm89",
+        kernels=tuple(kernels),
+        summary=summarize(kernels, batch=4),
+        macs=1,
+    )
+    tables.show_profile(profile, top=2)
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["4.00", "Half", "gemm", "4x500x1000"] in lines
+    assert ["?", "Half", "gemm", "?x500x1000"] in lines
+    total = "2 kernels (bytes of 1 unknown), 4 MB read and written; convolutions and products: 2 in Half"
+    assert total in " ".join(out.split())
 
 
 @pytest.mark.parametrize("growth", [None, 0.0123, 1.0, 12345.0])

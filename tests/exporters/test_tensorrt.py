@@ -87,6 +87,54 @@ class TestEveryBinding:
         with pytest.raises(BuildError, match="need an NVIDIA GPU and driver"):
             TensorRT(module).build(b"graph", BuildOptions())
 
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_a_driver_too_old_for_a_builder(self, version: str) -> None:
+        module: Any = FakeTensorRT(version, fail="driver")
+        with pytest.raises(
+            BuildError, match=r"^cannot create TensorRT's Builder: .*too old.* · update the driver;"
+        ) as e:
+            TensorRT(module).build(b"graph", BuildOptions())
+        assert "\n" not in str(e.value)
+
+    def test_a_driver_too_old_for_a_runtime(self) -> None:
+        module: Any = FakeTensorRT("tensorrt-10.16", fail="runtime")
+        with pytest.raises(BuildError, match=r"cannot create TensorRT's Runtime: .*too old.* · update the driver;"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    def test_another_type_error_is_not_blamed_on_the_driver(self) -> None:
+        module: Any = FakeTensorRT("tensorrt-10.16")
+        module.make_Builder = lambda: lambda: None
+        with pytest.raises(TypeError, match="positional argument"):
+            TensorRT(module).build(b"graph", BuildOptions())
+
+    @pytest.mark.parametrize("version", [version for version in VERSIONS if version.startswith("tensorrt-")])
+    @pytest.mark.parametrize("batch", [-1, 4])
+    def test_shapes_are_those_of_the_optimal_batch(self, version: str, batch: int) -> None:
+        module: Any = FakeTensorRT(version, batch=batch)
+        profile = BatchProfile.fixed(4) if batch == 4 else BatchProfile(min=1, opt=4, max=16)
+        engine = TensorRT(module).build(b"graph", BuildOptions(profile=profile))
+        assert [call for call in module.calls if call[0] == "set_input_shape"] == [
+            ("set_input_shape", "images", (4, 3, 8, 8))
+        ]
+        summary = summarize(engine.kernels, batch=4)
+        assert summary.bytes_unknown == 0
+        assert summary.bytes_per_image > 0
+
+    @pytest.mark.parametrize("version", [version for version in VERSIONS if version.startswith("tensorrt-")])
+    def test_a_context_that_does_not_fit_in_memory(self, version: str) -> None:
+        module: Any = FakeTensorRT(version, fail="memory")
+        engine = TensorRT(module).build(b"graph", BuildOptions(profile=BatchProfile(min=1, opt=4, max=16)))
+        summary = summarize(engine.kernels, batch=4)
+        assert engine.plan == b"plan"
+        assert (summary.bytes_per_image, summary.bytes_unknown) == (0, summary.count)
+        assert summary.compute_by_precision == {"Half": 1}
+
+    def test_a_list_of_kernels_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
+        module: Any = FakeTensorRT("tensorrt-11.4", fail="inspect")
+        engine = TensorRT(module).build(b"graph", BuildOptions())
+        assert (engine.plan, engine.kernels) == (b"plan", ())
+        assert "list of them cannot be read: Expecting value" in caplog.text
+
     def test_an_engine_that_does_not_load_is_an_error(self) -> None:
         module: Any = FakeTensorRT("tensorrt-10.13", fail="load")
         with pytest.raises(BuildError, match="cannot be loaded again"):

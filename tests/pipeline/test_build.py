@@ -520,3 +520,46 @@ def test_precision_is_checked_by_kernels() -> None:
     check_precision(summary, "fp32")
     with pytest.raises(BuildError, match="no kernel computes in bf16"):
         check_precision(summary, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("count", "compute", "words"),
+    [
+        (3, {"Float": 2, "unknown": 1}, "2 in Float, 1 unknown"),
+        (1, {"unknown": 1}, "1 unknown"),
+        (0, {}, "unknown"),
+    ],
+)
+def test_an_engine_of_unknown_precision_is_kept_with_a_warning(
+    count: int, compute: dict[str, int], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_precision(
+        KernelSummary(batch=1, count=count, by_kind={}, compute_by_precision=compute, bytes_per_image=0), "bf16"
+    )
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    message = "TensorRT does not say whether the engine computes in bf16 (convolutions and matrix products: {})"
+    assert record.getMessage() == message.format(words)
+
+
+@pytest.mark.parametrize("compute", [{"Half": 1, "unknown": 5}, {"Half": 1, "Float": 5}])
+def test_one_kernel_in_the_requested_precision_is_enough(
+    compute: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_precision(
+        KernelSummary(batch=1, count=6, by_kind={}, compute_by_precision=compute, bytes_per_image=0), "fp16"
+    )
+    assert not caplog.records
+
+
+def test_an_engine_of_known_kernels_without_any_that_computes_is_refused() -> None:
+    with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{\}"):
+        check_precision(
+            KernelSummary(batch=1, count=2, by_kind={"kgen": 2}, compute_by_precision={}, bytes_per_image=0), "fp16"
+        )
+
+
+def test_a_manifest_written_before_bytes_could_be_unknown_still_loads(digits_export: Export, tmp_path: Path) -> None:
+    before = {"batch": 4, "count": 2, "by_kind": {"gemm": 2}, "compute_by_precision": {"Half": 2}, "bytes_per_image": 9}
+    path = engine_of(digits_export.path, tmp_path, kernels=before)
+    assert read_manifest(path).kernels == before

@@ -354,6 +354,13 @@ def test_traffic_is_by_block_and_precision() -> None:
     assert re.search(r"blocks\.3 (8\.000 4\.000|4\.000 8\.000)", text)
     assert "between blocks" in text
     assert "An estimate; nothing was run" in text
+    assert "unknown" not in text
+    dynamic = replace(profile().kernels[0], outputs=(KernelTensor(shape=(-1, 7), element="Half"),))
+    some = replace(profile(), kernels=(dynamic,), summary=summarize((dynamic,), batch=2))
+    text = Page(reports.profile_page(some)).text
+    assert "read and written per image; bytes of 1 kernels unknown" in text
+    assert "? Half gemm ?×7" in text
+    assert "between blocks" not in text
     empty = replace(profile(), kernels=(), summary=summarize((), batch=2))
     assert "0 kernels" in Page(reports.profile_page(empty)).text
 

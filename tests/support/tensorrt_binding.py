@@ -1,7 +1,8 @@
 """A TensorRT that builds nothing, but has exactly the names of a real binding and no others.
 
 `data/tensorrt-names/` lists every class and member of five real bindings. Whatever the adapter touches is looked up
-there first, so a call that a version does not have fails the test as it would fail that version.
+there first, so a call that a version does not have fails the test as it would fail that version. `data/inspector/` has
+the forms in which engine inspectors print.
 """
 
 from __future__ import annotations
@@ -23,17 +24,12 @@ KERNEL = (
     "Datatype: Half, Format: (NHWC) } ], Constants: [], Outputs: [ { Name: b, Dimensions: [4,16,8,8], "
     "Datatype: Half, Format: (NHWC) } ], TacticName: x, StreamId: 0, Metadata: [ONNX Layer: blocks.0/conv]"
 )
-INSPECTED = {
-    "Layers": [
-        {
-            "Name": "conv",
-            "LayerType": "CaskConvolution",
-            "Inputs": [{"Name": "a", "Dimensions": [4, 3, 8, 8], "Format/Datatype": "Channel major FP16 format"}],
-            "Outputs": [{"Name": "b", "Dimensions": [4, 16, 8, 8], "Format/Datatype": "Half"}],
-            "Metadata": "[ONNX Layer: blocks.0/conv]",
-        }
-    ]
-}
+INSPECTOR = Path(__file__).parents[1] / "data" / "inspector"
+
+
+def inspected(form: str) -> str:
+    """What an engine inspector prints, in the form of that name."""
+    return (INSPECTOR / f"{form}.json").read_text()
 
 
 class Strict:
@@ -56,7 +52,10 @@ class Strict:
 
 
 class FakeTensorRT:
-    """The module. `calls` lists what was set or asked for, `fail` chooses what goes wrong."""
+    """The module. `calls` lists what was set or asked for, `fail` chooses what goes wrong.
+
+    An old driver fails the constructors ("driver", or only that of the "runtime"), GPU "memory" an execution context.
+    """
 
     def __init__(self, version: str, *, fail: str = "", batch: int = -1) -> None:
         self.names: dict[str, list[str]] = json.loads((NAMES / f"{version}.json").read_text())
@@ -99,6 +98,8 @@ class FakeTensorRT:
             self.logger = logger
             if self.fail == "builder":
                 return None
+            if self.fail == "driver":
+                raise TypeError("pybind11::init(): factory function returned nullptr")
             return self._object(
                 "Builder",
                 create_network=self._network,
@@ -158,11 +159,46 @@ class FakeTensorRT:
         return b"plan"
 
     def make_Runtime(self) -> Any:  # noqa: N802
-        inspector = self._object("EngineInspector", get_engine_information=lambda form: json.dumps(INSPECTED))
-        engine = self._object("ICudaEngine", create_engine_inspector=lambda: inspector)
-        return lambda logger: self._object(
-            "Runtime", deserialize_cuda_engine=lambda plan: None if self.fail == "load" else engine
+        def runtime(logger: Any) -> Strict:
+            if self.fail in ("driver", "runtime"):
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            return self._object(
+                "Runtime", deserialize_cuda_engine=lambda plan: None if self.fail == "load" else self._built()
+            )
+
+        return runtime
+
+    def _built(self) -> Strict:
+        """The engine that was built, as far as it is inspected: a context tells it the shapes that it runs."""
+        shapes: dict[str, tuple[int, ...]] = {}
+
+        def set_input_shape(name: str, shape: tuple[int, ...]) -> bool:
+            self.calls.append(("set_input_shape", name, shape))
+            shapes[name] = shape
+            return True
+
+        def create_inspector() -> Strict:
+            behaviour: dict[str, Any] = {"execution_context": None}
+            behaviour["get_engine_information"] = lambda form: self._information(behaviour["execution_context"], shapes)
+            return Strict("EngineInspector", self.names["EngineInspector"], behaviour)
+
+        context = self._object("IExecutionContext", set_input_shape=set_input_shape)
+        names = ("logits", self.images["name"])
+        return self._object(
+            "ICudaEngine",
+            create_engine_inspector=create_inspector,
+            create_execution_context=lambda: None if self.fail == "memory" else context,
+            num_io_tensors=len(names),
+            get_tensor_name=names.__getitem__,
+            get_tensor_mode=lambda name: self.TensorIOMode.OUTPUT if name == "logits" else self.TensorIOMode.INPUT,
+            get_tensor_shape=lambda name: self.images["shape"],
         )
+
+    def _information(self, context: Strict | None, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        if self.fail == "inspect":
+            return ""
+        form = "static" if context is not None and self.images["name"] in shapes else "dynamic"
+        return inspected(f"tensorrt-{self.__version__.partition('.')[0]}-{form}")
 
     def engine(self) -> Strict:
         """An engine that is loaded; the kernels it compiled are `self.compiled`."""
