@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 from smlp_deploy.errors import MissingDependencyError
+
+logger = logging.getLogger(__name__)
 
 TENSORRT_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """The module of each TensorRT backend."""
@@ -29,11 +36,18 @@ def require(*modules: str, purpose: str, extra: str) -> None:
     Raises:
         MissingDependencyError: names what is missing, what it is needed for, and the extra that installs it.
     """
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = [module for module in modules if not _is_installed(module)]
     if missing:
         raise MissingDependencyError(
             f"{', '.join(missing)} not installed, needed {purpose}", fix=f'pip install "smlp-deploy[{extra}]"'
         )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package
+        return False
 
 
 def require_torch(purpose: str) -> None:
@@ -119,3 +133,53 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+class TensorRTLog:
+    """TensorRT's messages: all sent to `logging`, and kept while recording.
+
+    Attributes:
+        handle: what TensorRT is given.
+    """
+
+    handle: Any
+
+    def __init__(self) -> None:
+        self._kept: list[str] | None = None
+        self._error = ""
+
+    def receive(self, message: str, *, is_error: bool) -> None:
+        # The caller of TensorRT raises an error with this message; its warnings are advice on building.
+        logger.log(logging.INFO if is_error else logging.DEBUG, "%s", message)
+        if is_error:
+            self._error = message.splitlines()[0]
+        if self._kept is not None:
+            self._kept.append(message)
+
+    def last_error(self) -> str:
+        return self._error or "no reason given"
+
+    @contextmanager
+    def recording(self) -> Iterator[list[str]]:
+        self._kept, self._error = [], ""
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+
+@cache
+def tensorrt_log(trt: Any) -> TensorRTLog:
+    """The log of a binding; one for the whole process, because TensorRT keeps the first that it is given."""
+    log = TensorRTLog()
+    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    class Handle(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, level: Any, message: str) -> None:
+            log.receive(message, is_error=level in errors)
+
+    log.handle = Handle()
+    return log

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu
+from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu, tensorrt_log
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
@@ -113,7 +113,7 @@ class TensorRT:
 
     def __init__(self, module: Any) -> None:
         self._trt = module
-        self._log = _make_logger(module)
+        self._log = tensorrt_log(module)
         self.ahead_of_time = hasattr(module, "ComputeCapability")
 
     @classmethod
@@ -304,50 +304,6 @@ _LOADED: dict[str, TensorRT] = {}
 
 def _advice(options: BuildOptions) -> str | None:
     return None if options.workspace_gib is None else "raise --workspace"
-
-
-class _Log:
-    """TensorRT's messages: all sent to `logging`, and kept while recording."""
-
-    handle: Any
-
-    def __init__(self) -> None:
-        self._kept: list[str] | None = None
-        self._error = ""
-
-    def receive(self, message: str, *, is_error: bool) -> None:
-        # The caller of TensorRT raises an error with this message; its warnings are advice on building.
-        logger.log(logging.INFO if is_error else logging.DEBUG, "%s", message)
-        if is_error:
-            self._error = message.splitlines()[0]
-        if self._kept is not None:
-            self._kept.append(message)
-
-    def last_error(self) -> str:
-        return self._error or "no reason given"
-
-    @contextmanager
-    def recording(self) -> Iterator[list[str]]:
-        self._kept, self._error = [], ""
-        try:
-            yield self._kept
-        finally:
-            self._kept = None
-
-
-def _make_logger(trt: Any) -> _Log:
-    log = _Log()
-    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    class Handle(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            log.receive(message, is_error=level in errors)
-
-    log.handle = Handle()
-    return log
 
 
 @contextmanager

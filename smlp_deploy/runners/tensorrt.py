@@ -1,23 +1,20 @@
-"""Engines in TensorRT or TensorRT-RTX, through polygraphy.
+"""Engines in TensorRT or TensorRT-RTX.
 
 An engine is code: it is loaded only if its sha256 matches the manifest beside it. TensorRT-RTX compiles an engine's
-kernels on the GPU that runs them; they are cached in the user's cache directory, and run as CUDA graphs. TensorRT does
-neither at run time.
+kernels on the GPU that runs them; they are cached in the user's cache directory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
 import logging
-import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -30,25 +27,22 @@ from smlp_deploy.dependencies import (
     find_gpu,
     installed_version,
     require,
+    tensorrt_log,
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_file, read_text, sha256_of, write_bytes
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import EngineManifest, trace_points
 from smlp_deploy.runners.base import Closing, in_batches
+from smlp_deploy.runners.cuda import Cuda
+from smlp_deploy.runners.execution import Execution
 
 logger = logging.getLogger(__name__)
 
-_INPUT, _OUTPUT = "images", "logits"
+_OUTPUT = "logits"
 MAX_ENGINE_BYTES = 4 << 30
 
 _EXTRAS = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
-
-
-class Session(Protocol):
-    """Polygraphy's TrtRunner; the next run overwrites its output buffers."""
-
-    def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]: ...
 
 
 class TensorRTRunner(Closing):
@@ -57,20 +51,24 @@ class TensorRTRunner(Closing):
     Args:
         path: the engine's file.
         manifest: the manifest beside it.
-        session: runs the engine.
+        execution: the engine on the GPU.
     """
 
-    _keeps_kernels = True
-    """Whether to cache the kernels that TensorRT-RTX compiles."""
+    _is_kept = True
+    """Whether it is worth while to cache the kernels that TensorRT-RTX compiles, and to capture CUDA graphs."""
 
-    def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
-        graphs = " (CUDA graphs)" if manifest.backend == "tensorrt-rtx" else ""
-        self.name = f"{manifest.backend}{graphs} {path.name}"
+    def __init__(self, path: Path, manifest: EngineManifest, execution: Execution) -> None:
+        self._backend, self._file = manifest.backend, path.name
         self.metadata = manifest.metadata
         self.arithmetic = manifest.arithmetic
         self._profile = manifest.profile
-        self._session: Session | None = session
+        self._execution: Execution | None = execution
         self._stack = ExitStack()
+
+    @property
+    def name(self) -> str:
+        graphs = " (CUDA graphs)" if self._execution is not None and self._execution.captured else ""
+        return f"{self._backend}{graphs} {self._file}"
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -95,11 +93,12 @@ class TensorRTRunner(Closing):
             manifest: its manifest.
 
         Raises:
-            ArtifactError: it does not load here.
+            ArtifactError: it does not load here, or does not fit in the GPU's memory.
+            GpuError: the GPU fails.
         """
         with ExitStack() as stack:
-            cache_path = (lambda: runtime_cache_path(manifest)) if cls._keeps_kernels else None
-            runner = cls(path, manifest, _session(plan, path, manifest, stack=stack, cache_path=cache_path))
+            cache_path = (lambda: runtime_cache_path(manifest)) if cls._is_kept else None
+            runner = cls(path, manifest, _execution(plan, path, manifest, stack=stack, cache_path=cache_path))
             runner._stack = stack.pop_all()
         return runner
 
@@ -109,18 +108,21 @@ class TensorRTRunner(Closing):
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         if not self._profile.min <= len(batch) <= self._profile.max:
             return []
-        self._run(batch)  # sets shapes and buffers, and copies the images to the GPU
-        from polygraphy import cuda
+        self._run(batch)  # so that its images are on the GPU
+        return self._opened.seconds(len(batch), runs=runs)
 
-        return time_executions(cuda.wrapper(), self._session, runs=runs)
+    @property
+    def _opened(self) -> Execution:
+        assert self._execution is not None, "the runner is closed"
+        return self._execution
 
     def _run(self, batch: FloatArray) -> FloatArray:
-        assert self._session is not None, "the runner is closed"
-        logits: FloatArray = self._session.infer({_INPUT: batch})[_OUTPUT]
+        self._opened.submit(batch)
+        logits: FloatArray = self._opened.collect()[_OUTPUT]
         return logits
 
     def close(self) -> None:
-        self._session = None
+        self._execution = None
         self._stack.close()
 
 
@@ -133,22 +135,22 @@ class TracingTensorRTRunner(TensorRTRunner):
     Args:
         path: the first engine's file.
         manifest: the second engine's manifest.
-        session: runs the second engine.
+        execution: the second engine on the GPU.
     """
 
-    _keeps_kernels = False
+    _is_kept = False
 
-    def __init__(self, path: Path, manifest: EngineManifest, session: Session) -> None:
-        super().__init__(path, manifest, session)
-        self.name += " (rebuilt with trace points)"
+    @property
+    def name(self) -> str:
+        return f"{super().name} (rebuilt with trace points)"
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
         parts: list[dict[str, FloatArray]] = []
 
         def run(images: FloatArray) -> FloatArray:
-            assert self._session is not None, "the runner is closed"
-            outputs = self._session.infer({_INPUT: images})
+            self._opened.submit(images)
+            outputs = self._opened.collect()
             parts.append({name: outputs[name].copy() for name in names})
             logits: FloatArray = outputs[_OUTPUT]
             return logits
@@ -206,7 +208,9 @@ def check_machine(path: Path, manifest: EngineManifest) -> None:
             f"was built on {manifest.system}, this is {system()}", where=path, fix="build it again on this machine"
         )
     extra = _EXTRAS[manifest.backend]
-    require("polygraphy", TENSORRT_MODULES[manifest.backend], purpose=f"to run {manifest.backend} engines", extra=extra)
+    require(
+        "cuda.bindings", TENSORRT_MODULES[manifest.backend], purpose=f"to run {manifest.backend} engines", extra=extra
+    )
     installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS[manifest.backend])), "")
     if not _loads_in(installed, manifest):
         raise MissingDependencyError(
@@ -238,57 +242,47 @@ def _built_for(gpu: GpuDevice, manifest: EngineManifest) -> bool:
     return not manifest.architectures or gpu.architecture in manifest.architectures
 
 
-def _session(
-    plan: bytes, path: Path, manifest: EngineManifest, *, stack: ExitStack, cache_path: Callable[[], Path] | None
-) -> Session:
-    """Polygraphy's runner for the engine with the bytes `plan`, active until `stack` is closed."""
-    if manifest.backend == "tensorrt-rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-    from polygraphy.exception import PolygraphyException
+def _binding(manifest: EngineManifest) -> Any:
+    return importlib.import_module(TENSORRT_MODULES[manifest.backend])
 
+
+def _execution(
+    plan: bytes, path: Path, manifest: EngineManifest, *, stack: ExitStack, cache_path: Callable[[], Path] | None
+) -> Execution:
+    """The engine with the bytes `plan` on the GPU, until `stack` is closed; captured as graphs if kernels are kept."""
+    trt = _binding(manifest)
+    log = tensorrt_log(trt)
     try:
-        engine = EngineFromBytes(plan)()
-        module = importlib.import_module(TENSORRT_MODULES[manifest.backend])
-        context = create_context(module, engine, cache_path, stack)
-        session: Session = stack.enter_context(TrtRunner(context))
-    except PolygraphyException:
+        runtime = trt.Runtime(log.handle)
+    except TypeError as error:
+        if "nullptr" not in str(error):
+            raise
+        runtime = None
+    if runtime is None:
+        raise ArtifactError(
+            f"{manifest.backend} does not start: the NVIDIA driver is missing or too old for it",
+            where=path,
+            fix="update the driver",
+        )
+    if manifest.options.get("version_compatible"):  # such an engine brings code of its own; its sha256 was checked
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        logger.info("%s: %s", path, log.last_error())
         built_for = ", ".join(manifest.architectures) or "the GPU of its builder"
         raise ArtifactError(
             f"{manifest.backend} {manifest.version} cannot load it on this GPU",
             where=path,
             fix=f"it was built for {built_for}; build it again here",
-        ) from None
-    return session
-
-
-def time_executions(cuda: Any, session: Any, *, runs: int) -> list[float]:
-    """Seconds that the GPU takes to repeat the session's last run, each between two CUDA events.
-
-    The events belong to the CUDA runtime that polygraphy has loaded. cuda-bindings is not worth it for five calls: it
-    is 31 MB, brings its own runtime, and needs its own error check in place of polygraphy's.
-
-    Args:
-        cuda: polygraphy's wrapper of the CUDA runtime, which does not wrap events.
-        session: polygraphy's TrtRunner with shapes and buffers set.
-        runs: number of runs.
-    """
-    runtime, stream = cuda.handle, ctypes.c_void_p(session.stream.ptr)
-    start, end, milliseconds = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
-    with ExitStack() as stack:
-        for event in (start, end):
-            cuda.check(runtime.cudaEventCreate(ctypes.byref(event)))
-            stack.callback(runtime.cudaEventDestroy, event)
-        seconds = []
-        for _ in range(runs):
-            cuda.check(runtime.cudaEventRecord(start, stream))
-            if not session.context.execute_async_v3(session.stream.ptr):
-                raise ArtifactError("TensorRT cannot run it")
-            cuda.check(runtime.cudaEventRecord(end, stream))
-            cuda.check(runtime.cudaEventSynchronize(end))
-            cuda.check(runtime.cudaEventElapsedTime(ctypes.byref(milliseconds), start, end))
-            seconds.append(milliseconds.value / 1000)
-    return seconds
+        )
+    make_context = context_maker(trt, engine, cache_path, stack)
+    cuda = Cuda()
+    stack.callback(cuda.close)
+    execution = Execution(
+        trt, engine, cuda, largest=manifest.profile.max, make_context=make_context, graphs=cache_path is not None
+    )
+    stack.callback(execution.close)
+    return execution
 
 
 def runtime_cache_path(manifest: EngineManifest) -> Path:
@@ -299,8 +293,8 @@ def runtime_cache_path(manifest: EngineManifest) -> Path:
     return user_cache_path("smlp-deploy") / "runtime" / f"{manifest.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
 
 
-def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Any:
-    """An execution context; for TensorRT-RTX one that captures CUDA graphs and caches its compiled kernels.
+def context_maker(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Callable[[], Any]:
+    """Makes execution contexts that are given their scratch memory; TensorRT-RTX's share a cache of compiled kernels.
 
     Args:
         trt: the binding.
@@ -308,20 +302,22 @@ def create_context(trt: Any, engine: Any, cache_path: Callable[[], Path] | None,
         cache_path: returns where to cache compiled kernels, called only for TensorRT-RTX; None for no cache.
         stack: on closing, writes the kernels if new ones were compiled.
     """
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if not hasattr(trt, "IRuntimeCache"):
-        return engine.create_execution_context()
+        return lambda: engine.create_execution_context(strategy)
     config = engine.create_runtime_config()
-    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    if cache_path is None:
-        return engine.create_execution_context(config)
-    cache = config.create_runtime_cache()
-    path = cache_path()
-    stored = path.read_bytes() if path.is_file() else b""
-    if stored and not cache.deserialize(stored):
-        logger.info("%s was written in another environment, so the kernels are compiled again", path)
-    config.set_runtime_cache(cache)
-    stack.callback(_keep, cache, path, stored)
-    return engine.create_execution_context(config)
+    config.set_execution_context_allocation_strategy(strategy)
+    # Compiled when a batch size first runs, not later in the background, so that a captured graph has the best kernels.
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if cache_path is not None:
+        cache = config.create_runtime_cache()
+        path = cache_path()
+        stored = path.read_bytes() if path.is_file() else b""
+        if stored and not cache.deserialize(stored):
+            logger.info("%s was written in another environment, so the kernels are compiled again", path)
+        config.set_runtime_cache(cache)
+        stack.callback(_keep, cache, path, stored)
+    return lambda: engine.create_execution_context(config)
 
 
 def _keep(cache: Any, path: Path, stored: bytes) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,7 +14,6 @@ from onnx import numpy_helper
 
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
-from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
@@ -34,8 +33,9 @@ from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, read_manifest
+from tests.support.cuda_runtime import CudaBench
 from tests.support.fakes import Exported, FakeRunner
-from tests.support.tensorrt_binding import OnnxSession
+from tests.support.gpu import gpu
 
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
 
@@ -232,10 +232,10 @@ class Workshop:
     `build` is the real build.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bench: CudaBench) -> None:
+        self.bench = bench
         self.change: Callable[[onnx.ModelProto], None] = lambda model: None
         self.options: list[BuildOptions] = []
-        self.sessions: list[OnnxSession] = []
         self.build = TensorRT.build
 
         def stand_in(tensorrt: TensorRT, graph: bytes, options: BuildOptions) -> Engine:
@@ -244,13 +244,12 @@ class Workshop:
             self.change(model)
             return Engine(plan=model.SerializeToString(), kernels=(), memory=(), timing_cache=None)
 
-        def session(plan: bytes, path: Path, manifest: EngineManifest, **keywords: Any) -> OnnxSession:
-            self.sessions.append(OnnxSession(plan))
-            return self.sessions[-1]
-
         monkeypatch.setattr(TensorRT, "build", stand_in)
-        monkeypatch.setattr(runners, "_session", session)
-        monkeypatch.setattr(runners, "find_gpu", lambda: GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the batches that ran."""
+        return [work.amount for work in self.bench.trace if work.name == "execute"]
 
 
 def perturb(name: str) -> Callable[[onnx.ModelProto], None]:
@@ -267,8 +266,9 @@ def perturb(name: str) -> Callable[[onnx.ModelProto], None]:
 
 class TestLayerByLayer:
     @pytest.fixture
-    def workshop(self, monkeypatch: pytest.MonkeyPatch) -> Workshop:
-        return Workshop(monkeypatch)
+    def workshop(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
+        with gpu() as bench:
+            yield Workshop(monkeypatch, bench)
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
     def test_its_blocks_are_compared_with_those_of_its_onnx_file(
@@ -278,7 +278,7 @@ class TestLayerByLayer:
         expected = verify_layers(exported(precision).path, reference=digits_export.path)
         assert report.first_over is None
         assert report.precision == precision
-        assert report.candidate == "tensorrt-rtx (CUDA graphs) x.engine (rebuilt with trace points)"
+        assert report.candidate == "tensorrt-rtx x.engine (rebuilt with trace points)"
         assert report.reference == "onnxruntime (CPU) source.onnx"
         assert [point.name for point in report.points] == [point.name for point in expected.points]
         errors = [point.error for point in report.points]
@@ -320,7 +320,7 @@ class TestLayerByLayer:
         images = bundled_images()[:7]
         assert verify_layers(path, images=images).images == 7
         assert workshop.options == [replace(options, timing_cache=None)]
-        assert workshop.sessions[0].sizes == [5, 3]
+        assert workshop.sizes == [5, 3]
 
     def test_tensorrt_builds_for_the_gpu_at_hand(
         self, digits_export: Export, tmp_path: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch

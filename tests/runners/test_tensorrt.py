@@ -2,19 +2,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from smlp_deploy.artifacts import engine_manifest_path
-from smlp_deploy.dependencies import GpuDevice, find_gpu
-from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError
+from smlp_deploy.dependencies import find_gpu
+from smlp_deploy.errors import ArtifactError, ConfigError, GpuError, MissingDependencyError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile, EngineManifest
@@ -23,16 +22,15 @@ from smlp_deploy.runners.tensorrt import (
     TensorRTRunner,
     TracingTensorRTRunner,
     check_machine,
-    create_context,
     read_manifest,
     runtime_cache_path,
     system,
-    time_executions,
 )
-from tests.support.fakes import metadata, quadrant_means
-from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT
-
-L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
+from tests.support.cuda_runtime import CudaBench, cudaError_t
+from tests.support.fakes import metadata
+from tests.support.gpu import L4, gpu
+from tests.support.graphs import smallest_classifier
+from tests.support.tensorrt_binding import VERSIONS
 
 
 def card_of(path: Path, **changes: Any) -> EngineManifest:
@@ -50,63 +48,180 @@ def card_of(path: Path, **changes: Any) -> EngineManifest:
     return EngineManifest(**values | changes)
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Path:
-    path = tmp_path / "x.engine"
-    path.write_bytes(b"an engine")
-    engine_manifest_path(path).write_text(card_of(path).to_json())
+def engine_in(folder: Path, model: onnx.ModelProto | None = None, **changes: Any) -> Path:
+    path = folder / "x.engine"
+    path.write_bytes((model or smallest_classifier()).SerializeToString())
+    engine_manifest_path(path).write_text(card_of(path, **changes).to_json())
     return path
 
 
-class Buffers:
-    """Runs nothing, but answers in one buffer that every run overwrites."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self._buffer = np.zeros((64, 4), np.float32)
-
-    def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]:
-        images = feed_dict["images"]
-        self.sizes.append(len(images))
-        self._buffer[: len(images)] = quadrant_means(images)
-        return {"logits": self._buffer[: len(images)]}
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    return engine_in(tmp_path)
 
 
-def test_batches_fit_the_profile_and_logits_are_copies(engine: Path) -> None:
-    session = Buffers()
-    batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    with TensorRTRunner(engine, read_manifest(engine), session) as runner:
-        first = runner.infer(batch)
-        runner.infer(batch * 2)
-        assert runner.metadata == metadata()
-        assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine"
-    np.testing.assert_array_equal(first, quadrant_means(batch))
-    assert session.sizes == [4, 4, 2] * 2
+def load(engine: Path, version: str = "tensorrt_rtx-1.7") -> TensorRTRunner:
+    backend = "tensorrt-rtx" if version.startswith("tensorrt_rtx") else "tensorrt"
+    return TensorRTRunner.load(engine.read_bytes(), engine, replace(read_manifest(engine), backend=backend))
 
 
-class TracedBuffers(Buffers):
-    """What comes out of three points too: the mean of each image, times the point's number."""
-
-    def infer(self, feed_dict: Mapping[str, FloatArray]) -> Mapping[str, Any]:
-        values = super().infer(feed_dict)["logits"]
-        points = ("stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1")
-        for i in range(len(points)):
-            values[:, i] = feed_dict["images"].mean(axis=(1, 2, 3)) * (i + 1)
-        return {"logits": values, **{name: values[:, i, None, None, None] for i, name in enumerate(points)}}
+Schedule = Literal["late", "eager"]
 
 
-def test_traced_batches_fit_the_profile_and_values_are_copies(engine: Path) -> None:
-    session = TracedBuffers()
-    batch = np.random.default_rng(0).standard_normal((9, 3, 8, 8), dtype=np.float32)
-    with TracingTensorRTRunner(engine, read_manifest(engine), session) as runner:
-        first = runner.trace(batch)
-        runner.trace(batch * 2)
-        assert runner.name == "tensorrt-rtx (CUDA graphs) x.engine (rebuilt with trace points)"
-    means = batch.mean(axis=(1, 2, 3)).reshape(9, 1, 1, 1)
-    assert list(first) == ["stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1"]
-    for i, values in enumerate(first.values()):
-        np.testing.assert_allclose(values, means * (i + 1), rtol=1e-6)
-    assert session.sizes == [4, 4, 2] * 2
+def BINDINGS(test: Any) -> Any:  # noqa: N802
+    return pytest.mark.parametrize("version", VERSIONS)(pytest.mark.parametrize("schedule", ["late", "eager"])(test))
+
+
+def batch_of(size: int) -> FloatArray:
+    return np.random.default_rng(size).standard_normal((size, 3, 8, 8), dtype=np.float32)
+
+
+def sums(batch: FloatArray) -> FloatArray:
+    """The logits of `smallest_classifier`."""
+    return np.repeat(batch.reshape(len(batch), -1).sum(axis=1)[:, None], 4, axis=1)
+
+
+def executed(bench: CudaBench) -> list[int]:
+    """The sizes of the batches that ran."""
+    return [work.amount for work in bench.trace if work.name == "execute"]
+
+
+@BINDINGS
+def test_batches_fit_the_profile_and_logits_are_copies(engine: Path, version: str, schedule: Schedule) -> None:
+    with gpu(version, schedule=schedule) as bench:
+        with load(engine, version) as runner:
+            first = runner.infer(batch_of(9))
+            runner.infer(batch_of(9) * 2)
+            assert runner.metadata == metadata()
+        np.testing.assert_allclose(first, sums(batch_of(9)), rtol=1e-4, atol=1e-4)
+        assert executed(bench) == [4, 4, 2] * 2
+
+
+@BINDINGS
+def test_graphs_are_captured_and_only_then_named(engine: Path, version: str, schedule: Schedule) -> None:
+    with gpu(version, schedule=schedule) as bench:
+        with load(engine, version) as runner:
+            names = []
+            for number in range(4):
+                batch = batch_of(4) + np.float32(number)
+                np.testing.assert_allclose(runner.infer(batch), sums(batch), rtol=1e-4, atol=1e-3)
+                names.append(runner.name)
+            allocations = bench.allocations
+            runner.infer(batch_of(4))
+            assert bench.allocations == allocations
+        backend = "tensorrt-rtx" if version.startswith("tensorrt_rtx") else "tensorrt"
+        assert names == [f"{backend} x.engine"] + [f"{backend} (CUDA graphs) x.engine"] * 3
+        assert bench.calls["cudaGraphInstantiate"] == 1
+        assert [work.in_graph for work in bench.trace if work.name == "execute"] == [False] + [True] * 4
+
+
+def test_without_a_capture_it_runs_and_says_nothing_of_graphs(engine: Path) -> None:
+    with gpu() as bench:
+        bench.fail("cudaGraphInstantiate", cudaError_t.cudaErrorStreamCaptureUnsupported)
+        with load(engine) as runner:
+            for _ in range(3):
+                np.testing.assert_allclose(runner.infer(batch_of(4)), sums(batch_of(4)), rtol=1e-4, atol=1e-4)
+            assert runner.name == "tensorrt-rtx x.engine"
+        assert bench.calls["cudaGraphInstantiate"] == 1
+
+
+def test_many_batch_sizes_do_not_pile_up(tmp_path: Path) -> None:
+    engine = engine_in(tmp_path, profile=BatchProfile(min=1, opt=4, max=12))
+    with gpu() as bench, load(engine) as runner:
+        for size in (*range(1, 13), *range(1, 13)):
+            for _ in range(3):
+                np.testing.assert_allclose(runner.infer(batch_of(size)), sums(batch_of(size)), rtol=1e-4, atol=1e-4)
+        assert bench.calls["cudaGraphInstantiate"] == 24
+        assert bench.calls["cudaGraphExecDestroy"] >= 20
+
+
+def test_traced_values_are_copies_in_the_order_of_the_points(tmp_path: Path) -> None:
+    points = ("stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1")
+    model = smallest_classifier()
+    for number, point in enumerate(points):
+        factor = numpy_helper.from_array(np.full((1, 1, 1, 1), number + 1, np.float32), f"factor {number}")
+        model.graph.initializer.append(factor)
+        model.graph.node.append(helper.make_node("Mul", ["images", factor.name], [point]))
+        model.graph.output.append(helper.make_tensor_value_info(point, TensorProto.FLOAT, ["batch", 3, 8, 8]))
+    engine = engine_in(tmp_path, model)
+    with gpu() as bench:
+        manifest = read_manifest(engine)
+        with TracingTensorRTRunner.load(engine.read_bytes(), engine, manifest) as runner:
+            first = runner.trace(batch_of(9))
+            runner.trace(batch_of(9) * 2)
+            assert runner.name == "tensorrt-rtx x.engine (rebuilt with trace points)"
+        assert executed(bench) == [4, 4, 2] * 2
+        assert bench.calls["cudaGraphInstantiate"] == 0
+    assert list(first) == list(points)
+    for number, values in enumerate(first.values()):
+        np.testing.assert_array_equal(values, batch_of(9) * (number + 1))
+
+
+class TestWhatFails:
+    def test_an_illegal_access_ends_everything(self, engine: Path) -> None:
+        with gpu() as bench, load(engine) as runner:
+            runner.infer(batch_of(4))
+            bench.break_device(cudaError_t.cudaErrorIllegalAddress)
+            with pytest.raises(GpuError, match="an illegal memory access was encountered"):
+                runner.infer(batch_of(4))
+
+    def test_a_driver_that_is_too_old_is_one_line(self, engine: Path) -> None:
+        with (
+            gpu(fail="driver"),
+            pytest.raises(ArtifactError, match=r"driver is missing or too old .* update the driver"),
+        ):
+            load(engine)
+        with gpu() as bench:
+            bench.break_device(cudaError_t.cudaErrorInsufficientDriver)
+            with pytest.raises((GpuError, ArtifactError), match="update the NVIDIA driver"):
+                load(engine)
+
+    def test_too_little_memory_is_one_line_and_leaks_nothing(self, engine: Path) -> None:
+        for call in range(1, 8):
+            with gpu() as bench:
+                bench.fail("cudaMalloc", cudaError_t.cudaErrorMemoryAllocation, call=call)
+                try:
+                    load(engine).close()
+                except ArtifactError as error:
+                    assert "the GPU's memory is full" in str(error)  # noqa: PT017
+
+    def test_an_engine_that_does_not_load_here(self, engine: Path) -> None:
+        with gpu(fail="load"), pytest.raises(ArtifactError, match=r"cannot load it on this GPU.*built for sm89"):
+            load(engine)
+
+    def test_code_in_an_engine_is_allowed_only_if_it_was_built_so(self, tmp_path: Path) -> None:
+        engine = engine_in(tmp_path, options={"version_compatible": True})
+        with gpu(version_compatible=True), load(engine) as runner:
+            assert len(runner.infer(batch_of(4))) == 4
+        engine = engine_in(tmp_path)
+        with gpu(version_compatible=True), pytest.raises(ArtifactError, match="cannot load it on this GPU"):
+            load(engine)
+
+    def test_log_lines_stay_out_of_the_records(self, engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        with gpu(), load(engine) as runner:
+            runner.infer(batch_of(4))
+        assert capsys.readouterr().out == ""
+
+
+def test_the_gpu_is_timed_between_two_events(engine: Path) -> None:
+    with gpu() as bench, load(engine) as runner:
+        assert runner.gpu_seconds(batch_of(4), runs=3) == pytest.approx([0.001] * 3, rel=0.1)
+        assert runner.gpu_seconds(batch_of(5), runs=1) == []
+        assert executed(bench) == [4] * 4
+
+
+def test_the_next_batch_is_uploaded_while_one_is_computed(engine: Path) -> None:
+    with gpu() as bench, load(engine) as runner:
+        execution = runner._opened
+        for number in range(6):
+            execution.submit(batch_of(4) * np.float32(number))
+            if number:
+                found = execution.collect()["logits"].copy()
+                np.testing.assert_allclose(found, sums(batch_of(4) * np.float32(number - 1)), rtol=1e-4, atol=1e-4)
+        execution.collect()
+        uploads = [work for work in bench.trace if work.name == "H2D"]
+        runs = [work for work in bench.trace if work.name == "execute"]
+        assert [run.overlaps(upload) for run, upload in zip(runs[2:-1], uploads[3:], strict=True)] == [True] * 3
 
 
 def test_without_a_gpu_it_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,11 +336,11 @@ class TestTheMachine:
         def swap(path: Path, manifest: EngineManifest) -> None:
             engine.write_bytes(b"an untrusted engine")
 
-        def session(plan: bytes, *_: object, **__: object) -> None:
+        def execution(plan: bytes, *_: object, **__: object) -> None:
             plans.append(plan)
 
         monkeypatch.setattr(tensorrt, "check_machine", swap)
-        monkeypatch.setattr(tensorrt, "_session", session)
+        monkeypatch.setattr(tensorrt, "_execution", execution)
         TensorRTRunner.open(engine)
         assert plans == [content]
         with pytest.raises(ArtifactError, match="does not match the sha256 in its manifest"):
@@ -242,50 +357,42 @@ class TestTheMachine:
             TracingTensorRTRunner.load(b"another engine", engine, read_manifest(engine))
 
 
-class TestExecutionContexts:
-    """Contexts are made on fakes that have exactly the names of real versions."""
+class TestCompiledKernels:
+    """TensorRT-RTX compiles kernels where they run."""
+
+    @pytest.fixture
+    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+        monkeypatch.setattr(tensorrt, "user_cache_path", lambda _: tmp_path / "cache")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensorrt, "find_gpu", lambda: L4)
+            return runtime_cache_path(card_of(engine_in(tmp_path)))
 
     @pytest.mark.parametrize("version", VERSIONS)
-    def test_rtx_captures_graphs_and_keeps_its_kernels(self, version: str, tmp_path: Path) -> None:
-        module = FakeTensorRT(version)
-        path = tmp_path / "cache" / "x.cache"
-        with ExitStack() as stack:
-            create_context(module, module.engine(), lambda: path, stack)
-        context = module.calls[-1]
-        if not version.startswith("tensorrt_rtx"):
-            assert context == ("create_execution_context",)
-            assert not path.exists()
-            return
-        (config,) = context[1:]
-        assert config.cuda_graph_strategy == module.names["CudaGraphStrategy"].index("WHOLE_GRAPH_CAPTURE")
-        assert path.read_bytes() == b"kernels"
-        with ExitStack() as stack:
-            create_context(module, module.engine(), lambda: path, stack)
-        assert ("deserialize", b"kernels") in module.calls
+    def test_they_are_kept(self, version: str, engine: Path, cache: Path) -> None:
+        with gpu(version), load(engine, version) as runner:
+            runner.infer(batch_of(4))
+        assert cache.exists() == version.startswith("tensorrt_rtx")
+        if cache.exists():
+            assert cache.read_bytes() == b"kernels"
 
-    @pytest.mark.parametrize("version", VERSIONS)
-    def test_kernels_of_an_engine_that_is_used_once_are_not_kept(self, version: str) -> None:
-        module = FakeTensorRT(version)
-        with ExitStack() as stack:
-            create_context(module, module.engine(), None, stack)
-        names = [call[0] for call in module.calls]
-        assert names == ["create_execution_context"]
+    def test_those_of_an_engine_that_is_used_once_are_not(self, engine: Path, cache: Path) -> None:
+        with gpu(), TracingTensorRTRunner.load(engine.read_bytes(), engine, read_manifest(engine)) as runner:
+            runner.infer(batch_of(4))
+        assert not cache.exists()
 
-    def test_kernels_of_another_environment_are_replaced(self, tmp_path: Path) -> None:
-        module = FakeTensorRT("tensorrt_rtx-1.7", fail="deserialize")
-        path = tmp_path / "x.cache"
-        path.write_bytes(b"of an older driver")
-        with ExitStack() as stack:
-            create_context(module, module.engine(), lambda: path, stack)
-        assert path.read_bytes() == b"kernels"
+    def test_those_of_another_environment_are_replaced(self, engine: Path, cache: Path) -> None:
+        cache.parent.mkdir(parents=True)
+        cache.write_bytes(b"of an older driver")
+        with gpu(fail="deserialize"), load(engine) as runner:
+            runner.infer(batch_of(4))
+        assert cache.read_bytes() == b"kernels"
 
     def test_a_cache_that_cannot_be_written_is_a_warning(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self, engine: Path, cache: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        module = FakeTensorRT("tensorrt_rtx-1.7")
-        (tmp_path / "file").touch()
-        with ExitStack() as stack:
-            create_context(module, module.engine(), lambda: tmp_path / "file" / "x.cache", stack)
+        cache.parent.parent.write_text("in the way") if not cache.parent.parent.exists() else None
+        with gpu(), load(engine) as runner:
+            runner.infer(batch_of(4))
         assert "compiled kernels were not cached: cannot write" in caplog.text
 
     def test_the_cache_is_of_one_engine_gpu_and_driver(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,49 +402,3 @@ class TestExecutionContexts:
         assert path.name == f"{manifest.engine_sha256[:32]}-NVIDIA-L4-12080.cache"
         monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(L4, driver=13000))
         assert runtime_cache_path(manifest) != path
-
-
-class Runtime:
-    """A CUDA runtime whose GPU takes 2 ms for each execution, by the events recorded on stream 5."""
-
-    def __init__(self) -> None:
-        self.handle = self
-        self.events: list[str] = []
-        self.milliseconds = 0.0
-        self.times: dict[int | None, float] = {}
-
-    def check(self, status: int) -> None:
-        assert status == 0
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.milliseconds += 2
-        return stream == 5
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> int:
-            self.events.append(name)
-            if name == "cudaEventCreate":
-                arguments[0]._obj.value = len(self.events)
-            elif name == "cudaEventRecord":
-                assert arguments[1].value == 5
-                self.times[arguments[0].value] = self.milliseconds
-            elif name == "cudaEventElapsedTime":
-                arguments[0]._obj.value = self.times[arguments[2].value] - self.times[arguments[1].value]
-            return 0
-
-        return call
-
-
-def test_the_gpu_is_timed_between_two_events() -> None:
-    cuda = Runtime()
-    session = SimpleNamespace(stream=SimpleNamespace(ptr=5), context=cuda)
-    assert time_executions(cuda, session, runs=3) == pytest.approx([0.002] * 3)
-    each = ["cudaEventRecord", "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime"]
-    assert cuda.events == ["cudaEventCreate"] * 2 + each * 3 + ["cudaEventDestroy"] * 2
-
-
-def test_a_batch_that_must_be_split_is_not_timed_on_the_gpu(engine: Path) -> None:
-    session = Buffers()
-    with TensorRTRunner(engine, read_manifest(engine), session) as runner:
-        assert runner.gpu_seconds(np.zeros((5, 3, 8, 8), np.float32), runs=1) == []
-    assert session.sizes == []

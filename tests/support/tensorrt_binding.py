@@ -13,10 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
-
 NAMES = Path(__file__).parents[1] / "data" / "tensorrt-names"
 VERSIONS = sorted(path.stem for path in NAMES.glob("*.json"))
 KERNEL = (
@@ -218,23 +214,3 @@ class FakeTensorRT:
     def _restore(self, blob: bytes) -> bool:
         self.calls.append(("deserialize", blob))
         return self.fail != "deserialize"
-
-
-class OnnxSession:
-    """What runs an engine, if the engine's bytes are its graph: ONNX Runtime computes the outputs, on the CPU.
-
-    As with polygraphy, what it gave out is spoilt by the next run. `sizes` are those of the batches it was given.
-    """
-
-    def __init__(self, graph: bytes) -> None:
-        self.sizes: list[int] = []
-        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        self._given: list[NDArray[Any]] = []
-
-    def infer(self, feed_dict: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-        self.sizes.append(len(feed_dict["images"]))
-        for values in self._given:
-            values.fill(np.nan)
-        self._given = [values.copy() for values in self._session.run(None, dict(feed_dict))]
-        names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._given, strict=True))
