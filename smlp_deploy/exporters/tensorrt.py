@@ -181,7 +181,10 @@ class TensorRT:
 
     def _inspected_kernels(self, plan: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
         with _uninterrupted():
-            engine = self._create("Runtime").deserialize_cuda_engine(plan)
+            runtime = self._create("Runtime")
+            if options.version_compatible:  # such a plan brings code of its own
+                runtime.engine_host_code_allowed = True
+            engine = runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise BuildError(
                     "the engine that was just built cannot be loaded again", fix="build it on the GPU that is to run it"

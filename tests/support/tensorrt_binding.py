@@ -158,9 +158,15 @@ class FakeTensorRT:
         def runtime(logger: Any) -> Strict:
             if self.fail in ("driver", "runtime"):
                 raise TypeError("pybind11::init(): factory function returned nullptr")
-            return self._object(
-                "Runtime", deserialize_cuda_engine=lambda plan: None if self.fail == "load" else self._built()
-            )
+
+            def load(plan: bytes) -> Strict | None:
+                brings_code = ("set_flag", self.BuilderFlag.VERSION_COMPATIBLE) in self.calls
+                if self.fail == "load" or (brings_code and not made.engine_host_code_allowed):
+                    return None
+                return self._built()
+
+            made = self._object("Runtime", engine_host_code_allowed=False, deserialize_cuda_engine=load)
+            return made
 
         return runtime
 
