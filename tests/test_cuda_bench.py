@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import inspect
 import re
+import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.cuda_engine import CudaTensorRT
-from tests.support.cuda_runtime import CONSTANTS, ENUMS, CudaBench, CudaFault, cudaError_t
+from tests.support.cuda_gpu import CudaFault
+from tests.support.cuda_names import CONSTANTS, ENUMS, cudaError_t
+from tests.support.cuda_runtime import CudaBench
 from tests.support.graphs import smallest_classifier
 from tests.support.tensorrt_binding import VERSIONS
 
@@ -28,7 +33,8 @@ Floats = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def plan() -> bytes:
-    return smallest_classifier().SerializeToString()
+    content: bytes = smallest_classifier().SerializeToString()
+    return content
 
 
 def batch_of(number: int, size: int = MANY) -> Floats:
@@ -100,7 +106,7 @@ class User:
         self.wait()
         return self.host(self.result, (MANY, 4)).copy()
 
-    def capture(self, work: Callable[[], None]) -> Any:
+    def capture(self, work: Callable[[], object]) -> Any:
         self.do("cudaStreamBeginCapture", self.stream, self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal)
         work()
         graph = self.do("cudaStreamEndCapture", self.stream)
@@ -151,6 +157,19 @@ class TestCorrectPrograms:
                 np.testing.assert_allclose(user.host(user.result, (MANY, 4)), expected(images), rtol=1e-4, atol=1e-4)
             assert [event.name for event in bench.trace if event.in_graph] == ["H2D", "execute", "D2H"] * 3
             user.do("cudaGraphExecDestroy", graph)
+            user.close()
+
+    def test_launches_of_one_graph_are_ordered_also_on_two_streams(self, plan: bytes) -> None:
+        with CudaBench() as bench:
+            user = User(bench, plan)
+            user.infer(batch_of(0))
+            graph, stream = user.capture(user.enqueue), user.do("cudaStreamCreateWithFlags", 1)
+            for launched in (user.stream, stream):
+                user.do("cudaGraphLaunch", graph, launched)
+            user.do("cudaStreamSynchronize", stream)
+            bench.check_result(user.host(user.result, (MANY, 4)))
+            user.do("cudaGraphExecDestroy", graph)
+            user.do("cudaStreamDestroy", stream)
             user.close()
 
     @SCHEDULES
@@ -213,7 +232,7 @@ class TestCorrectPrograms:
                 assert context.get_tensor_shape("logits") == (size, 4)
                 assert context.execute_async_v3(user.stream)
                 user.wait()
-                graphs[size] = user.capture(lambda context=context: context.execute_async_v3(user.stream))
+                graphs[size] = user.capture(partial(context.execute_async_v3, user.stream))
             for size, graph in graphs.items():
                 user.do("cudaGraphLaunch", graph, user.stream)
                 user.down(size)
@@ -577,6 +596,7 @@ class TestFaults:
             ("cudaMallocHost", (64,), "pinned memory 7"),
             ("cudaStreamCreate", (), "Stream 2 was never destroyed"),
             ("cudaEventCreate", (), "Event 2 was never destroyed"),
+            ("cudaStreamBeginCapture", (0x5EED0010, 2), "a capture of Stream 1 was never ended"),
         ],
     )
     def test_a_leak(self, plan: bytes, name: str, arguments: tuple[int, ...], message: str) -> None:
@@ -636,6 +656,38 @@ class TestFaults:
         assert note.startswith("cudaMemcpyAsync: out of bounds")
 
 
+def test_it_is_imported_in_place_of_the_real_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with CudaBench() as bench:
+        bench.install(monkeypatch)
+        module = importlib.import_module("cuda.bindings.runtime")
+        assert module.cudaGetDeviceCount() == (ERROR.cudaSuccess, 1)
+        assert module.cudaGetErrorName(ERROR.cudaErrorNotReady) == (ERROR.cudaSuccess, b"cudaErrorNotReady")
+        assert not hasattr(module, "faults")
+
+
+@pytest.mark.parametrize("mode", range(3))
+def test_what_another_thread_may_do_during_a_capture(mode: int) -> None:
+    with CudaBench() as bench:
+        cuda, pointers = bench.runtime, []
+        (_, stream) = cuda.cudaStreamCreateWithFlags(1)
+        cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode(mode))
+        thread = threading.Thread(target=lambda: pointers.append(cuda.cudaMalloc(64)))
+        thread.start()
+        thread.join()
+        active = cuda.cudaStreamIsCapturing(stream)[1]
+        ((error, pointer),) = pointers
+        if mode == 0:
+            assert (error, active) == (ERROR.cudaErrorStreamCaptureUnsupported, 2)
+            assert cuda.cudaStreamEndCapture(stream) == (ERROR.cudaErrorStreamCaptureInvalidated, None)
+            assert len(bench.faults) == 1
+            bench.faults.clear()
+        else:
+            assert (error, active) == (ERROR.cudaSuccess, 1)
+            assert cuda.cudaGraphDestroy(cuda.cudaStreamEndCapture(stream)[1]) == (ERROR.cudaSuccess,)
+            cuda.cudaFree(pointer)
+        cuda.cudaStreamDestroy(stream)
+
+
 class TestErrorsOnDemand:
     def test_a_call_that_fails_once(self, plan: bytes) -> None:
         with CudaBench() as bench:
@@ -661,6 +713,7 @@ class TestErrorsOnDemand:
                 contexts.append(context)
             assert len(contexts) == free // 1024
             assert "does not fit in memory" in user.logger.lines[-1]
+            contexts.clear()
             user.close()
 
     @SCHEDULES
@@ -755,6 +808,9 @@ class TestEngines:
             assert runtime.deserialize_cuda_engine(plan) is not None
 
 
+FUNCTIONS = [name for name in vars(CudaBench) if name.startswith("cuda")]
+
+
 class TestAgainstTheRealPackage:
     """What the fake says is what cuda-bindings says; without a driver, down to the answer of each call."""
 
@@ -773,7 +829,7 @@ class TestAgainstTheRealPackage:
 
     def test_arguments(self, real: Any) -> None:
         for name in FUNCTIONS:
-            line = getattr(real, name).__doc__.splitlines()[0]
+            line = getattr(real, name).__doc__.splitlines()[0].replace(" not None ", "")
             theirs = [part.split(":")[0].split()[-1] for part in re.findall(r"[^(),]+", line)[1:]]
             assert [*inspect.signature(getattr(CudaBench, name)).parameters][1:] == theirs, line
 
@@ -789,6 +845,3 @@ class TestAgainstTheRealPackage:
             theirs = getattr(real, name)(*arguments)
             assert getattr(fake.runtime, name)(*arguments)[1:] == theirs[1:] or name == "cudaRuntimeGetVersion"
             assert getattr(fake.runtime, name)(*arguments)[0] == theirs[0], name
-
-
-FUNCTIONS = [name for name in vars(CudaBench) if name.startswith("cuda")]

@@ -20,7 +20,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from tests.support.cuda_runtime import ALIGNMENT, CudaBench, Memory, Refusal, Span, Work
+from tests.support.cuda_gpu import ALIGNMENT, Memory, Refusal, Span, Work
+from tests.support.cuda_runtime import CudaBench
 from tests.support.tensorrt_binding import FakeTensorRT, Strict
 
 _DTYPES = {
@@ -74,7 +75,7 @@ class CudaTensorRT(FakeTensorRT):
         super().__init__(version, fail=fail)
         self.bench, self.profile, self.prints, self.workspace = bench, profile, prints, workspace
         self.version_compatible = version_compatible
-        self._enumeration = cache(self._make_enumeration)  # type: ignore[method-assign]
+        self._enumeration = cache(self._make_enumeration)
 
     def _make_enumeration(self, name: str) -> Any:
         return IntEnum(name, _VALUES.get(name, self.names[name]), start=0)  # type: ignore[misc]
@@ -115,7 +116,7 @@ class CudaTensorRT(FakeTensorRT):
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(bytes(plan), options, providers=["CPUExecutionProvider"])
         memory = self.reserve("engine weights", len(plan))
-        return memory and self.owned("ICudaEngine", Engine(self, session), memory)
+        return None if memory is None else self.owned("ICudaEngine", Engine(self, session), memory)
 
     def reserve(self, label: str, size: int) -> Memory | None:
         try:
@@ -186,7 +187,7 @@ class Engine:
             if memory is None:
                 binding.report("IExecutionContext::IExecutionContext: the context does not fit in memory")
                 return None
-        scratch = memory and Span(memory, 0, memory.size)
+        scratch = None if memory is None else Span(memory, 0, memory.size)
         context = Context(binding, self._session, self._tensors, scratch)
         return binding.owned("IExecutionContext", context, memory, engine=self._itself())  # which keeps it alive
 
