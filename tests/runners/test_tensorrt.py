@@ -26,7 +26,8 @@ from smlp_deploy.runners.tensorrt import (
     runtime_cache_path,
     system,
 )
-from tests.support.cuda_runtime import CudaBench, cudaError_t
+from tests.support.cuda_names import cudaError_t
+from tests.support.cuda_runtime import CudaBench
 from tests.support.fakes import metadata
 from tests.support.gpu import L4, gpu
 from tests.support.graphs import smallest_classifier

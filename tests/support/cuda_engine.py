@@ -75,10 +75,10 @@ class CudaTensorRT(FakeTensorRT):
         super().__init__(version, fail=fail)
         self.bench, self.profile, self.prints, self.workspace = bench, profile, prints, workspace
         self.version_compatible = version_compatible
-        self._enumeration = cache(self._make_enumeration)
+        vars(self)["_enumeration"] = cache(self._make_enumeration)
 
     def _make_enumeration(self, name: str) -> Any:
-        return IntEnum(name, _VALUES.get(name, self.names[name]), start=0)  # type: ignore[misc]
+        return IntEnum(name, _VALUES.get(name, self.names[name]), start=0)
 
     def report(self, text: str) -> None:
         """Log an error, as TensorRT does where it returns None or False."""
