@@ -178,7 +178,7 @@ class TestPackages:
     ) -> None:
         (stand_ins / "onnxruntime").mkdir()
         finding = examined(environments(""), tmp_path, L4)["onnxruntime"]
-        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu]"')
+        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu-cu12]"')
 
     @pytest.mark.parametrize(("gpu", "status"), [(L4, "error"), (replace(L4, driver=13000), "ok"), (None, "ok")])
     def test_tensorrt_for_a_newer_cuda_than_the_driver(
@@ -189,7 +189,10 @@ class TestPackages:
         assert finding.status == status
         if status == "error":
             assert finding.detail == "tensorrt 11.2: built for CUDA 13, but the NVIDIA driver is for CUDA 12"
-            assert finding.fix == "update the NVIDIA driver to one for CUDA 13"
+            assert finding.fix == (
+                "pip uninstall -y tensorrt tensorrt-libs tensorrt-bindings && "
+                'pip install "smlp-deploy[gpu-cu12]", or update the NVIDIA driver to one for CUDA 13'
+            )
 
     def test_a_torch_that_does_not_see_the_gpu(
         self, environments: Environments, tmp_path: Path, stand_ins: Path
@@ -197,6 +200,189 @@ class TestPackages:
         stand_in(stand_ins, "torch", code="class version: cuda = '13.0'\nclass cuda: is_available = lambda: False")
         finding = examined(environments(""), tmp_path, L4)["torch"]
         assert (finding.status, finding.detail) == ("warning", "torch 1.0, built for CUDA 13.0, does not see the GPU")
+
+
+def runtime(of: str) -> str:
+    """Code for a fake cuda-pathfinder, which finds or raises this."""
+    return (
+        "import sys, types\n"
+        "from smlp_deploy import dependencies\n"
+        "class Library:\n"
+        "    def __init__(self, path): self.path = path\n"
+        "    def cudaRuntimeGetVersion(self, number): number._obj.value = int(self.path); return 0\n"
+        "def load_nvidia_dynamic_lib(name):\n"
+        f"    {of}\n"
+        "pathfinder = types.ModuleType('cuda.pathfinder')\n"
+        "pathfinder.load_nvidia_dynamic_lib = load_nvidia_dynamic_lib\n"
+        "sys.modules['cuda.pathfinder'] = pathfinder\n"
+        "dependencies.ctypes.CDLL = Library\n"
+    )
+
+
+def found(version: int) -> str:
+    return runtime(f"return types.SimpleNamespace(abs_path='{version}')")
+
+
+MISSING = runtime("raise RuntimeError('no libcudart.so.12 in 7 folders')")
+BLACKWELL = GpuDevice(name="NVIDIA B200", architecture="sm100", driver=13000)
+HOPPER = GpuDevice(name="NVIDIA H100 80GB HBM3", architecture="sm90", driver=12080)
+
+
+class TestWhatDoesNotFitTogether:
+    """Packages, the CUDA runtime, the driver and the GPU: each combination names one pip line."""
+
+    @pytest.mark.parametrize(
+        ("packages", "gpu", "code", "status", "detail", "fix"),
+        [
+            ({}, L4, MISSING, "ok", "not needed: no package calls CUDA", None),
+            ({"tensorrt-cu13": "10.16"}, BLACKWELL, found(13000), "ok", "CUDA 13.0, 13000", None),
+            (
+                {"tensorrt-rtx-cu12": "1.7"},
+                L4,
+                MISSING,
+                "error",
+                "the CUDA runtime library does not load: no libcudart.so.12 in 7 folders",
+                "pip install nvidia-cuda-runtime-cu12",
+            ),
+            (
+                {"tensorrt-cu13": "10.16"},
+                None,
+                MISSING,
+                "warning",
+                "the CUDA runtime library does not load: no libcudart.so.12 in 7 folders",
+                "pip install nvidia-cuda-runtime",
+            ),
+            (
+                {"tensorrt-cu13": "10.16"},
+                BLACKWELL,
+                found(12090),
+                "error",
+                "CUDA 12.9, 12090: but tensorrt-cu13 needs CUDA 13",
+                "pip install nvidia-cuda-runtime",
+            ),
+            (
+                {"tensorrt-rtx-cu13": "1.7"},
+                L4,
+                found(13000),
+                "error",
+                "CUDA 13.0, 13000: the NVIDIA driver is for CUDA 12",
+                "pip uninstall -y tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && "
+                'pip install "smlp-deploy[rtx]", or update the NVIDIA driver to one for CUDA 13',
+            ),
+        ],
+    )
+    def test_the_cuda_runtime(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        packages: dict[str, str],
+        gpu: GpuDevice | None,
+        code: str,
+        status: str,
+        detail: str,
+        fix: str | None,
+    ) -> None:
+        for name, version in packages.items():
+            stand_in(stand_ins, name, version)
+        (stand_ins / "fake_runtime.py").write_text(code)
+        prelude = "doctor._RUNTIME = 'import fake_runtime' + doctor._RUNTIME"
+        finding = examined(environments(""), tmp_path, gpu, prelude=prelude)["cuda runtime"]
+        assert (finding.status, finding.detail, finding.fix) == (status, detail, fix)
+
+    @pytest.mark.parametrize(
+        ("packages", "gpu", "fix"),
+        [
+            ({"tensorrt-cu12": "10.16", "cuda-bindings": "12.9.1"}, L4, None),
+            (
+                {"tensorrt-cu12": "10.16", "cuda-bindings": "13.0.1"},
+                BLACKWELL,
+                "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && "
+                'pip install "smlp-deploy[gpu]"',
+            ),
+            (
+                {"tensorrt-rtx-cu12": "1.7", "onnxruntime-gpu": "1.31"},
+                L4,
+                'pip uninstall -y onnxruntime-gpu && pip install "smlp-deploy[gpu-cu12,rtx]"',
+            ),
+            (
+                {"tensorrt-rtx-cu12": "1.7", "onnxruntime-gpu": "1.31"},
+                None,
+                "pip uninstall -y tensorrt-rtx-cu12 tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings && "
+                'pip install "smlp-deploy[gpu,rtx-cu13]"',
+            ),
+        ],
+    )
+    def test_packages_for_different_cuda_versions(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        packages: dict[str, str],
+        gpu: GpuDevice | None,
+        fix: str | None,
+    ) -> None:
+        for name, version in packages.items():
+            of_13 = 'Requires-Dist: nvidia-cudnn-cu13~=9.0; extra == "cudnn"\n' if name == "onnxruntime-gpu" else ""
+            stand_in(stand_ins, name, version, requires=of_13)
+        finding = examined(environments(""), tmp_path, gpu)["cuda versions"]
+        assert (finding.status, finding.fix) == ("warning" if fix else "ok", fix)
+
+    @pytest.mark.parametrize(
+        ("gpu", "with_tensorrt", "fix"),
+        [
+            (L4, False, None),
+            (HOPPER, True, None),
+            (HOPPER, False, 'pip install "smlp-deploy[gpu-cu12]"'),
+            (BLACKWELL, False, 'pip install "smlp-deploy[gpu-cu12]"'),
+        ],
+    )
+    def test_tensorrt_rtx_on_a_gpu_that_it_does_not_build_for(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        gpu: GpuDevice,
+        with_tensorrt: bool,
+        fix: str | None,
+    ) -> None:
+        if with_tensorrt:
+            stand_in(stand_ins, "tensorrt-cu12", "10.16")
+        finding = examined(environments("cpu,rtx"), tmp_path, gpu)["tensorrt_rtx"]
+        assert (finding.status, finding.fix) == ("warning" if fix else "ok", fix)
+        assert fix is None or f"has no {gpu.architecture}, so the engines it builds do not run on" in finding.detail
+
+    def test_a_driver_that_is_too_old_for_all(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        stand_in(stand_ins, "tensorrt-cu12", "10.16")
+        finding = examined(environments(""), tmp_path, replace(L4, driver=11080))["tensorrt"]
+        assert (finding.status, finding.fix) == ("error", "update the NVIDIA driver to one for CUDA 12 or later")
+
+    def test_two_tensorrts_are_removed_with_all_that_they_brought(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        for name in ("tensorrt-cu12", "tensorrt-cu13"):
+            stand_in(stand_ins, name, "10.16")
+        assert examined(environments(""), tmp_path)["tensorrt"].fix == (
+            "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings "
+            "tensorrt-cu13 tensorrt-cu13-libs tensorrt-cu13-bindings && pip install tensorrt-cu12"
+        )
+
+
+@pytest.mark.parametrize(("installed", "detail"), [("10.16", "libraries are not found"), ("11.4", "but 11.4 is")])
+def test_the_tensorrt_that_onnxruntime_needs(
+    environments: Environments, tmp_path: Path, stand_ins: Path, installed: str, detail: str
+) -> None:
+    stand_in(stand_ins, "tensorrt-cu13", installed, code="")
+    (stand_ins / "tensorrt.py").write_text(f"__version__ = '{installed}'")
+    (stand_ins / "sitecustomize.py").write_text(
+        "import onnxruntime; onnxruntime.get_available_providers = lambda: ['TensorrtExecutionProvider']"
+    )
+    finding = examined(environments("cpu"), tmp_path, BLACKWELL)["provider tensorrt"]
+    fix = 'pip install "smlp-deploy[gpu]"' if installed == "10.16" else 'pip install "tensorrt-cu13>=10.13.2,<11"'
+    assert (finding.status, finding.fix) == ("warning", fix)
+    assert detail in finding.detail
 
 
 @pytest.mark.parametrize(("gpu", "cuda"), [(None, "warning"), (L4, "error")])
@@ -214,7 +400,8 @@ def test_providers_that_are_listed_but_not_given(
     assert findings["provider tensorrt"].status == "warning"
     if gpu:
         assert findings["provider tensorrt"].detail.endswith("it needs TensorRT 10, but none is installed")
-        assert findings["provider tensorrt"].fix == 'pip install "tensorrt>=10.12,<11"'
+        assert findings["provider tensorrt"].fix == 'pip install "tensorrt-cu12>=10.12,<11"'
+        assert findings["provider cuda"].fix == 'pip install "smlp-deploy[gpu-cu12]"'
 
 
 class TestFolders:
