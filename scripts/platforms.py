@@ -213,9 +213,9 @@ HARDWARE = """## GPUs
 - ONNX Runtime's TensorRT provider is linked against TensorRT 10, so `gpu` and `gpu-cu12` stay below 11. `tensorrt`
   installs TensorRT 11 without ONNX Runtime; add `cpu`. TensorRT 11 has no JetPack.
 - CUDA 13 needs a driver of the 580 series or later. For older ones there are `gpu-cu12` and `rtx`, for CUDA 12.
-- Extras for one major version of CUDA go together: `gpu`, `tensorrt` and `rtx-cu13`, or `gpu-cu12` and `rtx`. pip refuses
-  other combinations, because `cuda-bindings` exists once. `cpu` excludes `gpu` and `gpu-cu12`: `onnxruntime` and
-  `onnxruntime-gpu` own the same folder.
+- Extras for one major version of CUDA go together: `gpu`, `tensorrt` and `rtx-cu13`, or `gpu-cu12` and `rtx`. pip
+  refuses other combinations, because `cuda-bindings` exists once. `cpu` excludes `gpu` and `gpu-cu12`: `onnxruntime`
+  and `onnxruntime-gpu` own the same folder.
 - TensorRT-RTX on aarch64 exists for CUDA 13 only: `rtx-cu13`.
 """
 
@@ -245,9 +245,9 @@ def _summary(resolved: Resolved) -> Iterator[str]:
         cells = [f"no wheel: {', '.join(lost)}" if lost else "complete" for lost in absent]
         yield f"| `{extra}` | {' | '.join(cells)} |\n"
     yield (
-        "\nComplete: every package has a wheel. `tensorrt-cu12-libs` and `tensorrt-cu13-libs` are source packages, which\n"
-        "fetch TensorRT's libraries from NVIDIA's own index while they are installed; whether it has them for a platform\n"
-        "was not checked. PyTorch, in `export`, `train` and `test`, was not asked for.\n"
+        "\nComplete: every package has a wheel. `tensorrt-cu12-libs` and `tensorrt-cu13-libs` are source packages,\n"
+        "which fetch TensorRT's libraries from NVIDIA's own index while they are installed; whether it has them for a\n"
+        "platform was not checked. PyTorch, in `export`, `train` and `test`, was not asked for.\n"
     )
 
 

@@ -6,9 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
-import venv
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -16,9 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
-from packaging.requirements import Requirement
 
-import smlp_deploy
 from smlp_deploy import doctor
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
@@ -26,48 +21,13 @@ from smlp_deploy.doctor import Finding, examine, to_json
 from smlp_deploy.files import sha256_of
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.metadata import BatchProfile, EngineManifest
+from tests.support.environments import Environments
 from tests.support.fakes import metadata
 from tests.support.graphs import smallest_classifier
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
-Environments = Callable[[str], Path]
 Findings = dict[str, Finding]
-
-
-def distributions_of(requirement: Requirement) -> Iterator[str]:
-    """The distributions that pip would install for a requirement, some more than once."""
-    yield requirement.name
-    for line in distribution(requirement.name).requires or []:
-        needed = Requirement(line)
-        if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}):
-            yield from distributions_of(needed)
-
-
-@pytest.fixture(scope="module")
-def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
-    """Gives the interpreter of an environment with smlp-deploy and some extras: "", "cpu" or "cpu,rtx"."""
-    made: dict[str, Path] = {}
-
-    def environment(extras: str) -> Path:
-        if extras not in made:
-            folder = tmp_path_factory.mktemp("environment")
-            venv.create(folder, symlinks=True)
-            made[extras] = folder / "bin" / "python"
-            lines = [*PROJECT["dependencies"]]
-            for extra in filter(None, extras.split(",")):
-                lines += PROJECT["optional-dependencies"][extra]
-            site = next(folder.glob("lib/python*/site-packages"))
-            (site / "smlp_deploy.pth").write_text(str(Path(smlp_deploy.__file__).parents[1]))
-            for name in {name for line in lines for name in distributions_of(Requirement(line))}:
-                of = distribution(name)
-                for top in {file.parts[0] for file in of.files or ()} - {"..", "__pycache__"}:
-                    if not (site / top).is_symlink():
-                        (site / top).symlink_to(str(of.locate_file(top)))
-        return made[extras]
-
-    return environment
 
 
 @pytest.fixture
@@ -334,7 +294,7 @@ class TestWhatDoesNotFitTogether:
             (L4, False, None),
             (HOPPER, True, None),
             (HOPPER, False, 'pip install "smlp-deploy[gpu-cu12]"'),
-            (BLACKWELL, False, 'pip install "smlp-deploy[gpu-cu12]"'),
+            (BLACKWELL, False, 'pip install "smlp-deploy[gpu]"'),
         ],
     )
     def test_tensorrt_rtx_on_a_gpu_that_it_does_not_build_for(
@@ -346,11 +306,18 @@ class TestWhatDoesNotFitTogether:
         with_tensorrt: bool,
         fix: str | None,
     ) -> None:
+        code = "class ComputeCapability: NONE, CURRENT, SM75, SM89, SM120 = range(5)"
+        stand_in(stand_ins, "tensorrt_rtx", "1.7", code=code)
         if with_tensorrt:
             stand_in(stand_ins, "tensorrt-cu12", "10.16")
-        finding = examined(environments("cpu,rtx"), tmp_path, gpu)["tensorrt_rtx"]
+        finding = examined(environments(""), tmp_path, gpu)["tensorrt_rtx"]
         assert (finding.status, finding.fix) == ("warning" if fix else "ok", fix)
         assert fix is None or f"has no {gpu.architecture}, so the engines it builds do not run on" in finding.detail
+
+    def test_the_real_tensorrt_rtx_on_a_data_center_gpu(self, environments: Environments, tmp_path: Path) -> None:
+        finding = examined(environments("rtx"), tmp_path, HOPPER)["tensorrt_rtx"]
+        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu-cu12]"')
+        assert finding.detail.endswith("do not run on NVIDIA H100 80GB HBM3; TensorRT's do")
 
     def test_a_driver_that_is_too_old_for_all(
         self, environments: Environments, tmp_path: Path, stand_ins: Path
