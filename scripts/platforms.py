@@ -113,8 +113,15 @@ def included(extra: str) -> Iterator[str]:
                 yield from included(other)
 
 
-def resolve(lines: Iterable[str], where: Platform, python: str) -> Resolution:
-    """Ask pip; a requirement without a wheel is put aside, and the rest resolved."""
+def resolve(lines: Iterable[str], where: Platform, python: str, *, alone: bool = False) -> Resolution:
+    """Ask pip; a requirement without a wheel is put aside, and the rest resolved.
+
+    Args:
+        lines: requirements.
+        where: the platform.
+        python: its version, as "3.11".
+        alone: without what they require.
+    """
     wanted, result = list(dict.fromkeys(lines)), Resolution()
     while wanted:
         with TemporaryDirectory() as folder:
@@ -126,6 +133,7 @@ def resolve(lines: Iterable[str], where: Platform, python: str) -> Resolution:
                 "python_full_version": f"{python}.0",
             }
             options = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version", python, *tags]
+            options += ["--no-deps"] if alone else []
             command = ["install", *options, "--target", folder, "--report", str(report), "--quiet", *wanted]
             done = _run(sys.executable, "-c", PIP, json.dumps(facts), *command)
             if done.returncode == 0:
@@ -277,8 +285,8 @@ def _differences(resolved: Resolved, python: str) -> str:
         if not any(WITH_CUDA.fullmatch(_normal(line)) for line in requirements_of(extra)):
             continue
         where = next(where for where in PLATFORMS if where.name == name)
-        lines = [line for each in included(extra) for line in requirements_of(each)]
-        other = resolve(lines, where, python)
+        lines = [line for line in requirements_of(extra) if WITH_CUDA.fullmatch(_normal(line))]
+        other = resolve(lines, where, python, alone=True)
         changes |= {f"{line} on {name} (no wheel)" for line in other.absent if line not in usual.absent}
     return f"{python} lacks {', '.join(sorted(changes))}." if changes else f"{python} has the same wheels with CUDA."
 

@@ -120,9 +120,11 @@ class Machine:
         sys.stdout.write("Failed to load libcudnn.so.9\n")
 
     def session(self) -> type:
-        real, machine = onnxruntime.InferenceSession, self
+        machine = self
 
-        class Session(real):  # type: ignore[misc]
+        class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+            _sess: Any
+
             def __init__(self, content: bytes, options: Any, *, providers: list[Any], **settings: Any) -> None:
                 first = providers[0]
                 self._first, given = first if isinstance(first, tuple) else (first, {})
