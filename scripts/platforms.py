@@ -221,9 +221,10 @@ HARDWARE = """## GPUs
 - ONNX Runtime's TensorRT provider is linked against TensorRT 10, so `gpu` and `gpu-cu12` stay below 11. `tensorrt`
   installs TensorRT 11 without ONNX Runtime; add `cpu`. TensorRT 11 has no JetPack.
 - CUDA 13 needs a driver of the 580 series or later. For older ones there are `gpu-cu12` and `rtx`, for CUDA 12.
-- Extras for one major version of CUDA go together: `gpu`, `tensorrt` and `rtx-cu13`, or `gpu-cu12` and `rtx`. pip
-  refuses other combinations, because `cuda-bindings` exists once. `cpu` excludes `gpu` and `gpu-cu12`: `onnxruntime`
-  and `onnxruntime-gpu` own the same folder.
+- `cuda-bindings` exists once in an environment, so `gpu-cu12` does not go with `gpu`, `tensorrt` or `rtx-cu13`. PyTorch
+  2.13 from PyPI requires it for CUDA 13 on Linux: `gpu-cu12` goes with `export` only if PyTorch is its CPU build, and
+  `rtx` takes either. On a driver for CUDA 12, use `pip install "smlp-deploy[rtx]" "cuda-bindings<13"`.
+- `cpu` excludes `gpu` and `gpu-cu12`: `onnxruntime` and `onnxruntime-gpu` own the same folder.
 - TensorRT-RTX on aarch64 exists for CUDA 13 only: `rtx-cu13`.
 """
 

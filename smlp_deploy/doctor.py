@@ -221,12 +221,9 @@ def _absence(package: _Package, gpu: GpuDevice | None) -> Finding:
 
 def _install(extra: str, gpu: GpuDevice | None) -> str:
     """The pip line that installs an extra, in its form for the CUDA of the packages that are here, or of the driver."""
-    installed = set(_cuda_packages().values())
-    driver = gpu.driver // 1000 if gpu else max(CUDA_RUNTIMES)
-    if len(installed) == 1:
-        major = min(driver, *installed)
-    elif extra == "gpu":
-        major = driver
+    if extra == "gpu":
+        majors = [gpu.driver // 1000] if gpu else [max(CUDA_RUNTIMES)]
+        major = min(majors + list(_linked_majors().values()))
     else:
         major = 13 if platform.machine() == "aarch64" else 12  # TensorRT-RTX for CUDA 12 runs on newer drivers too
     return f'pip install "smlp-deploy[{_in_form(extra, major)}]"'
@@ -239,10 +236,9 @@ def _in_form(extra: str, major: int) -> str:
 
 
 def _uninstall(names: Iterable[str]) -> str:
-    """The pip line that removes distributions, those of TensorRT with the two that each of them brings."""
-    brought = {"tensorrt": ("", "-libs", "-bindings")}
-    every = [f"{name}{end}" for name in names for end in brought.get(name.split("-")[0], ("",))]
-    return f"pip uninstall -y {' '.join(every)}"
+    """The pip line that removes distributions, each of TensorRT with the two that it brings."""
+    ends = {name: ("", "-libs", "-bindings") if re.fullmatch(r"tensorrt-.*cu\d\d", name) else ("",) for name in names}
+    return f"pip uninstall -y {' '.join(name + end for name in ends for end in ends[name])}"
 
 
 def _for_driver(names: Iterable[str], cuda: int, gpu: GpuDevice) -> str:
@@ -261,51 +257,67 @@ def _cuda_major(distributions: Iterable[str]) -> int:
     return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
 
 
-def _cuda_packages() -> dict[str, int]:
-    """The CUDA major version of each installed distribution whose libraries call CUDA, where it is known."""
-    majors = {name: _cuda_major([name]) for package in (_TENSORRT, _RTX, _ONNXRUNTIME) for name in package.installed()}
-    bindings = installed_version("cuda-bindings")
-    if bindings:
-        majors["cuda-bindings"] = int(bindings.split(".")[0])
+def _linked_majors() -> dict[str, int]:
+    """The CUDA major version of TensorRT and ONNX Runtime, where it is known: its provider loads both at once."""
+    majors = {name: _cuda_major([name]) for package in (_TENSORRT, _ONNXRUNTIME) for name in package.installed()}
     return {name: major for name, major in majors.items() if major}
 
 
+def _cuda_majors() -> dict[str, int]:
+    """The CUDA major version of each installed distribution that calls CUDA, where it is known."""
+    bindings = installed_version("cuda-bindings")
+    return {
+        **_linked_majors(),
+        **{name: _cuda_major([name]) for name in _RTX.installed()},
+        **({"cuda-bindings": int(bindings.split(".")[0])} if bindings else {}),
+    }
+
+
 def _cuda_versions(gpu: GpuDevice | None) -> Finding:
-    """Whether the packages that call CUDA agree on its major version."""
-    majors = _cuda_packages()
-    text = ", ".join(f"{name} for CUDA {major}" for name, major in majors.items()) or "no package calls CUDA"
-    if len(set(majors.values())) < 2:
-        return _finding("cuda versions", "ok", text)
-    keep = max(majors.values())
-    if gpu and gpu.driver // 1000 < keep:
-        keep = min(majors.values())
-    wrong = [name for name, major in majors.items() if major != keep]
-    kinds = {"rtx" if name in _RTX_NAMES else "gpu" for name in majors if name != "cuda-bindings"}
-    extras = ",".join(_in_form(kind, keep) for kind in sorted(kinds))
-    what = f"{text}: these belong to different CUDA versions and do not work together"
-    return _finding("cuda versions", "warning", what, f'{_uninstall(wrong)} && pip install "smlp-deploy[{extras}]"')
+    """Whether the packages that call CUDA agree on its major version where they must, and fit the driver."""
+    name, majors, linked = "cuda versions", _cuda_majors(), _linked_majors()
+    text = ", ".join(f"{package} for CUDA {major}" for package, major in majors.items()) or "no package calls CUDA"
+    if len(set(linked.values())) > 1:
+        fit = [major for major in linked.values() if gpu is None or major <= gpu.driver // 1000]
+        keep = max(fit, default=min(linked.values()))
+        wrong = [package for package, major in linked.items() if major != keep]
+        fix = f'{_uninstall(wrong)} && pip install "smlp-deploy[{_in_form("gpu", keep)}]"'
+        return _finding(name, "warning", f"{text}: TensorRT does not work in ONNX Runtime with another CUDA", fix)
+    if gpu and majors.get("cuda-bindings", 0) > gpu.driver // 1000:
+        what = f"{text}: the NVIDIA driver is for CUDA {gpu.driver // 1000}"
+        return _finding(name, "error", what, f'pip install "cuda-bindings<{gpu.driver // 1000 + 1}"')
+    return _finding(name, "ok", text)
 
 
 def _cuda_runtime(gpu: GpuDevice | None) -> Finding:
     """Whether the CUDA runtime library is found and loads, and fits the packages that need it and the driver."""
-    name, majors = "cuda runtime", _cuda_packages()
+    name, majors = "cuda runtime", _cuda_majors()
     if not majors:
         return _finding(name, "ok", "not needed: no package calls CUDA")
     output, failure = _run(_RUNTIME)
     version, text = (0, failure) if failure else json.loads(output)
-    wanted = max(majors.values())
+    needing = {package: major for package, major in majors.items() if package != "cuda-bindings"} or majors
+    wanted = max(needing.values())
     fix = f"pip install {CUDA_RUNTIMES[min(max(wanted, min(CUDA_RUNTIMES)), max(CUDA_RUNTIMES))]}"
     status: Status = "error" if gpu else "warning"
     if not version:
         return _finding(name, status, text, fix)
     found = f"CUDA {version // 1000}.{version % 1000 // 10}, {text}"
     if version // 1000 not in majors.values():
-        what = f"{found}: but {', '.join(majors)} need{'s' * (len(majors) == 1)} CUDA {wanted}"
+        what = f"{found}: but {', '.join(needing)} need{'s' * (len(needing) == 1)} CUDA {wanted}"
         return _finding(name, status, what, fix)
     if gpu and version // 1000 > gpu.driver // 1000:
         what = f"{found}: the NVIDIA driver is for CUDA {gpu.driver // 1000}"
-        return _finding(name, "error", what, _for_driver(majors, version // 1000, gpu))
+        return _finding(name, "error", what, _older_runtime(needing, version // 1000, gpu))
     return _finding(name, "ok", found)
+
+
+def _older_runtime(needing: dict[str, int], found: int, gpu: GpuDevice) -> str:
+    """How to get a CUDA runtime for the driver: with other packages, or without one that none of them needs."""
+    newer = [package for package, major in needing.items() if major > gpu.driver // 1000]
+    if newer:
+        return _for_driver(newer, found, gpu)
+    return f"pip uninstall -y {CUDA_RUNTIMES.get(found, CUDA_RUNTIMES[max(CUDA_RUNTIMES)])}"
 
 
 def _run(code: str) -> tuple[str, str | None]:

@@ -150,7 +150,7 @@ class TestPackages:
         if status == "error":
             assert finding.detail == "tensorrt 11.2: built for CUDA 13, but the NVIDIA driver is for CUDA 12"
             assert finding.fix == (
-                "pip uninstall -y tensorrt tensorrt-libs tensorrt-bindings && "
+                "pip uninstall -y tensorrt && "
                 'pip install "smlp-deploy[gpu-cu12]", or update the NVIDIA driver to one for CUDA 13'
             )
 
@@ -229,6 +229,14 @@ class TestWhatDoesNotFitTogether:
                 "pip uninstall -y tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && "
                 'pip install "smlp-deploy[rtx]", or update the NVIDIA driver to one for CUDA 13',
             ),
+            (
+                {"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1"},
+                L4,
+                found(13000),
+                "error",
+                "CUDA 13.0, 13000: the NVIDIA driver is for CUDA 12",
+                "pip uninstall -y nvidia-cuda-runtime",
+            ),
         ],
     )
     def test_the_cuda_runtime(
@@ -254,22 +262,18 @@ class TestWhatDoesNotFitTogether:
         ("packages", "gpu", "fix"),
         [
             ({"tensorrt-cu12": "10.16", "cuda-bindings": "12.9.1"}, L4, None),
+            ({"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1", "onnxruntime-gpu": "1.31"}, BLACKWELL, None),
+            ({"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1"}, L4, 'pip install "cuda-bindings<13"'),
             (
-                {"tensorrt-cu12": "10.16", "cuda-bindings": "13.0.1"},
-                BLACKWELL,
+                {"tensorrt-cu12": "10.16", "onnxruntime-gpu": "1.31"},
+                L4,
+                'pip uninstall -y onnxruntime-gpu && pip install "smlp-deploy[gpu-cu12]"',
+            ),
+            (
+                {"tensorrt-cu12": "10.16", "onnxruntime-gpu": "1.31"},
+                None,
                 "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && "
                 'pip install "smlp-deploy[gpu]"',
-            ),
-            (
-                {"tensorrt-rtx-cu12": "1.7", "onnxruntime-gpu": "1.31"},
-                L4,
-                'pip uninstall -y onnxruntime-gpu && pip install "smlp-deploy[gpu-cu12,rtx]"',
-            ),
-            (
-                {"tensorrt-rtx-cu12": "1.7", "onnxruntime-gpu": "1.31"},
-                None,
-                "pip uninstall -y tensorrt-rtx-cu12 tensorrt-rtx-cu12-libs tensorrt-rtx-cu12-bindings && "
-                'pip install "smlp-deploy[gpu,rtx-cu13]"',
             ),
         ],
     )
@@ -286,7 +290,8 @@ class TestWhatDoesNotFitTogether:
             of_13 = 'Requires-Dist: nvidia-cudnn-cu13~=9.0; extra == "cudnn"\n' if name == "onnxruntime-gpu" else ""
             stand_in(stand_ins, name, version, requires=of_13)
         finding = examined(environments(""), tmp_path, gpu)["cuda versions"]
-        assert (finding.status, finding.fix) == ("warning" if fix else "ok", fix)
+        status = "error" if "cuda-bindings" in packages else "warning"
+        assert (finding.status, finding.fix) == (status if fix else "ok", fix)
 
     @pytest.mark.parametrize(
         ("gpu", "with_tensorrt", "fix"),

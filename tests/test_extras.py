@@ -9,9 +9,11 @@ import json
 import os
 import re
 import subprocess
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from smlp_deploy.metadata import EngineManifest
 from smlp_deploy.pipeline.export import Export
@@ -58,7 +60,7 @@ class TestNothingButRtx:
         assert version.startswith("12")
         status, of_bindings = bindings.split()
         assert status == "0"
-        assert of_bindings.startswith("12")
+        assert of_bindings.startswith(distribution("cuda-bindings").version.split(".")[0])
 
     def test_doctor_misses_nothing(self, rtx: Path, tmp_path: Path) -> None:
         document = json.loads(output_of(rtx, tmp_path, "-m", "smlp_deploy", "doctor", "--json"))
@@ -70,7 +72,7 @@ class TestNothingButRtx:
             "tensorrt",
         }
         assert re.match(r"CUDA 12\.\d, ", found["cuda runtime"]["detail"])
-        assert found["cuda versions"]["detail"] == "tensorrt-rtx-cu12 for CUDA 12, cuda-bindings for CUDA 12"
+        assert found["cuda versions"]["detail"].startswith("tensorrt-rtx-cu12 for CUDA 12, cuda-bindings for CUDA ")
 
     def test_an_engine_is_built_ahead_of_time_and_inspected(
         self, rtx: Path, tmp_path: Path, digits_export: Export
@@ -92,9 +94,8 @@ def test_every_extra_that_calls_cuda_brings_its_runtime() -> None:
             (major,) = majors
             runtime = "nvidia-cuda-runtime-cu12>=12.9,<13" if major == "12" else "nvidia-cuda-runtime>=13,<14"
             assert runtime in lines, extra
-            assert any(line.startswith("cuda-bindings") and line.endswith(f"<{int(major) + 1}") for line in lines), (
-                extra
-            )
+            (bindings,) = (Requirement(line) for line in lines if line.startswith("cuda-bindings"))
+            assert bindings.specifier.contains(f"{major}.9"), extra
             assert any(line.startswith("cuda-pathfinder") for line in lines), extra
 
 
