@@ -26,6 +26,12 @@ TENSORRT_DISTRIBUTIONS = {
 }
 """The distributions that provide each of these modules."""
 
+PROVIDER_TENSORRT = 10
+"""The major version of TensorRT that ONNX Runtime's provider is linked against."""
+
+CUDA_RUNTIMES = {12: "nvidia-cuda-runtime-cu12", 13: "nvidia-cuda-runtime"}
+"""The distribution of the CUDA runtime library, by major version of CUDA."""
+
 # Device attributes of the CUDA driver API.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
@@ -124,6 +130,61 @@ def find_gpu() -> GpuDevice | None:
         architecture=f"sm{major.value}{minor.value}",
         driver=version_.value,
         pci_bus_id=pci_bus_id.value.decode(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaRuntime:
+    """A CUDA runtime library that was loaded.
+
+    Attributes:
+        version: 12090 for 12.9.
+        path: of the library, or its name if the system's loader found it.
+    """
+
+    version: int
+    path: str
+
+    @property
+    def major(self) -> int:
+        return self.version // 1000
+
+
+def load_cuda_runtime() -> CudaRuntime:
+    """Find and load the CUDA runtime library, which needs neither a GPU nor a driver.
+
+    cuda-pathfinder looks in NVIDIA's packages, conda, the loader's path and CUDA_PATH, in this order; without it only
+    the loader is asked.
+
+    Raises:
+        MissingDependencyError: there is none, or it does not load; says why.
+    """
+    try:
+        path = _runtime_path()
+        number = ctypes.c_int(0)
+        status = ctypes.CDLL(path).cudaRuntimeGetVersion(ctypes.byref(number))
+    # cuda-pathfinder raises RuntimeError, the loader OSError; a library without the function, AttributeError.
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise _no_cuda_runtime(reason) from None
+    if status:
+        raise _no_cuda_runtime(f"{path} fails with CUDA error {status}")
+    return CudaRuntime(version=number.value, path=path)
+
+
+def _runtime_path() -> str:
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+    except ImportError:
+        return "cudart64_12.dll" if sys.platform == "win32" else "libcudart.so"
+    library = load_nvidia_dynamic_lib("cudart")
+    return library.abs_path or "libcudart.so"
+
+
+def _no_cuda_runtime(reason: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"the CUDA runtime library does not load: {reason}",
+        fix=" or ".join(f"pip install {name} (CUDA {major})" for major, name in CUDA_RUNTIMES.items()),
     )
 
 

@@ -24,7 +24,14 @@ from typing import Literal
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import ARTIFACTS_FOLDER
-from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
+from smlp_deploy.dependencies import (
+    CUDA_RUNTIMES,
+    PROVIDER_TENSORRT,
+    TENSORRT_DISTRIBUTIONS,
+    GpuDevice,
+    find_gpu,
+    installed_version,
+)
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.models.pretrained import cache_folder
 from smlp_deploy.runners.tensorrt import check_machine, read_manifest
@@ -38,8 +45,22 @@ _LEAST_FREE = 1 << 30
 _LONGEST = 300
 _DEVICES = "print(it.version.cuda or '-', it.cuda.is_available())"
 """What PyTorch is built for, and whether it sees a GPU."""
-_PROVIDER_TENSORRT = "10"
-"""The major version of TensorRT that ONNX Runtime's provider is linked against."""
+_TARGETS = "print(*(name.lower() for name in dir(getattr(it, 'ComputeCapability', None)) if name.startswith('SM')))"
+"""The architectures that TensorRT-RTX builds for, if it says so."""
+_RUNTIME = """
+import json
+from smlp_deploy.dependencies import load_cuda_runtime
+from smlp_deploy.errors import MissingDependencyError
+try:
+    runtime = load_cuda_runtime()
+    print(json.dumps([runtime.version, runtime.path]))
+except MissingDependencyError as error:
+    print(json.dumps([0, error.what]))
+"""
+_EXTRAS = {"gpu": {12: "gpu-cu12", 13: "gpu"}, "rtx": {12: "rtx", 13: "rtx-cu13"}}
+"""The extra with the packages for a major version of CUDA, of those that exist for several."""
+_PROVIDER_PACKAGES = {12: "tensorrt-cu12>=10.12,<11", 13: "tensorrt-cu13>=10.13.2,<11"}
+"""The TensorRT that ONNX Runtime's provider needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +99,15 @@ class _Package:
         return bool(self.installed()) or (spec is not None and spec.origin is not None)
 
 
+_QUESTIONS = {"torch": _DEVICES, "tensorrt_rtx": _TARGETS}
+
 _ORT_NAMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _TENSORRT_NAMES, _RTX_NAMES = (TENSORRT_DISTRIBUTIONS[backend] for backend in ("tensorrt", "tensorrt-rtx"))
 _PYTORCH = _Package("torch", "export", "to load checkpoints and export")
 _ONNX = _Package("onnx", "cpu", "to read and run ONNX files")
 _ONNXRUNTIME = _Package("onnxruntime", "cpu", "to run ONNX files", _ORT_NAMES)
 _TENSORRT = _Package("tensorrt", "gpu", "to build and run engines on their GPU", _TENSORRT_NAMES[1:])
+_RTX = _Package("tensorrt_rtx", "rtx", "to build engines ahead of time, and to run them on RTX GPUs", _RTX_NAMES)
 _PACKAGES = (
     _PYTORCH,
     _ONNX,
@@ -91,7 +115,7 @@ _PACKAGES = (
     _Package("ml_dtypes", "export", "to export fp16, bf16 and int8"),
     _ONNXRUNTIME,
     _TENSORRT,
-    _Package("tensorrt_rtx", "rtx", "to build engines ahead of time, and to run them on RTX GPUs", _RTX_NAMES),
+    _RTX,
     _Package("polygraphy", "rtx", "to build and run engines"),
 )
 
@@ -101,7 +125,7 @@ def examine() -> tuple[Finding, ...]:
     gpu = find_gpu()
     # Each of them waits for its own process.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        providers = pool.submit(_providers, gpu)
+        providers, runtime = pool.submit(_providers, gpu), pool.submit(_cuda_runtime, gpu)
         packages = list(pool.map(lambda package: _package(package, gpu), _PACKAGES))
     reads_onnx = next(finding for finding in packages if finding.name == "onnx")
     folders = (
@@ -109,7 +133,8 @@ def examine() -> tuple[Finding, ...]:
         _folder("kernels cache", user_cache_path("smlp-deploy") / "runtime"),
         _folder("artifacts", ARTIFACTS_FOLDER.absolute()),
     )
-    return (*_machine(gpu), *packages, *providers.result(), *folders, *_artifacts(reads_onnx))
+    cuda = (_cuda_versions(gpu), runtime.result())
+    return (*_machine(gpu), *packages, *cuda, *providers.result(), *folders, *_artifacts(reads_onnx))
 
 
 def to_json(findings: Sequence[Finding]) -> str:
@@ -146,13 +171,23 @@ def _package(package: _Package, gpu: GpuDevice | None) -> Finding:
     cuda = _cuda_major(installed)
     if gpu and package is not _PYTORCH and cuda > gpu.driver // 1000:
         what = f"{text}: built for CUDA {cuda}, but the NVIDIA driver is for CUDA {gpu.driver // 1000}"
-        return _finding(package.module, "error", what, f"update the NVIDIA driver to one for CUDA {cuda}")
-    output, failure = _run(f"import {package.module} as it; {_DEVICES if package is _PYTORCH else ''}")
+        return _finding(package.module, "error", what, _for_driver(installed, cuda, gpu))
+    output, failure = _run(f"import {package.module} as it; {_QUESTIONS.get(package.module, '')}")
     if failure:
         return _finding(package.module, "error", f"{text}: cannot be imported: {failure}", again)
     if package is _PYTORCH:
         return _torch(text, output, gpu)
+    if package is _RTX and gpu:
+        return _rtx(text, output.split(), gpu)
     return _finding(package.module, "ok", text)
+
+
+def _rtx(text: str, architectures: Sequence[str], gpu: GpuDevice) -> Finding:
+    """Whether TensorRT-RTX builds for this GPU: not for those of data centers, from Hopper on."""
+    if not architectures or gpu.architecture in architectures or _TENSORRT.is_here():
+        return _finding("tensorrt_rtx", "ok", text)
+    what = f"{text}: has no {gpu.architecture}, so the engines it builds do not run on {gpu.name}; TensorRT's do"
+    return _finding("tensorrt_rtx", "warning", what, _install("gpu", gpu))
 
 
 def _torch(text: str, output: str, gpu: GpuDevice | None) -> Finding:
@@ -172,7 +207,7 @@ def _rivalry(package: _Package, rivals: Sequence[str], gpu: GpuDevice | None) ->
         "error",
         f"{' and '.join(rivals)} are installed together and own the same folder, so none can be trusted; "
         f"keep one of them, here {keep}",
-        f"pip uninstall -y {' '.join(rivals)} && pip install {keep}",
+        f"{_uninstall(rivals)} && pip install {keep}",
     )
 
 
@@ -181,13 +216,108 @@ def _absence(package: _Package, gpu: GpuDevice | None) -> Finding:
     if package is _TENSORRT and gpu is None:
         return _finding(package.module, "ok", f"{detail}, and there is no GPU")
     extra = "gpu" if gpu and package is _ONNXRUNTIME else package.extra
-    return _finding(package.module, "warning", detail, f'pip install "smlp-deploy[{extra}]"')
+    return _finding(package.module, "warning", detail, _install(extra, gpu))
+
+
+def _install(extra: str, gpu: GpuDevice | None) -> str:
+    """The pip line that installs an extra, in its form for the CUDA of the packages that are here, or of the driver."""
+    if extra == "gpu":
+        majors = [gpu.driver // 1000] if gpu else [max(CUDA_RUNTIMES)]
+        major = min(majors + list(_linked_majors().values()))
+    else:
+        major = 13 if platform.machine() == "aarch64" else 12  # TensorRT-RTX for CUDA 12 runs on newer drivers too
+    return f'pip install "smlp-deploy[{_in_form(extra, major)}]"'
+
+
+def _in_form(extra: str, major: int) -> str:
+    """The extra for a major version of CUDA, or for the nearest that there is."""
+    forms = _EXTRAS.get(extra, {major: extra})
+    return forms[min(max(major, min(forms)), max(forms))]
+
+
+def _uninstall(names: Iterable[str]) -> str:
+    """The pip line that removes distributions, each of TensorRT with the two that it brings."""
+    ends = {name: ("", "-libs", "-bindings") if re.fullmatch(r"tensorrt-.*cu\d\d", name) else ("",) for name in names}
+    return f"pip uninstall -y {' '.join(name + end for name in ends for end in ends[name])}"
+
+
+def _for_driver(names: Iterable[str], cuda: int, gpu: GpuDevice) -> str:
+    """How to replace packages for a newer CUDA than the driver's."""
+    driver, oldest = gpu.driver // 1000, min(CUDA_RUNTIMES)
+    if driver < oldest:
+        return f"update the NVIDIA driver to one for CUDA {oldest} or later"
+    extra = "rtx" if any(name in _RTX_NAMES for name in names) else "gpu"
+    line = f'{_uninstall(names)} && pip install "smlp-deploy[{_in_form(extra, driver)}]"'
+    return f"{line}, or update the NVIDIA driver to one for CUDA {cuda}"
 
 
 def _cuda_major(distributions: Iterable[str]) -> int:
     """The CUDA major version in the names of distributions or their requirements; 0 if none states it."""
     texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
     return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
+
+
+def _linked_majors() -> dict[str, int]:
+    """The CUDA major version of TensorRT and ONNX Runtime, where it is known: its provider loads both at once."""
+    majors = {name: _cuda_major([name]) for package in (_TENSORRT, _ONNXRUNTIME) for name in package.installed()}
+    return {name: major for name, major in majors.items() if major}
+
+
+def _cuda_majors() -> dict[str, int]:
+    """The CUDA major version of each installed distribution that calls CUDA, where it is known."""
+    bindings = installed_version("cuda-bindings")
+    return {
+        **_linked_majors(),
+        **{name: _cuda_major([name]) for name in _RTX.installed()},
+        **({"cuda-bindings": int(bindings.split(".")[0])} if bindings else {}),
+    }
+
+
+def _cuda_versions(gpu: GpuDevice | None) -> Finding:
+    """Whether the packages that call CUDA agree on its major version where they must, and fit the driver."""
+    name, majors, linked = "cuda versions", _cuda_majors(), _linked_majors()
+    text = ", ".join(f"{package} for CUDA {major}" for package, major in majors.items()) or "no package calls CUDA"
+    if len(set(linked.values())) > 1:
+        fit = [major for major in linked.values() if gpu is None or major <= gpu.driver // 1000]
+        keep = max(fit, default=min(linked.values()))
+        wrong = [package for package, major in linked.items() if major != keep]
+        fix = f'{_uninstall(wrong)} && pip install "smlp-deploy[{_in_form("gpu", keep)}]"'
+        return _finding(name, "warning", f"{text}: TensorRT does not work in ONNX Runtime with another CUDA", fix)
+    if gpu and majors.get("cuda-bindings", 0) > gpu.driver // 1000:
+        what = f"{text}: the NVIDIA driver is for CUDA {gpu.driver // 1000}"
+        return _finding(name, "error", what, f'pip install "cuda-bindings<{gpu.driver // 1000 + 1}"')
+    return _finding(name, "ok", text)
+
+
+def _cuda_runtime(gpu: GpuDevice | None) -> Finding:
+    """Whether the CUDA runtime library is found and loads, and fits the packages that need it and the driver."""
+    name, majors = "cuda runtime", _cuda_majors()
+    if not majors:
+        return _finding(name, "ok", "not needed: no package calls CUDA")
+    output, failure = _run(_RUNTIME)
+    version, text = (0, failure) if failure else json.loads(output)
+    needing = {package: major for package, major in majors.items() if package != "cuda-bindings"} or majors
+    wanted = max(needing.values())
+    fix = f"pip install {CUDA_RUNTIMES[min(max(wanted, min(CUDA_RUNTIMES)), max(CUDA_RUNTIMES))]}"
+    status: Status = "error" if gpu else "warning"
+    if not version:
+        return _finding(name, status, text, fix)
+    found = f"CUDA {version // 1000}.{version % 1000 // 10}, {text}"
+    if version // 1000 not in majors.values():
+        what = f"{found}: but {', '.join(needing)} need{'s' * (len(needing) == 1)} CUDA {wanted}"
+        return _finding(name, status, what, fix)
+    if gpu and version // 1000 > gpu.driver // 1000:
+        what = f"{found}: the NVIDIA driver is for CUDA {gpu.driver // 1000}"
+        return _finding(name, "error", what, _older_runtime(needing, version // 1000, gpu))
+    return _finding(name, "ok", found)
+
+
+def _older_runtime(needing: dict[str, int], found: int, gpu: GpuDevice) -> str:
+    """How to get a CUDA runtime for the driver: with other packages, or without one that none of them needs."""
+    newer = [package for package, major in needing.items() if major > gpu.driver // 1000]
+    if newer:
+        return _for_driver(newer, found, gpu)
+    return f"pip uninstall -y {CUDA_RUNTIMES.get(found, CUDA_RUNTIMES[max(CUDA_RUNTIMES)])}"
 
 
 def _run(code: str) -> tuple[str, str | None]:
@@ -229,14 +359,15 @@ def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
         return _finding(name, "error", lost, f"pip install --force-reinstall {' '.join(_ONNXRUNTIME.installed())}")
     if gpu is None:
         return _finding(name, "warning", f"{lost}: there is no NVIDIA GPU or driver", "use --provider cpu")
-    tensorrt = next(iter(_TENSORRT.installed().values()), None)
     if provider == "cuda":
-        fix = 'pip install "onnxruntime-gpu[cuda,cudnn]", with its libraries on LD_LIBRARY_PATH'
-        return _finding(name, "error", f"{lost}: CUDA or cuDNN libraries are missing or incompatible", fix)
-    if tensorrt is None or tensorrt.split(".")[0] != _PROVIDER_TENSORRT:
-        what = f"{lost}: it needs TensorRT {_PROVIDER_TENSORRT}, but {tensorrt or 'none'} is installed"
-        return _finding(name, "warning", what, 'pip install "tensorrt>=10.12,<11"')
-    return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", "put them on LD_LIBRARY_PATH")
+        what = f"{lost}: CUDA or cuDNN libraries are missing or incompatible"
+        return _finding(name, "error", what, _install("gpu", gpu))
+    tensorrt = next(iter(_TENSORRT.installed().values()), None)
+    if tensorrt is None or tensorrt.split(".")[0] != str(PROVIDER_TENSORRT):
+        major = _cuda_major(_ONNXRUNTIME.installed()) or gpu.driver // 1000
+        what = f"{lost}: it needs TensorRT {PROVIDER_TENSORRT}, but {tensorrt or 'none'} is installed"
+        return _finding(name, "warning", what, f'pip install "{_PROVIDER_PACKAGES[12 if major < 13 else 13]}"')
+    return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", _install("gpu", gpu))
 
 
 def _folder(name: str, path: Path) -> Finding:

@@ -14,6 +14,7 @@ from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from tests.support.environments import Environments
 from tests.support.fakes import Exported
 from tests.support.graphs import remembering
 from tests.support.recipe import CASES, config_of, recipe_weights
@@ -51,6 +52,12 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "_trace", remembering(exporter._trace, folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
+    """Environments with some of the extras, each made once."""
+    return Environments(tmp_path_factory.mktemp("environments"))
 
 
 @pytest.fixture(scope="session")

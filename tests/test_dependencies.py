@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from smlp_deploy import dependencies
-from smlp_deploy.dependencies import GpuDevice, find_gpu, installed_version, require, require_onnxruntime
+from smlp_deploy.dependencies import (
+    GpuDevice,
+    find_gpu,
+    installed_version,
+    load_cuda_runtime,
+    require,
+    require_onnxruntime,
+)
 from smlp_deploy.errors import MissingDependencyError
 
 
@@ -124,3 +134,81 @@ class TestFindingAGpu:
 
         monkeypatch.setattr(ctypes, "CDLL", absent)
         assert find_gpu() is None
+
+
+class TestLoadingTheCudaRuntime:
+    @pytest.fixture
+    def pathfinder(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Exception], None]:
+        """Makes cuda-pathfinder find a path, or fail."""
+
+        def finds(result: str | Exception) -> None:
+            def load(name: str) -> SimpleNamespace:
+                assert name == "cudart"
+                if isinstance(result, Exception):
+                    raise result
+                return SimpleNamespace(abs_path=result)
+
+            module = ModuleType("cuda.pathfinder")
+            module.load_nvidia_dynamic_lib = load  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, "cuda.pathfinder", module)
+
+        return finds
+
+    def test_the_one_of_this_environment(self) -> None:
+        runtime = load_cuda_runtime()
+        assert runtime.major == 12
+        assert Path(runtime.path).name == "libcudart.so.12"
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("Failure finding libcudart.so: No such file: libcudart.so*\n  listdir()"),
+            OSError("libdl.so.2: cannot open shared object file"),
+        ],
+    )
+    def test_none_is_one_line_with_the_package_to_install(
+        self, pathfinder: Callable[[str | Exception], None], error: Exception
+    ) -> None:
+        pathfinder(error)
+        with pytest.raises(MissingDependencyError) as raised:
+            load_cuda_runtime()
+        assert raised.value.what == f"the CUDA runtime library does not load: {str(error).splitlines()[0]}"
+        assert raised.value.fix == (
+            "pip install nvidia-cuda-runtime-cu12 (CUDA 12) or pip install nvidia-cuda-runtime (CUDA 13)"
+        )
+
+    @pytest.mark.parametrize("content", [b"", b"not a library"])
+    def test_a_damaged_library(
+        self, pathfinder: Callable[[str | Exception], None], tmp_path: Path, content: bytes
+    ) -> None:
+        (tmp_path / "libcudart.so.12").write_bytes(content)
+        pathfinder(str(tmp_path / "libcudart.so.12"))
+        with pytest.raises(MissingDependencyError, match=r"does not load: .*libcudart\.so\.12"):
+            load_cuda_runtime()
+
+    def test_another_library_of_that_name(self, pathfinder: Callable[[str | Exception], None]) -> None:
+        pathfinder("libc.so.6")
+        with pytest.raises(MissingDependencyError, match="cudaRuntimeGetVersion"):
+            load_cuda_runtime()
+
+    def test_one_that_fails(
+        self, pathfinder: Callable[[str | Exception], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pathfinder("libcudart.so.12")
+        fails = SimpleNamespace(cudaRuntimeGetVersion=lambda number: 3)
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: fails)
+        with pytest.raises(MissingDependencyError, match=r"libcudart\.so\.12 fails with CUDA error 3"):
+            load_cuda_runtime()
+
+    def test_without_pathfinder_the_loader_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+        asked = []
+
+        def absent(path: str) -> None:
+            asked.append(path)
+            raise OSError(f"{path}: cannot open shared object file")
+
+        monkeypatch.setattr(ctypes, "CDLL", absent)
+        with pytest.raises(MissingDependencyError, match=r"libcudart\.so: cannot open"):
+            load_cuda_runtime()
+        assert asked == ["libcudart.so"]

@@ -6,9 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
-import venv
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import distribution
 from pathlib import Path
@@ -16,9 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
-from packaging.requirements import Requirement
 
-import smlp_deploy
 from smlp_deploy import doctor
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
@@ -26,48 +21,13 @@ from smlp_deploy.doctor import Finding, examine, to_json
 from smlp_deploy.files import sha256_of
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.metadata import BatchProfile, EngineManifest
+from tests.support.environments import Environments
 from tests.support.fakes import metadata
 from tests.support.graphs import smallest_classifier
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
-Environments = Callable[[str], Path]
 Findings = dict[str, Finding]
-
-
-def distributions_of(requirement: Requirement) -> Iterator[str]:
-    """The distributions that pip would install for a requirement, some more than once."""
-    yield requirement.name
-    for line in distribution(requirement.name).requires or []:
-        needed = Requirement(line)
-        if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in requirement.extras or {""}):
-            yield from distributions_of(needed)
-
-
-@pytest.fixture(scope="module")
-def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
-    """Gives the interpreter of an environment with smlp-deploy and some extras: "", "cpu" or "cpu,rtx"."""
-    made: dict[str, Path] = {}
-
-    def environment(extras: str) -> Path:
-        if extras not in made:
-            folder = tmp_path_factory.mktemp("environment")
-            venv.create(folder, symlinks=True)
-            made[extras] = folder / "bin" / "python"
-            lines = [*PROJECT["dependencies"]]
-            for extra in filter(None, extras.split(",")):
-                lines += PROJECT["optional-dependencies"][extra]
-            site = next(folder.glob("lib/python*/site-packages"))
-            (site / "smlp_deploy.pth").write_text(str(Path(smlp_deploy.__file__).parents[1]))
-            for name in {name for line in lines for name in distributions_of(Requirement(line))}:
-                of = distribution(name)
-                for top in {file.parts[0] for file in of.files or ()} - {"..", "__pycache__"}:
-                    if not (site / top).is_symlink():
-                        (site / top).symlink_to(str(of.locate_file(top)))
-        return made[extras]
-
-    return environment
 
 
 @pytest.fixture
@@ -178,7 +138,7 @@ class TestPackages:
     ) -> None:
         (stand_ins / "onnxruntime").mkdir()
         finding = examined(environments(""), tmp_path, L4)["onnxruntime"]
-        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu]"')
+        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu-cu12]"')
 
     @pytest.mark.parametrize(("gpu", "status"), [(L4, "error"), (replace(L4, driver=13000), "ok"), (None, "ok")])
     def test_tensorrt_for_a_newer_cuda_than_the_driver(
@@ -189,7 +149,10 @@ class TestPackages:
         assert finding.status == status
         if status == "error":
             assert finding.detail == "tensorrt 11.2: built for CUDA 13, but the NVIDIA driver is for CUDA 12"
-            assert finding.fix == "update the NVIDIA driver to one for CUDA 13"
+            assert finding.fix == (
+                "pip uninstall -y tensorrt && "
+                'pip install "smlp-deploy[gpu-cu12]", or update the NVIDIA driver to one for CUDA 13'
+            )
 
     def test_a_torch_that_does_not_see_the_gpu(
         self, environments: Environments, tmp_path: Path, stand_ins: Path
@@ -197,6 +160,201 @@ class TestPackages:
         stand_in(stand_ins, "torch", code="class version: cuda = '13.0'\nclass cuda: is_available = lambda: False")
         finding = examined(environments(""), tmp_path, L4)["torch"]
         assert (finding.status, finding.detail) == ("warning", "torch 1.0, built for CUDA 13.0, does not see the GPU")
+
+
+def runtime(of: str) -> str:
+    """Code for a fake cuda-pathfinder, which finds or raises this."""
+    return (
+        "import sys, types\n"
+        "from smlp_deploy import dependencies\n"
+        "class Library:\n"
+        "    def __init__(self, path): self.path = path\n"
+        "    def cudaRuntimeGetVersion(self, number): number._obj.value = int(self.path); return 0\n"
+        "def load_nvidia_dynamic_lib(name):\n"
+        f"    {of}\n"
+        "pathfinder = types.ModuleType('cuda.pathfinder')\n"
+        "pathfinder.load_nvidia_dynamic_lib = load_nvidia_dynamic_lib\n"
+        "sys.modules['cuda.pathfinder'] = pathfinder\n"
+        "dependencies.ctypes.CDLL = Library\n"
+    )
+
+
+def found(version: int) -> str:
+    return runtime(f"return types.SimpleNamespace(abs_path='{version}')")
+
+
+MISSING = runtime("raise RuntimeError('no libcudart.so.12 in 7 folders')")
+BLACKWELL = GpuDevice(name="NVIDIA B200", architecture="sm100", driver=13000)
+HOPPER = GpuDevice(name="NVIDIA H100 80GB HBM3", architecture="sm90", driver=12080)
+
+
+class TestWhatDoesNotFitTogether:
+    """Packages, the CUDA runtime, the driver and the GPU: each combination names one pip line."""
+
+    @pytest.mark.parametrize(
+        ("packages", "gpu", "code", "status", "detail", "fix"),
+        [
+            ({}, L4, MISSING, "ok", "not needed: no package calls CUDA", None),
+            ({"tensorrt-cu13": "10.16"}, BLACKWELL, found(13000), "ok", "CUDA 13.0, 13000", None),
+            (
+                {"tensorrt-rtx-cu12": "1.7"},
+                L4,
+                MISSING,
+                "error",
+                "the CUDA runtime library does not load: no libcudart.so.12 in 7 folders",
+                "pip install nvidia-cuda-runtime-cu12",
+            ),
+            (
+                {"tensorrt-cu13": "10.16"},
+                None,
+                MISSING,
+                "warning",
+                "the CUDA runtime library does not load: no libcudart.so.12 in 7 folders",
+                "pip install nvidia-cuda-runtime",
+            ),
+            (
+                {"tensorrt-cu13": "10.16"},
+                BLACKWELL,
+                found(12090),
+                "error",
+                "CUDA 12.9, 12090: but tensorrt-cu13 needs CUDA 13",
+                "pip install nvidia-cuda-runtime",
+            ),
+            (
+                {"tensorrt-rtx-cu13": "1.7"},
+                L4,
+                found(13000),
+                "error",
+                "CUDA 13.0, 13000: the NVIDIA driver is for CUDA 12",
+                "pip uninstall -y tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && "
+                'pip install "smlp-deploy[rtx]", or update the NVIDIA driver to one for CUDA 13',
+            ),
+            (
+                {"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1"},
+                L4,
+                found(13000),
+                "error",
+                "CUDA 13.0, 13000: the NVIDIA driver is for CUDA 12",
+                "pip uninstall -y nvidia-cuda-runtime",
+            ),
+        ],
+    )
+    def test_the_cuda_runtime(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        packages: dict[str, str],
+        gpu: GpuDevice | None,
+        code: str,
+        status: str,
+        detail: str,
+        fix: str | None,
+    ) -> None:
+        for name, version in packages.items():
+            stand_in(stand_ins, name, version)
+        (stand_ins / "fake_runtime.py").write_text(code)
+        prelude = "doctor._RUNTIME = 'import fake_runtime' + doctor._RUNTIME"
+        finding = examined(environments(""), tmp_path, gpu, prelude=prelude)["cuda runtime"]
+        assert (finding.status, finding.detail, finding.fix) == (status, detail, fix)
+
+    @pytest.mark.parametrize(
+        ("packages", "gpu", "fix"),
+        [
+            ({"tensorrt-cu12": "10.16", "cuda-bindings": "12.9.1"}, L4, None),
+            ({"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1", "onnxruntime-gpu": "1.31"}, BLACKWELL, None),
+            ({"tensorrt-rtx-cu12": "1.7", "cuda-bindings": "13.0.1"}, L4, 'pip install "cuda-bindings<13"'),
+            (
+                {"tensorrt-cu12": "10.16", "onnxruntime-gpu": "1.31"},
+                L4,
+                'pip uninstall -y onnxruntime-gpu && pip install "smlp-deploy[gpu-cu12]"',
+            ),
+            (
+                {"tensorrt-cu12": "10.16", "onnxruntime-gpu": "1.31"},
+                None,
+                "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && "
+                'pip install "smlp-deploy[gpu]"',
+            ),
+        ],
+    )
+    def test_packages_for_different_cuda_versions(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        packages: dict[str, str],
+        gpu: GpuDevice | None,
+        fix: str | None,
+    ) -> None:
+        for name, version in packages.items():
+            of_13 = 'Requires-Dist: nvidia-cudnn-cu13~=9.0; extra == "cudnn"\n' if name == "onnxruntime-gpu" else ""
+            stand_in(stand_ins, name, version, requires=of_13)
+        finding = examined(environments(""), tmp_path, gpu)["cuda versions"]
+        status = "error" if "cuda-bindings" in packages else "warning"
+        assert (finding.status, finding.fix) == (status if fix else "ok", fix)
+
+    @pytest.mark.parametrize(
+        ("gpu", "with_tensorrt", "fix"),
+        [
+            (L4, False, None),
+            (HOPPER, True, None),
+            (HOPPER, False, 'pip install "smlp-deploy[gpu-cu12]"'),
+            (BLACKWELL, False, 'pip install "smlp-deploy[gpu]"'),
+        ],
+    )
+    def test_tensorrt_rtx_on_a_gpu_that_it_does_not_build_for(
+        self,
+        environments: Environments,
+        tmp_path: Path,
+        stand_ins: Path,
+        gpu: GpuDevice,
+        with_tensorrt: bool,
+        fix: str | None,
+    ) -> None:
+        code = "class ComputeCapability: NONE, CURRENT, SM75, SM89, SM120 = range(5)"
+        stand_in(stand_ins, "tensorrt_rtx", "1.7", code=code)
+        if with_tensorrt:
+            stand_in(stand_ins, "tensorrt-cu12", "10.16")
+        finding = examined(environments(""), tmp_path, gpu)["tensorrt_rtx"]
+        assert (finding.status, finding.fix) == ("warning" if fix else "ok", fix)
+        assert fix is None or f"has no {gpu.architecture}, so the engines it builds do not run on" in finding.detail
+
+    def test_the_real_tensorrt_rtx_on_a_data_center_gpu(self, environments: Environments, tmp_path: Path) -> None:
+        finding = examined(environments("rtx"), tmp_path, HOPPER)["tensorrt_rtx"]
+        assert (finding.status, finding.fix) == ("warning", 'pip install "smlp-deploy[gpu-cu12]"')
+        assert finding.detail.endswith("do not run on NVIDIA H100 80GB HBM3; TensorRT's do")
+
+    def test_a_driver_that_is_too_old_for_all(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        stand_in(stand_ins, "tensorrt-cu12", "10.16")
+        finding = examined(environments(""), tmp_path, replace(L4, driver=11080))["tensorrt"]
+        assert (finding.status, finding.fix) == ("error", "update the NVIDIA driver to one for CUDA 12 or later")
+
+    def test_two_tensorrts_are_removed_with_all_that_they_brought(
+        self, environments: Environments, tmp_path: Path, stand_ins: Path
+    ) -> None:
+        for name in ("tensorrt-cu12", "tensorrt-cu13"):
+            stand_in(stand_ins, name, "10.16")
+        assert examined(environments(""), tmp_path)["tensorrt"].fix == (
+            "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings "
+            "tensorrt-cu13 tensorrt-cu13-libs tensorrt-cu13-bindings && pip install tensorrt-cu12"
+        )
+
+
+@pytest.mark.parametrize(("installed", "detail"), [("10.16", "libraries are not found"), ("11.4", "but 11.4 is")])
+def test_the_tensorrt_that_onnxruntime_needs(
+    environments: Environments, tmp_path: Path, stand_ins: Path, installed: str, detail: str
+) -> None:
+    stand_in(stand_ins, "tensorrt-cu13", installed, code="")
+    (stand_ins / "tensorrt.py").write_text(f"__version__ = '{installed}'")
+    (stand_ins / "sitecustomize.py").write_text(
+        "import onnxruntime; onnxruntime.get_available_providers = lambda: ['TensorrtExecutionProvider']"
+    )
+    finding = examined(environments("cpu"), tmp_path, BLACKWELL)["provider tensorrt"]
+    fix = 'pip install "smlp-deploy[gpu]"' if installed == "10.16" else 'pip install "tensorrt-cu13>=10.13.2,<11"'
+    assert (finding.status, finding.fix) == ("warning", fix)
+    assert detail in finding.detail
 
 
 @pytest.mark.parametrize(("gpu", "cuda"), [(None, "warning"), (L4, "error")])
@@ -214,7 +372,8 @@ def test_providers_that_are_listed_but_not_given(
     assert findings["provider tensorrt"].status == "warning"
     if gpu:
         assert findings["provider tensorrt"].detail.endswith("it needs TensorRT 10, but none is installed")
-        assert findings["provider tensorrt"].fix == 'pip install "tensorrt>=10.12,<11"'
+        assert findings["provider tensorrt"].fix == 'pip install "tensorrt-cu12>=10.12,<11"'
+        assert findings["provider cuda"].fix == 'pip install "smlp-deploy[gpu-cu12]"'
 
 
 class TestFolders:

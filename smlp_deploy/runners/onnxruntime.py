@@ -6,29 +6,44 @@ graph is therefore emulated: computed in fp32, with every value that is bf16 in 
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import logging
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
+from platformdirs import user_cache_path
 
+from smlp_deploy.dependencies import PROVIDER_TENSORRT, TENSORRT_DISTRIBUTIONS, find_gpu, installed_version
 from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
-from smlp_deploy.graphs.file import Graph
+from smlp_deploy.graphs.file import INPUT_NAME, Graph
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches
 
+logger = logging.getLogger(__name__)
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+
+Options = dict[str, Any]
 
 _ERRORS_ONLY = 3
 
 
 class OnnxRuntimeRunner(Closing):
     """Runs a graph that `smlp export` made.
+
+    With TensorRT, a session for a graph of any batch size begins with the first batch, whose size decides for which
+    sizes the engine is built; a larger batch later begins another. Engines are kept in the user's cache directory.
 
     Args:
         graph: what to run.
@@ -40,20 +55,44 @@ class OnnxRuntimeRunner(Closing):
     """
 
     def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
-        wanted = _available(provider)
-        session, emulated = _session(self._content(graph), graph.path, wanted)
-        # A listed provider may not start: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
-        if session.get_providers()[0] != wanted:
-            raise MissingDependencyError(
-                f"{wanted} does not start here, only {session.get_providers()[0]}",
-                fix="check the NVIDIA driver and CUDA libraries, or use --provider cpu",
-            )
-        device = f"{provider.upper()}, bf16 emulated" if emulated else provider.upper()
-        self.name = f"onnxruntime ({device}) {graph.path.name}"
+        self._provider = _available(provider)
+        _load_libraries(provider)
+        self.name = f"onnxruntime ({provider.upper()}) {graph.path.name}"
         self.metadata = graph.metadata
         self._path, self._structure = graph.path, graph.structure
         self._batch_sizes = {graph.metadata.batch or 1}
-        self._session: onnxruntime.InferenceSession | None = session
+        self._session: onnxruntime.InferenceSession | None = None
+        self._content_of_any_batch = b""
+        self._largest = 0  # batch that the session takes, where it is begun by the first
+        content = self._content(graph)
+        if provider == "tensorrt" and graph.metadata.batch is None:
+            if not _starts(self._provider):
+                raise _does_not_start(self._provider, "a session of one node fails")
+            self._content_of_any_batch = content
+        else:
+            options = tensorrt_options(content) if provider == "tensorrt" else {}
+            self._session = self._begin(content, options)
+
+    def _begin(self, content: bytes, options: Options) -> onnxruntime.InferenceSession:
+        """Create a session."""
+        session, emulated = _session(content, self._path, self._provider, options)
+        # A listed provider may not start: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
+        if session.get_providers()[0] != self._provider:
+            raise _does_not_start(self._provider, f"only {session.get_providers()[0]}")
+        if emulated:
+            self.name = self.name.replace(")", ", bf16 emulated)", 1)
+        return session
+
+    def _session_for(self, batch: int) -> onnxruntime.InferenceSession:
+        if self._content_of_any_batch and batch > self._largest:
+            largest = 1 << (batch - 1).bit_length()  # so that few engines serve all sizes
+            self._session = None  # two do not have to fit on the GPU
+            images = (3, self.metadata.config.image_size, self.metadata.config.image_size)
+            options = tensorrt_options(self._content_of_any_batch, largest=largest, images=images)
+            self._session = self._begin(self._content_of_any_batch, options)
+            self._largest = largest
+        assert self._session is not None, "the runner is closed"
+        return self._session
 
     @classmethod
     def open(cls, path: Path, *, provider: str = "cpu") -> Self:
@@ -80,18 +119,19 @@ class OnnxRuntimeRunner(Closing):
         return self._outputs(batch)[0]
 
     def _outputs(self, batch: FloatArray) -> list[FloatArray]:
-        assert self._session is not None, "the runner is closed"
         if len(batch) not in self._batch_sizes:
             check_sizes(self._structure, self._path, batch=len(batch))
             self._batch_sizes.add(len(batch))
+        session = self._session_for(len(batch))
         try:
-            return cast(list[FloatArray], self._session.run(None, {self._session.get_inputs()[0].name: batch}))
+            return cast(list[FloatArray], session.run(None, {session.get_inputs()[0].name: batch}))
         # onnxruntime's exceptions have no common base class.
         except Exception as error:
             raise ArtifactError(f"ONNX Runtime cannot run it: {_reason(error)}", where=self._path) from None
 
     def close(self) -> None:
         self._session = None
+        self._content_of_any_batch = b""
 
 
 def _available(provider: str) -> str:
@@ -108,23 +148,106 @@ def _available(provider: str) -> str:
     return name
 
 
-def _session(content: bytes, path: Path, provider: str) -> tuple[onnxruntime.InferenceSession, bool]:
+def _load_libraries(provider: str) -> None:
+    """Load what a GPU provider links against: the libraries in NVIDIA's packages are not on the loader's path.
+
+    Raises:
+        MissingDependencyError: the TensorRT that is installed is not the one that the provider needs.
+    """
+    if provider == "cpu":
+        return
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with redirect_stdout(StringIO()) as said:  # it prints what it does not find, and stdout belongs to records
+            preload(directory="")
+        for line in said.getvalue().splitlines():
+            logger.info("%s", line)
+    if provider == "tensorrt" and find_spec("tensorrt") is not None:  # else the loader may find the system's
+        _load_tensorrt()
+
+
+def _load_tensorrt() -> None:
+    try:
+        version = str(importlib.import_module("tensorrt").__version__)
+    # Its libraries are loaded by its import: one that is missing is an OSError or a RuntimeError.
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependencyError(
+            f"tensorrt cannot be imported: {_reason(error)}", fix="smlp doctor names what is missing"
+        ) from None
+    if version.split(".")[0] != str(PROVIDER_TENSORRT):
+        raise MissingDependencyError(
+            f"ONNX Runtime's TensorRT provider needs TensorRT {PROVIDER_TENSORRT}, but {version} is installed",
+            fix="smlp doctor says how to install it",
+        )
+
+
+def tensorrt_options(content: bytes, *, largest: int = 0, images: tuple[int, ...] = ()) -> Options:
+    """Options of ONNX Runtime's TensorRT provider: its engine is kept, and built once for a range of batch sizes.
+
+    ONNX Runtime finds an engine by names in the graph, whatever its weights, and TensorRT's versions cannot load each
+    other's. So each file, version and GPU has a folder of its own.
+
+    Args:
+        content: the graph.
+        largest: batch size that it is built for, and fastest at; 0 if the graph's is fixed.
+        images: shape of an image; C, H, W.
+    """
+    options: Options = {}
+    if largest:
+        sizes = {"min": 1, "opt": largest, "max": largest}
+        shapes = {name: "x".join(map(str, (batch, *images))) for name, batch in sizes.items()}
+        options = {f"trt_profile_{name}_shapes": f"{INPUT_NAME}:{shape}" for name, shape in shapes.items()}
+    tensorrt = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS["tensorrt"])), "of the system")
+    gpu = find_gpu()
+    machine = f"{gpu.name} {gpu.driver}" if gpu else "no GPU"
+    folder = f"onnxruntime {onnxruntime.__version__} tensorrt {tensorrt} {machine}"
+    kept = user_cache_path("smlp-deploy") / "runtime" / "".join(c if c.isalnum() else "-" for c in folder)
+    engines = kept / f"{hashlib.sha256(content).hexdigest()[:32]}-{largest}"
+    try:
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # results stay correct; only the next start is slower
+        logger.warning("engines are not kept: %s", error)
+        return options
+    return options | {
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(kept),
+    }
+
+
+def _does_not_start(provider: str, reason: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{provider} does not start here, {reason}",
+        fix="check the NVIDIA driver and CUDA libraries with smlp doctor, or use --provider cpu",
+    )
+
+
+def _session(content: bytes, path: Path, provider: str, options: Options) -> tuple[onnxruntime.InferenceSession, bool]:
     """A session for checked bytes, and whether it emulates bf16."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    # Otherwise bytes valid as both ONNX and ONNX Runtime's own format are loaded as the latter, which was not checked.
-    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         try:
-            return onnxruntime.InferenceSession(content, options, providers=[provider]), False
+            return _create(content, provider, options), False
         except KernelMissing:
-            emulated = emulate_bf16(ModelProto.FromString(content)).SerializeToString()
-            return onnxruntime.InferenceSession(emulated, options, providers=[provider]), True
+            return _create(emulate_bf16(ModelProto.FromString(content)).SerializeToString(), provider, options), True
     # onnxruntime's exceptions have no common base class.
     except Exception as error:
+        if provider != PROVIDERS["cpu"] and not _starts(provider):
+            raise _does_not_start(provider, _reason(error)) from None
         raise ArtifactError(
             f"ONNX Runtime cannot load it: {_reason(error)}", where=path, fix="export it again"
         ) from None
+
+
+def _create(content: bytes, provider: str, options: Options) -> onnxruntime.InferenceSession:
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = _ERRORS_ONLY
+    # Otherwise bytes valid as both ONNX and ONNX Runtime's own format are loaded as the latter, which was not checked.
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
+    if provider == PROVIDERS["cpu"]:
+        return onnxruntime.InferenceSession(content, settings, providers=[provider])
+    # Otherwise a session that fails, now or in any run, prints so and goes on with another provider.
+    return onnxruntime.InferenceSession(content, settings, providers=[(provider, options)], enable_fallback=0)
 
 
 def _reason(error: Exception) -> str:
@@ -134,7 +257,15 @@ def _reason(error: Exception) -> str:
 def working_providers() -> dict[str, bool]:
     """For each provider that ONNX Runtime lists and `OnnxRuntimeRunner` knows: whether a session really uses it."""
     listed = onnxruntime.get_available_providers()
-    return {name: _starts(provider) for name, provider in PROVIDERS.items() if provider in listed}
+    return {name: _works(name) for name, provider in PROVIDERS.items() if provider in listed}
+
+
+def _works(name: str) -> bool:
+    try:
+        _load_libraries(name)
+    except MissingDependencyError:
+        return False
+    return _starts(PROVIDERS[name])
 
 
 def _starts(provider: str) -> bool:
@@ -143,10 +274,8 @@ def _starts(provider: str) -> bool:
     graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "smallest", value[:1], value[1:])
     # Old versions, which every supported ONNX Runtime reads.
     model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 13)])
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        session = _create(model.SerializeToString(), provider, {})
         session.run(None, {"x": np.ones(1, np.float32)})
     # onnxruntime's exceptions have no common base class.
     except Exception:

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners import onnxruntime as module
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 from tests.support.fakes import Exported
@@ -59,8 +65,8 @@ def test_a_provider_that_falls_back_is_an_error(digits_export: Export, monkeypat
     # What onnxruntime-gpu does without a GPU: it lists CUDA, and gives a session on the CPU.
     real = onnxruntime.InferenceSession
 
-    def falls_back(source: Path, options: onnxruntime.SessionOptions, providers: list[str]) -> object:
-        return real(source, options, providers=["CPUExecutionProvider"])
+    def falls_back(source: Path, options: onnxruntime.SessionOptions, providers: list[str], **settings: int) -> object:
+        return real(source, options, providers=["CPUExecutionProvider"], **settings)
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
     monkeypatch.setattr(onnxruntime, "InferenceSession", falls_back)
@@ -78,3 +84,213 @@ def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such file"):
         OnnxRuntimeRunner.open(tmp_path / "absent.onnx")
+
+
+class DeadGpu:
+    """The session in ONNX Runtime's own language, on a GPU that fails in every run."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, *arguments: Any) -> None:
+        raise EPFail("CUDA failure 700: an illegal memory access was encountered")
+
+
+@dataclass
+class Machine:
+    """An ONNX Runtime with GPU providers; it computes on the CPU.
+
+    Attributes:
+        dies: the GPU fails in every run.
+        driver_too_old: no session can be created on the GPU.
+        sessions: provider and options of each session of the bundled model.
+        events: what happened, in order.
+    """
+
+    dies: bool = False
+    driver_too_old: bool = False
+    sessions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+
+    def preload(self, *, directory: str) -> None:
+        self.events.append(f"preload {directory!r}")
+        sys.stdout.write("Failed to load libcudnn.so.9\n")
+
+    def session(self) -> type:
+        machine = self
+
+        class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+            _sess: Any
+
+            def __init__(self, content: bytes, options: Any, *, providers: list[Any], **settings: Any) -> None:
+                first = providers[0]
+                self._first, given = first if isinstance(first, tuple) else (first, {})
+                machine.events.append(f"session {self._first}")
+                if (
+                    machine.driver_too_old
+                    and self._first != PROVIDERS["cpu"]
+                    and not settings.get("enable_fallback", 1)
+                ):
+                    raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version")
+                super().__init__(content, options, providers=[PROVIDERS["cpu"]], **settings)
+                if len(content) > 10_000:  # not the session of one node
+                    machine.sessions.append((self._first, given))
+                    if machine.dies:
+                        self._sess = DeadGpu(self._sess)
+
+            def get_providers(self) -> list[str]:
+                return [self._first, PROVIDERS["cpu"]]
+
+        return Session
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", machine.session())
+    monkeypatch.setattr(onnxruntime, "preload_dlls", machine.preload, raising=False)
+    monkeypatch.setattr(module, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    return machine
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Installs a package `tensorrt` with this code."""
+
+    def install(code: str) -> None:
+        (tmp_path / "tensorrt.py").write_text(code)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+
+    yield install
+    sys.modules.pop("tensorrt", None)
+
+
+def images(number: int) -> Any:
+    return np.random.default_rng(0).standard_normal((number, 3, 32, 32), dtype=np.float32)
+
+
+class TestGpuProviders:
+    def test_libraries_are_loaded_first_and_what_that_prints_is_not_on_stdout(
+        self, digits_export: Export, machine: Machine, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with OnnxRuntimeRunner.open(digits_export.path, provider="cuda") as runner:
+            assert runner.infer(images(2)).shape == (2, 10)
+        assert machine.events == ["preload ''", "session CUDAExecutionProvider"]
+        assert capsys.readouterr().out == ""
+
+    def test_nothing_is_loaded_for_the_cpu(self, digits_export: Export, machine: Machine) -> None:
+        with OnnxRuntimeRunner.open(digits_export.path):
+            assert machine.events == ["session CPUExecutionProvider"]
+
+    def test_an_onnxruntime_that_cannot_load_libraries_itself(
+        self, digits_export: Export, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(onnxruntime, "preload_dlls")
+        with OnnxRuntimeRunner.open(digits_export.path, provider="cuda") as runner:
+            assert runner.name == "onnxruntime (CUDA) digits-fp32.onnx"
+
+    @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+    def test_a_gpu_that_dies_in_mid_run_is_an_error(
+        self, digits_export: Export, machine: Machine, provider: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine.dies = True
+        with (
+            OnnxRuntimeRunner.open(digits_export.path, provider=provider) as runner,
+            pytest.raises(ArtifactError, match="CUDA failure 700"),
+        ):
+            runner.infer(images(1))
+        assert capsys.readouterr().out == ""
+
+    def test_the_fake_falls_back_as_onnxruntime_does(
+        self, digits_export: Export, machine: Machine, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine.dies = True
+        settings = onnxruntime.SessionOptions()
+        session = onnxruntime.InferenceSession(digits_export.path.read_bytes(), settings, providers=[PROVIDERS["cuda"]])
+        assert session.run(None, {"images": images(1)})[0].shape == (1, 10)
+        assert "EP Error" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+    def test_a_driver_that_is_too_old(
+        self, digits_export: Export, machine: Machine, provider: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        machine.driver_too_old = True
+        with pytest.raises(MissingDependencyError, match=r"ExecutionProvider does not start here, .*smlp doctor"):
+            OnnxRuntimeRunner.open(digits_export.path, provider=provider)
+        assert capsys.readouterr().out == ""
+
+
+class TestTensorRTProvider:
+    def test_tensorrt_is_imported_before_the_session(
+        self, digits_export: Export, machine: Machine, tensorrt: Callable[[str], None], tmp_path: Path
+    ) -> None:
+        tensorrt(f"import pathlib; pathlib.Path({str(tmp_path / 'imported')!r}).touch(); __version__ = '10.16.1.11'")
+        machine.driver_too_old = True
+        with pytest.raises(MissingDependencyError, match="does not start"):
+            OnnxRuntimeRunner.open(digits_export.path, provider="tensorrt")
+        assert (tmp_path / "imported").exists()
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("__version__ = '11.4.0.106'", "needs TensorRT 10, but 11.4.0.106 is installed"),
+            ("raise OSError('libnvinfer.so.10: cannot open')", "cannot be imported: libnvinfer.so.10: cannot open"),
+            ("import no_such_bindings", "cannot be imported: No module named 'no_such_bindings'"),
+        ],
+    )
+    def test_another_tensorrt_is_refused_before_a_session(
+        self, digits_export: Export, machine: Machine, tensorrt: Callable[[str], None], code: str, message: str
+    ) -> None:
+        tensorrt(code)
+        with pytest.raises(MissingDependencyError, match=message):
+            OnnxRuntimeRunner.open(digits_export.path, provider="tensorrt")
+        assert machine.events == ["preload ''"]
+
+    def test_one_engine_serves_all_batches_up_to_a_power_of_two(
+        self, digits_export: Export, machine: Machine, tmp_path: Path
+    ) -> None:
+        with OnnxRuntimeRunner.open(digits_export.path, provider="tensorrt") as runner:
+            assert machine.sessions == []
+            expected = [runner.infer(images(number)) for number in (5, 8, 1, 9, 3)]
+        assert [len(logits) for logits in expected] == [5, 8, 1, 9, 3]
+        (first, options), (_, larger) = machine.sessions
+        assert first == PROVIDERS["tensorrt"]
+        profile = {name: options[f"trt_profile_{name}_shapes"] for name in ("min", "opt", "max")}
+        assert profile == {"min": "images:1x3x32x32", "opt": "images:8x3x32x32", "max": "images:8x3x32x32"}
+        assert larger["trt_profile_max_shapes"] == "images:16x3x32x32"
+        assert options["trt_engine_cache_enable"] is True
+        assert options["trt_timing_cache_enable"] is True
+        engines = Path(options["trt_engine_cache_path"])
+        assert engines.is_dir()
+        assert engines.is_relative_to(tmp_path / "cache" / "smlp-deploy" / "runtime")
+        assert engines.parent == Path(options["trt_timing_cache_path"])
+        assert larger["trt_engine_cache_path"] != options["trt_engine_cache_path"]
+
+    def test_a_fixed_batch_has_no_profile(self, exported: Exported, machine: Machine) -> None:
+        with OnnxRuntimeRunner.open(exported(batch=4).path, provider="tensorrt") as runner:
+            assert runner.infer(images(6)).shape == (6, 10)
+        ((_, options),) = machine.sessions
+        assert not [name for name in options if "profile" in name]
+        assert options["trt_engine_cache_enable"] is True
+
+    def test_engines_of_other_weights_are_not_taken(self, machine: Machine) -> None:
+        folders = {module.tensorrt_options(content)["trt_engine_cache_path"] for content in (b"a", b"b")}
+        assert len(folders) == 2
+
+    def test_a_cache_that_cannot_be_written_is_a_warning(
+        self, machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "cache").write_text("a file")
+        assert module.tensorrt_options(b"a") == {}
+        assert "engines are not kept" in caplog.text
+
+    def test_a_closed_runner_runs_nothing(self, digits_export: Export, machine: Machine) -> None:
+        with OnnxRuntimeRunner.open(digits_export.path, provider="tensorrt") as runner:
+            runner.infer(images(1))
+        with pytest.raises(AssertionError, match="closed"):
+            runner.infer(images(2))
