@@ -91,12 +91,17 @@ class _Package:
 
     def installed(self) -> dict[str, str]:
         """The version of each installed distribution of it."""
-        found = {name: installed_version(name) for name in (self.module.replace("_", "-"), *self.rivals)}
+        found = {name: installed_version(name) for name in (re.sub("[_.]", "-", self.module), *self.rivals)}
         return {name: version for name, version in found.items() if version}
 
     def is_here(self) -> bool:
-        spec = find_spec(self.module)  # has no origin where pip left an empty folder behind
-        return bool(self.installed()) or (spec is not None and spec.origin is not None)
+        if self.installed():
+            return True
+        try:
+            spec = find_spec(self.module)
+        except ModuleNotFoundError:  # its package
+            return False
+        return spec is not None and spec.origin is not None  # no origin: pip left an empty folder behind
 
 
 _QUESTIONS = {"torch": _DEVICES, "tensorrt_rtx": _TARGETS}
@@ -116,7 +121,7 @@ _PACKAGES = (
     _ONNXRUNTIME,
     _TENSORRT,
     _RTX,
-    _Package("polygraphy", "rtx", "to build and run engines"),
+    _Package("cuda.bindings", "rtx", "to run engines"),
 )
 
 

@@ -78,7 +78,7 @@ def names(findings: Findings, status: str) -> set[str]:
 class TestFourEnvironments:
     def test_nothing_but_the_base(self, environments: Environments, tmp_path: Path) -> None:
         findings = examined(environments(""), tmp_path)
-        optional = {"torch", "onnx", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt_rtx", "polygraphy"}
+        optional = {"torch", "onnx", "onnxscript", "ml_dtypes", "onnxruntime", "tensorrt_rtx", "cuda.bindings"}
         assert names(findings, "warning") == optional
         assert not names(findings, "error")
         assert findings["onnxruntime"].fix == 'pip install "smlp-deploy[cpu]"'
@@ -87,7 +87,7 @@ class TestFourEnvironments:
 
     def test_cpu(self, environments: Environments, tmp_path: Path) -> None:
         findings = examined(environments("cpu"), tmp_path)
-        assert names(findings, "warning") == {"torch", "onnxscript", "tensorrt_rtx", "polygraphy"}
+        assert names(findings, "warning") == {"torch", "onnxscript", "tensorrt_rtx", "cuda.bindings"}
         assert not names(findings, "error")
         assert findings["onnxruntime"].detail == f"onnxruntime {distribution('onnxruntime').version}"
         assert [name for name in findings if name.startswith("provider")] == ["provider cpu"]
@@ -118,12 +118,12 @@ class TestPackages:
     ) -> None:
         stand_in(stand_ins, "onnxscript", code="raise OSError('libx.so.1: cannot open shared object file')")
         stand_in(stand_ins, "torch", "2.0", code="import os; os.kill(os.getpid(), 9)")
-        stand_in(stand_ins, "polygraphy")  # its files are gone
+        stand_in(stand_ins, "cuda-bindings")  # its files are gone
         findings = examined(environments(""), tmp_path)
-        assert names(findings, "error") == {"torch", "onnxscript", "polygraphy"}
+        assert names(findings, "error") == {"torch", "onnxscript", "cuda.bindings"}
         assert findings["torch"].detail == "torch 2.0: cannot be imported: it crashed with signal 9"
         assert findings["onnxscript"].detail.endswith("OSError: libx.so.1: cannot open shared object file")
-        assert findings["polygraphy"].fix == "pip install --force-reinstall polygraphy"
+        assert findings["cuda.bindings"].fix == "pip install --force-reinstall cuda-bindings"
 
     def test_a_module_in_the_working_directory_is_not_imported(
         self, environments: Environments, tmp_path: Path, stand_ins: Path
