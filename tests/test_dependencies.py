@@ -156,8 +156,7 @@ class TestLoadingTheCudaRuntime:
 
     def test_the_one_of_this_environment(self) -> None:
         runtime = load_cuda_runtime()
-        assert runtime.major == 12
-        assert Path(runtime.path).name == "libcudart.so.12"
+        assert Path(runtime.path).name == f"libcudart.so.{runtime.major}"
 
     @pytest.mark.parametrize(
         "error",
