@@ -305,6 +305,7 @@ def _libraries(resolved: Resolved) -> Iterator[str]:
         count, lost = not_provided(resolved[extra, where])
         cell = ", ".join(f"{library} ({', '.join(names)})" for library, names in lost.items()) or "nothing"
         yield f"| `{extra}` | {count} | {cell} |\n"
+    yield "\n`libnvinfer` and `libnvonnxparser` are in the source packages of TensorRT, which were not read.\n"
 
 
 if __name__ == "__main__":
