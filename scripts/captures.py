@@ -128,7 +128,12 @@ def main() -> None:
         parts.insert(-len(helps) - 1, "## In a pipe\n")
         for command in PIPED:
             parts.insert(-len(helps) - 1, capture_piped(command, folder))
-        text = "\n".join(parts).replace(str(folder), "~/project").replace(str(Path.home()), "~")
+        text = (
+            "\n".join(parts)
+            .replace(str(folder), "~/project")
+            .replace(sys.prefix, "~/project/.venv")
+            .replace(str(Path.home()), "~")
+        )
     TARGET.write_text(text, encoding="utf-8")
 
 

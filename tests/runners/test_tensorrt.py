@@ -362,37 +362,39 @@ class TestCompiledKernels:
     """TensorRT-RTX compiles kernels where they run."""
 
     @pytest.fixture
-    def cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-        monkeypatch.setattr(tensorrt, "user_cache_path", lambda _: tmp_path / "cache")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensorrt, "find_gpu", lambda: L4)
-            return runtime_cache_path(card_of(engine_in(tmp_path)))
+    def cache(self, engine: Path, tmp_path: Path) -> Path:
+        """The file of the engine, in the directory `tmp_path / "cache"`."""
+        with gpu(cache=tmp_path / "cache"):
+            return runtime_cache_path(card_of(engine))
 
     @pytest.mark.parametrize("version", VERSIONS)
     def test_they_are_kept(self, version: str, engine: Path, cache: Path) -> None:
-        with gpu(version), load(engine, version) as runner:
+        with gpu(version, cache=cache.parents[1]), load(engine, version) as runner:
             runner.infer(batch_of(4))
         assert cache.exists() == version.startswith("tensorrt_rtx")
         if cache.exists():
             assert cache.read_bytes() == b"kernels"
 
     def test_those_of_an_engine_that_is_used_once_are_not(self, engine: Path, cache: Path) -> None:
-        with gpu(), TracingTensorRTRunner.load(engine.read_bytes(), engine, read_manifest(engine)) as runner:
+        with (
+            gpu(cache=cache.parents[1]),
+            TracingTensorRTRunner.load(engine.read_bytes(), engine, read_manifest(engine)) as runner,
+        ):
             runner.infer(batch_of(4))
         assert not cache.exists()
 
     def test_those_of_another_environment_are_replaced(self, engine: Path, cache: Path) -> None:
         cache.parent.mkdir(parents=True)
         cache.write_bytes(b"of an older driver")
-        with gpu(fail="deserialize"), load(engine) as runner:
+        with gpu(fail="deserialize", cache=cache.parents[1]), load(engine) as runner:
             runner.infer(batch_of(4))
         assert cache.read_bytes() == b"kernels"
 
     def test_a_cache_that_cannot_be_written_is_a_warning(
         self, engine: Path, cache: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        cache.parent.parent.write_text("in the way") if not cache.parent.parent.exists() else None
-        with gpu(), load(engine) as runner:
+        cache.parents[1].write_text("in the way")
+        with gpu(cache=cache.parents[1]), load(engine) as runner:
             runner.infer(batch_of(4))
         assert "compiled kernels were not cached: cannot write" in caplog.text
 

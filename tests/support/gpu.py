@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pytest
@@ -21,16 +23,21 @@ L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
 @contextmanager
 def gpu(
-    version: str = "tensorrt_rtx-1.7", *, schedule: Literal["late", "eager"] = "late", **options: Any
+    version: str = "tensorrt_rtx-1.7",
+    *,
+    schedule: Literal["late", "eager"] = "late",
+    cache: Path | None = None,
+    **options: Any,
 ) -> Iterator[CudaBench]:
     """An L4 whose engines are ONNX files; leaving it fails the test if the program did something wrong.
 
     Args:
         version: of the binding.
         schedule: when the GPU does what it is told.
+        cache: the user's cache directory; by default one that is removed.
         options: of `CudaTensorRT`.
     """
-    with pytest.MonkeyPatch.context() as patch, CudaBench(schedule) as bench:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, CudaBench(schedule) as bench:
 
         def binding(manifest: EngineManifest) -> CudaTensorRT:
             profile = manifest.profile
@@ -41,4 +48,5 @@ def gpu(
             vars(sys.modules[name])["__spec__"] = ModuleSpec(name, None)
         patch.setattr(tensorrt, "_binding", binding)
         patch.setattr(tensorrt, "find_gpu", lambda: L4)
+        patch.setattr(tensorrt, "user_cache_path", lambda _: cache or Path(folder))
         yield bench
