@@ -216,8 +216,9 @@ HARDWARE = """## GPUs
 | Jetson, JetPack 6 | not from pip | no: its TensorRT, 10.3, is older than 10.12 | no |
 | older than sm75: V100, P100 | not supported | not supported | no |
 
-- The architectures of TensorRT-RTX are those that its binding names; it also names sm121. The other columns follow the
-  documents of NVIDIA and ONNX Runtime. What has run on a GPU is in [TensorRT engines](engines.md#not-tested-on-a-gpu).
+- The architectures of TensorRT-RTX are those that its binding names; it also names sm121. The other columns were
+  not checked against the libraries. Nothing in this table has run on a GPU here
+  ([TensorRT engines](engines.md#not-tested-on-a-gpu)).
 - ONNX Runtime's TensorRT provider is linked against TensorRT 10, so `gpu` and `gpu-cu12` stay below 11. `tensorrt`
   installs TensorRT 11 without ONNX Runtime; add `cpu`. TensorRT 11 has no JetPack.
 - CUDA 13 needs a driver of the 580 series or later. For older ones there are `gpu-cu12` and `rtx`, for CUDA 12.
