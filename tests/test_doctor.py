@@ -93,11 +93,12 @@ class TestFourEnvironments:
         assert [name for name in findings if name.startswith("provider")] == ["provider cpu"]
 
     def test_cpu_and_rtx(self, environments: Environments, tmp_path: Path) -> None:
-        findings = examined(environments("cpu,rtx"), tmp_path, L4)
+        # cuda-bindings is for CUDA 12 or 13, whichever goes with the installed PyTorch.
+        findings = examined(environments("cpu,rtx"), tmp_path, replace(L4, driver=13020))
         assert names(findings, "warning") == {"torch", "onnxscript", "tensorrt"}
         assert not names(findings, "error")
         assert findings["tensorrt_rtx"].detail == f"tensorrt-rtx-cu12 {distribution('tensorrt-rtx-cu12').version}"
-        assert findings["gpu"].detail == "NVIDIA L4, compute capability sm89, driver for CUDA 12.8"
+        assert findings["gpu"].detail == "NVIDIA L4, compute capability sm89, driver for CUDA 13.2"
 
     @pytest.mark.parametrize(("gpu", "keep"), [(None, "onnxruntime"), (L4, "onnxruntime-gpu")])
     def test_both_onnxruntimes(
