@@ -229,6 +229,16 @@ class TensorRTLog:
             self._kept = None
 
 
+def start_tensorrt(trt: Any, name: str) -> Any:
+    """The binding's "Builder" or "Runtime", either of which starts CUDA; None if the driver is missing or too old."""
+    try:
+        return getattr(trt, name)(tensorrt_log(trt).handle)
+    except TypeError as error:
+        if "nullptr" not in str(error):
+            raise
+        return None
+
+
 @cache
 def tensorrt_log(trt: Any) -> TensorRTLog:
     """The log of a binding; one for the whole process, because TensorRT keeps the first that it is given."""

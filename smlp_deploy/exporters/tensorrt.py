@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu, tensorrt_log
+from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu, start_tensorrt, tensorrt_log
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
@@ -217,12 +217,7 @@ class TensorRT:
         Raises:
             BuildError: there is none, or it is older than TensorRT's CUDA.
         """
-        try:
-            created = getattr(self._trt, name)(self._log.handle)
-        except TypeError as error:
-            if "nullptr" not in str(error):
-                raise
-            created = None
+        created = start_tensorrt(self._trt, name)
         if created is None:
             raise BuildError(
                 f"cannot create TensorRT's {name}: the NVIDIA driver is missing or too old for it",

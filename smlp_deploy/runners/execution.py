@@ -134,7 +134,7 @@ class Execution:
         try:
             self._start(slot, images)
         except BaseException:
-            self._cuda.call("cudaStreamSynchronize", self._upload)
+            self._settle()  # what was enqueued may still use the slot
             self._free.append(slot)
             raise
         self._under_way.append(slot)
@@ -159,12 +159,16 @@ class Execution:
 
     def close(self) -> None:
         """Wait for what is under way, and release all memory."""
-        for stream in (self._upload, self._compute):
-            self._cuda.release("cudaStreamSynchronize", stream)
+        self._settle()
         while self._sizes:
             self._discard(self._sizes.popitem()[1])
         self._make_context = lambda: None  # which holds the engine
         self._cuda.close()
+
+    def _settle(self) -> None:
+        """Wait for all that was enqueued, unless the GPU cannot go on."""
+        for stream in (self._upload, self._compute):
+            self._cuda.release("cudaStreamSynchronize", stream)
 
     def _slot(self, largest: int) -> _Slot:
         cuda = self._cuda

@@ -27,6 +27,7 @@ from smlp_deploy.dependencies import (
     find_gpu,
     installed_version,
     require,
+    start_tensorrt,
     tensorrt_log,
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
@@ -251,13 +252,7 @@ def _execution(
 ) -> Execution:
     """The engine with the bytes `plan` on the GPU, until `stack` is closed; captured as graphs if kernels are kept."""
     trt = _binding(manifest)
-    log = tensorrt_log(trt)
-    try:
-        runtime = trt.Runtime(log.handle)
-    except TypeError as error:
-        if "nullptr" not in str(error):
-            raise
-        runtime = None
+    runtime = start_tensorrt(trt, "Runtime")
     if runtime is None:
         raise ArtifactError(
             f"{manifest.backend} does not start: the NVIDIA driver is missing or too old for it",
@@ -268,7 +263,7 @@ def _execution(
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        logger.info("%s: %s", path, log.last_error())
+        logger.info("%s: %s", path, tensorrt_log(trt).last_error())
         built_for = ", ".join(manifest.architectures) or "the GPU of its builder"
         raise ArtifactError(
             f"{manifest.backend} {manifest.version} cannot load it on this GPU",
