@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 MANIFEST_SCHEMA = 2
 """Of an engine's manifest; in schema 1, `backend` had another name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+INPUTS = ("float32", "uint8")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_NUMBER = 1 << 20
 """The largest number in a configuration, far above that of any real network."""
@@ -237,6 +238,8 @@ class ModelMetadata:
         preprocessing: how an image becomes the input.
         precision: of the graph's arithmetic.
         batch: the only batch size it accepts, or None for any.
+        input: what it takes: "float32", normalized images N, 3, S, S, or "uint8", pixels N, S, S, 3, which the graph
+            normalizes itself; S is the image size.
         variant: the paper's variant with this configuration, if any.
         checkpoint: file name of the source weights.
         checkpoint_sha256: of that file.
@@ -254,6 +257,7 @@ class ModelMetadata:
     preprocessing: Preprocessing
     precision: Text = "fp32"
     batch: int | None = None
+    input: Text = "float32"
     variant: Text | None = None
     checkpoint: Text = ""
     checkpoint_sha256: Text = ""
@@ -276,6 +280,14 @@ class ModelMetadata:
             raise ConfigError(f"precision {self.precision!r} is unknown", fix=f"one of {', '.join(PRECISIONS)}")
         if self.batch is not None and (type(self.batch) is not int or not 1 <= self.batch <= MAX_BATCH):
             raise ConfigError(f"batch {self.batch} is not a positive integer up to {MAX_BATCH}")
+        if self.input not in INPUTS:
+            raise ConfigError(f"input {self.input!r} is unknown", fix=f"one of {', '.join(INPUTS)}")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of one image at the input."""
+        size = self.config.image_size
+        return (3, size, size) if self.input == "float32" else (size, size, 3)
 
     def to_json(self) -> str:
         return _dump({"schema": SCHEMA_VERSION, **asdict(self)})

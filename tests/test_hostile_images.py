@@ -74,7 +74,7 @@ def classifier(digits_export: Export) -> Iterator[Classifier]:
 
 def loaded(path: Path) -> Pixels:
     """The RGB pixels that the network sees of a 28 x 28 image: height x width x 3."""
-    return np.rint(load_image(path, AS_IS) * 255).astype(np.uint8).transpose(1, 2, 0)
+    return load_image(path, AS_IS, np.empty((AS_IS.image_size, AS_IS.image_size, 3), np.uint8))
 
 
 def reason(path: Path) -> str:

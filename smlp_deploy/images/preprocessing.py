@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -49,15 +50,15 @@ _TURNS: dict[int, tuple[Image.Transpose | None, bool, bool, bool]] = {
 }
 
 
-def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """The network's input for one image file: float32, 3 x image_size x image_size.
+def load_image(path: Path, preprocessing: Preprocessing, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The network's input for one image file; see `prepare`. After an error, `out` may have any values.
 
     Raises:
         ImageError: the file cannot be read as an image; the message is a one-line reason.
     """
     try:
         with open_image(path) as image:
-            return prepare(image, preprocessing)
+            return prepare(image, preprocessing, out)
     except ImageError:
         raise
     # Pillow's decoders raise almost anything on damaged files; only this one image is affected.
@@ -65,16 +66,43 @@ def load_image(path: Path, preprocessing: Preprocessing) -> NDArray[np.float32]:
         raise ImageError(reason_of(error)) from None
 
 
-def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """The network's input for an image: float32, 3 x image_size x image_size.
+def prepare(image: Image.Image, preprocessing: Preprocessing, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The network's input for an image.
+
+    Args:
+        image: of any mode.
+        preprocessing: how to prepare it.
+        out: where to write it: float32, 3 x image_size x image_size, for normalized values (a new array by default), or
+            uint8, image_size x image_size x 3, for pixels.
+
+    Returns:
+        `out`.
 
     Raises:
         ImageError: the pixels cannot be converted to RGB; see `to_rgb`.
     """
-    crop = resize_and_crop(image, preprocessing)
-    scaled = np.asarray(crop, dtype=np.float32) / np.float32(255)
-    normalised = (scaled - np.array(preprocessing.mean, np.float32)) / np.array(preprocessing.std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    pixels = np.asarray(resize_and_crop(image, preprocessing))
+    if out is None:
+        out = np.empty((3, *pixels.shape[:2]), np.float32)
+    if out.dtype == np.uint8:
+        np.copyto(out, pixels)
+    else:
+        normalize(pixels, preprocessing, out)
+    return out
+
+
+def normalize(pixels: NDArray[np.uint8], preprocessing: Preprocessing, out: NDArray[np.float32]) -> None:
+    """Write `(pixels / 255 - mean) / std`, computed in float32, to `out`.
+
+    Args:
+        pixels: ..., H, W, 3.
+        preprocessing: with the mean and the standard deviation.
+        out: ..., 3, H, W.
+    """
+    scaled = np.divide(pixels, np.float32(255), dtype=np.float32)
+    scaled -= np.array(preprocessing.mean, np.float32)
+    scaled /= np.array(preprocessing.std, np.float32)
+    np.copyto(out, np.moveaxis(scaled, -1, -3))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
