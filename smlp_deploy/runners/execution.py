@@ -128,11 +128,14 @@ class Execution:
         self._pinned.append(memory)
         return memory
 
-    def submit(self, images: NDArray[Any]) -> None:
+    def submit(self, images: NDArray[Any], *, reuse: bool = False) -> None:
         """Start a batch; at most `SLOTS` may be under way.
 
         Args:
             images: N images, of the shape and type of the engine's input; copied before this returns.
+            reuse: run a batch that is up to a quarter smaller than an earlier one at the size of that, with old images
+                in the other rows: an unreadable image makes a batch smaller, and a size of its own takes a context and
+                a graph.
 
         Raises:
             ArtifactError: TensorRT cannot run it.
@@ -140,7 +143,7 @@ class Execution:
         """
         slot = self._free.popleft()
         try:
-            self._start(slot, images)
+            self._start(slot, images, self._size_for(len(images)) if reuse else len(images))
         except BaseException:
             self._settle()  # what was enqueued may still use the slot
             self._free.append(slot)
@@ -187,10 +190,14 @@ class Execution:
             done=cuda.event(),
         )
 
-    def _start(self, slot: _Slot, images: NDArray[Any]) -> None:
+    def _size_for(self, batch: int) -> int:
+        """The smallest size with a context that may run a batch, or the batch's own."""
+        return min((size for size in self._sizes if 0.75 * size <= batch <= size), default=batch)
+
+    def _start(self, slot: _Slot, images: NDArray[Any], batch: int) -> None:
         cuda, compute, count = self._cuda, self._compute, len(images)
         nbytes = self._input.bytes_of(count)
-        size = self._size(count)
+        size = self._size(batch)
         source, is_given = self._source(slot, images)
         cuda.copy(slot.staging, source, nbytes, "HostToDevice", self._upload)
         cuda.call("cudaEventRecord", slot.uploaded, self._upload)

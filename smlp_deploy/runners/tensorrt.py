@@ -126,8 +126,7 @@ class TensorRTRunner(Closing):
         return self._opened.allocate(images)
 
     def submit(self, batch: NDArray[Any]) -> None:
-        self._opened.submit(padded(batch, self._profile.min))
-        self._submitted.append(len(batch))
+        self._submit(batch, reuse=True)
 
     def collect(self) -> FloatArray:
         logits: FloatArray = self._opened.collect()[_OUTPUT]
@@ -145,8 +144,12 @@ class TensorRTRunner(Closing):
         return self._execution
 
     def _run(self, batch: NDArray[Any]) -> FloatArray:
-        self.submit(batch)
+        self._submit(batch, reuse=False)
         return self.collect()
+
+    def _submit(self, batch: NDArray[Any], *, reuse: bool) -> None:
+        self._opened.submit(padded(batch, self._profile.min), reuse=reuse)
+        self._submitted.append(len(batch))
 
     def close(self) -> None:
         self._execution = None
