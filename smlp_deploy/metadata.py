@@ -163,15 +163,15 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
-    """The batch sizes an engine accepts: any from `min` to `max`, fastest at `opt`.
+    """The batch sizes an engine accepts: any from `min` to `max`, fastest at `opt`, which is the one it is used with.
 
     Raises:
         ConfigError: not 1 <= min <= opt <= max <= 65,536.
     """
 
     min: int = 1
-    opt: int = 8
-    max: int = 32
+    opt: int = 64
+    max: int = 64
 
     def __post_init__(self) -> None:
         if not all(type(n) is int for n in (self.min, self.opt, self.max)) or self.max > MAX_BATCH:

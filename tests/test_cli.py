@@ -275,7 +275,7 @@ class TestBuildEngine:
         ("arguments", "message"),
         [
             (["--fp16", "--bf16"], "bf16 and fp16 contradict each other"),
-            (["--min-batch", "9", "--opt-batch", "8"], "batch profile 9, 8, 32 is not in order"),
+            (["--min-batch", "9", "--opt-batch", "8"], "batch profile 9, 8, 64 is not in order"),
             (["--gpu-arch", "sm75,sm89"], "build sm75 by itself"),
             (["--batch", "4", "--max-batch", "8"], "--batch contradicts --max-batch"),
             (["--hardware-compatible"], "tensorrt-rtx builds for the architectures of --gpu-arch"),

@@ -109,17 +109,24 @@ def _build(
     how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
     ran = "run here and compared with its ONNX file" if result.parity else "not run here"
     say(f"{how or f'built by {backend} for this GPU'}; {ran}")
+    say(f"batches of {_range(options.profile)}; smlp predict uses {options.profile.opt}")
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
+
+
+def _range(profile: BatchProfile) -> str:
+    return str(profile.max) if profile.min == profile.max else f"{profile.min} to {profile.max}"
 
 
 def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
     """The batch profile that the options give."""
     sizes = {name: size for name, size in given.items() if size is not None}
-    if batch is None:
-        return BatchProfile(**sizes)
-    if sizes:
-        raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
-    return BatchProfile.fixed(batch)
+    if batch is not None:
+        if sizes:
+            raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
+        return BatchProfile.fixed(batch)
+    default = BatchProfile()
+    opt = sizes.get("opt", min(default.opt, sizes.get("max", default.max)))
+    return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
 
 
 def _architectures(given: str | None, backend: str) -> tuple[str, ...]:

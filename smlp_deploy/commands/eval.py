@@ -10,7 +10,7 @@ def evaluate(
     dataset: o.DatasetArgument,
     model: o.ModelsOption = None,
     mapping: o.MappingOption = None,
-    batch_size: o.BatchSizeOption = 32,
+    batch_size: o.BatchSizeOption = None,
     workers: o.WorkersOption = None,
     min_top1: o.MinAccuracyOption = None,
     output: o.ReportOutputOption = None,

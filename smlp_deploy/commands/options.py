@@ -290,10 +290,11 @@ MinBatchOption = Annotated[
     int | None, typer.Option(min=1, help="Smallest batch size. Default: 1.", rich_help_panel=BATCH_PANEL)
 ]
 OptBatchOption = Annotated[
-    int | None, typer.Option(min=1, help="Size to optimize for. Default: 8.", rich_help_panel=BATCH_PANEL)
+    int | None,
+    typer.Option(min=1, help="Size to optimize for and predict with. Default: 64.", rich_help_panel=BATCH_PANEL),
 ]
 MaxBatchOption = Annotated[
-    int | None, typer.Option(min=1, help="Largest batch size. Default: 32.", rich_help_panel=BATCH_PANEL)
+    int | None, typer.Option(min=1, help="Largest batch size. Default: 64.", rich_help_panel=BATCH_PANEL)
 ]
 ExactBatchOption = Annotated[int | None, typer.Option(min=1, help="Fixed batch size.", rich_help_panel=BATCH_PANEL)]
 EngineTargetOption = Annotated[
@@ -349,7 +350,10 @@ ProviderOption = Annotated[
     Provider | None,
     typer.Option(help="Where ONNX Runtime runs ONNX files; never falls back. Default: cpu."),
 ]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images per batch. Default: what an engine is optimized for, 64 on a GPU, else 32."),
+]
 TopkOption = Annotated[int | None, typer.Option(min=1, help="Classes per image. Default: 5, or all if fewer.")]
 RecordFormatOption = Annotated[
     RecordFormat | None, typer.Option("--format", help="Default: from the output file's suffix, else table.")

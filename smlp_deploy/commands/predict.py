@@ -24,7 +24,7 @@ def predict(
     inputs: o.ImagesArgument,
     model: o.ModelOption = None,
     provider: o.ProviderOption = None,
-    batch_size: o.BatchSizeOption = 32,
+    batch_size: o.BatchSizeOption = None,
     topk: o.TopkOption = None,
     format_: o.RecordFormatOption = None,
     output: o.RecordsOutputOption = None,
@@ -52,7 +52,7 @@ def predict(
     path = default_model(model, provider)
     first: list[Prediction] = []
     with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
-        topk = classifier.resolve_topk(topk)
+        topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
 
         def identity() -> RunIdentity:
             return RunIdentity.of(
@@ -61,17 +61,17 @@ def predict(
                 provider=(provider or o.Provider.cpu).value,
                 kind=kind.value,
                 topk=topk,
-                batch_size=batch_size,
+                batch_size=size,
             )
 
         with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
             sink.skip(images)
-            predictions = classifier.classify(stop.before(images), batch_size=batch_size, topk=topk, workers=workers)
+            predictions = classifier.classify(stop.before(images), batch_size=size, topk=topk, workers=workers)
             if html is not None:
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
             with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
-                done, failed = write_records(predictions, sink, stop, batch_size=batch_size, advance=advance)
+                done, failed = write_records(predictions, sink, stop, batch_size=size, advance=advance)
         if html is not None:
             write_page(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))

@@ -28,7 +28,7 @@ from smlp_deploy.inference.stream import infer_each
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import DEFAULT_BATCH_SIZE, Runner
+from smlp_deploy.runners.base import Runner, batch_size_of
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def evaluate(
     runners: Sequence[Runner],
     samples: Sequence[LabelledImage],
     *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     kept: Kept | None = None,
@@ -229,7 +229,7 @@ def evaluate(
     Args:
         runners: models with the same labels and preprocessing.
         samples: labelled images.
-        batch_size: images per run of a network.
+        batch_size: images per run of a network; by default what the first model is fastest with.
         workers: decoding threads; by default one per core.
         progress: called after each batch with the number of images done and in total.
         kept: has the records of the first samples, which are not run again, and stores the others.
@@ -240,6 +240,7 @@ def evaluate(
         StoppedError: a signal arrived.
     """
     _check(runners, samples, batch_size, workers)
+    batch_size = batch_size or batch_size_of(runners[0])
     records = list(kept.read()) if kept is not None else []
     remaining = samples[len(records) :]
     for batch in _measured(runners, remaining, batch_size=batch_size, workers=workers or available_cores()):
@@ -264,7 +265,7 @@ def evaluate_dataset(
     dataset: Path,
     *,
     mapping: Mapping[str, str] | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     workers: int | None = None,
     output: Path | None = None,
     resume: bool = False,
@@ -276,7 +277,7 @@ def evaluate_dataset(
         models: artifacts and checkpoints with the same labels and preprocessing.
         dataset: a folder with one subfolder per class, or a CSV file; see `find_labelled_images`.
         mapping: the dataset's name of a class -> its label.
-        batch_size: images per run of a network.
+        batch_size: images per run of a network; by default what the first model is fastest with.
         workers: decoding threads; by default one per core.
         output: the JSON report; until it is complete each image's answers are stored beside it, and Ctrl-C and SIGTERM
             stop after a whole batch. None to write nothing.
@@ -296,6 +297,7 @@ def evaluate_dataset(
         samples = find_labelled_images(dataset, metadata.labels, synsets=synsets, mapping=mapping)
         stop, kept = None, None
         if output is not None:
+            batch_size = batch_size or batch_size_of(runners[0])
             identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size)
             stop = stack.enter_context(put_off(again=True))
             kept = stack.enter_context(RecordFile[ImageRecord].open(output, identity, resume=resume))
@@ -358,10 +360,12 @@ def _answer(logits: NDArray[np.float64], label: int) -> Answer:
     )
 
 
-def _check(runners: Sequence[Runner], samples: Sequence[LabelledImage], batch_size: int, workers: int | None) -> None:
+def _check(
+    runners: Sequence[Runner], samples: Sequence[LabelledImage], batch_size: int | None, workers: int | None
+) -> None:
     if not runners or not samples:
         raise UsageError("there is nothing to evaluate", fix="give at least one model and one image")
-    if batch_size < 1 or (workers is not None and workers < 1):
+    if any(number is not None and number < 1 for number in (batch_size, workers)):
         raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
     first = runners[0]
     for other in runners[1:]:

@@ -14,10 +14,9 @@ import numpy as np
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
-from smlp_deploy.inference.stream import Outcome, allocator_of, in_background, infer_stream
-from smlp_deploy.metadata import MAX_BATCH
+from smlp_deploy.inference.stream import Outcome, allocator_of, infer_stream
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner, batch_size_of
+from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
 
 DEFAULT_TOPK = 5
 
@@ -85,8 +84,7 @@ class Classifier:
         """One prediction per path, in the order of the paths.
 
         Worker threads decode up to two batches ahead of the network, or two images each if that is more, and `paths` is
-        read no further, so memory is bounded for any number of paths. The network runs in a thread of its own. The
-        iterator ends when the classifier is closed.
+        read no further, so memory is bounded for any number of paths. The iterator ends when the classifier is closed.
 
         Args:
             paths: image files.
@@ -98,17 +96,28 @@ class Classifier:
         Raises:
             UsageError: a number is out of range.
         """
-        topk = self.resolve_topk(topk)
-        if (batch_size is not None and batch_size < 1) or (workers is not None and workers < 1):
-            raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
+        if workers is not None and workers < 1:
+            raise UsageError(f"{workers} is not at least 1", where="--workers")
         predictions = self._stream(
             paths,
-            batch_size=min(batch_size or batch_size_of(self.runner), getattr(self.runner, "largest", MAX_BATCH)),
-            topk=topk,
+            batch_size=self.resolve_batch_size(batch_size),
+            topk=self.resolve_topk(topk),
             workers=workers or available_cores(),
         )
         self._running.add(predictions)
         return predictions
+
+    def resolve_batch_size(self, batch_size: int | None) -> int:
+        """`batch_size`, at most what an engine takes; what the network is fastest with if None.
+
+        Raises:
+            UsageError: it is below 1.
+        """
+        if batch_size is None:
+            return batch_size_of(self.runner)
+        if batch_size < 1:
+            raise UsageError(f"{batch_size} is not at least 1", where="--batch-size")
+        return min(batch_size, self.runner.largest) if isinstance(self.runner, StreamingRunner) else batch_size
 
     def resolve_topk(self, topk: int | None) -> int:
         """`topk`, or its default if None.
@@ -133,9 +142,8 @@ class Classifier:
             workers=workers,
             allocate=allocator_of(self.runner),
         )
-        results = infer_stream(self.runner, batches)
-        with closing(batches), closing(in_background(results, name="network")) as done:
-            for batch, outcomes in done:
+        with closing(batches):
+            for batch, outcomes in infer_stream(self.runner, batches):
                 yield from self._predictions(batch, outcomes, topk)
 
     def _predictions(self, batch: Batch, outcomes: list[Outcome], topk: int) -> Iterator[Prediction]:

@@ -1,4 +1,4 @@
-"""The network as one stage of a pipeline: it runs in a thread of its own, between decoding and writing records.
+"""The network as one stage of a pipeline, in a thread of its own between decoding and writing records.
 
 While a GPU computes one batch, the next is copied to it and the one before is turned into records. A runner without
 streams goes through the same loop, one batch after the other.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 Outcome = FloatArray | str
 """An image's logits, all finite, or why there are none."""
 
-_Item = TypeVar("_Item")
+Done = tuple[Batch, list[Outcome]]
+"""A batch, whose inputs are no longer valid, and the outcomes of its readable images."""
 
 
 class _Stream(Protocol):
-    """What the loop needs of a `StreamingRunner`."""
+    """What the network needs of a `StreamingRunner`."""
 
     @property
     def slots(self) -> int: ...
@@ -38,38 +39,81 @@ class _Stream(Protocol):
     def collect(self) -> FloatArray: ...
 
 
-def infer_stream(runner: Runner, batches: Iterable[Batch]) -> Generator[tuple[Batch, list[Outcome]]]:
-    """Run batches in order; each with the outcomes of its readable images.
+def infer_stream(runner: Runner, batches: Iterable[Batch]) -> Iterator[Done]:
+    """Run batches, in order. The network runs in its own thread while the caller uses what was done before.
 
     The images of a batch that fails are run again one by one.
 
     Args:
         runner: the network.
-        batches: whose inputs stay as they are until the next is requested; those of the results do not.
+        batches: iterated in the caller's thread; the inputs of each stay as they are until the next is requested.
 
     Raises:
         GpuError: the GPU cannot go on.
     """
-    stream: _Stream = runner if isinstance(runner, StreamingRunner) else _Unstreamed(runner)
-    under_way: deque[tuple[Batch, list[Outcome] | None]] = deque()  # None: to be collected
+    network = _Network(runner)
+    with ThreadPoolExecutor(1, thread_name_prefix="network") as thread:
+        try:
+            done: list[Done] = []
+            for batch in batches:
+                fed = thread.submit(network.feed, batch)
+                yield from done
+                done = fed.result()
+                if network.error is not None:
+                    break
+            last = thread.submit(network.finish)
+            yield from done
+            yield from last.result()
+        finally:  # the runner must not keep batches of a caller that left early
+            thread.submit(network.finish).result()
+    if network.error is not None:
+        raise network.error
 
-    def oldest() -> tuple[Batch, list[Outcome]]:
-        batch, outcomes = under_way.popleft()
-        return batch, _outcomes(stream.collect()) if outcomes is None else outcomes
 
-    for batch in batches:
-        while len(under_way) >= stream.slots:
-            yield oldest()
-        if not len(batch.inputs):
-            under_way.append((batch, []))
-        elif (reason := _submit(stream, batch.inputs)) is None:
-            under_way.append((batch, None))
-        else:
-            while under_way:
-                yield oldest()
-            under_way.append((batch, _run_one_by_one(runner, batch.inputs, reason)))
-    while under_way:
-        yield oldest()
+class _Network:
+    """A runner with its batches under way.
+
+    Attributes:
+        error: after which the GPU cannot go on, so that batches are lost.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.error: GpuError | None = None
+        self._runner = runner
+        self._stream: _Stream = runner if isinstance(runner, StreamingRunner) else _Unstreamed(runner)
+        self._under_way: deque[tuple[Batch, list[Outcome] | None]] = deque()  # None: to be collected
+
+    def feed(self, batch: Batch) -> list[Done]:
+        """Start a batch, and return those that are done; its inputs may be changed afterwards."""
+        done: list[Done] = []
+        try:
+            self._collect(done, leave=max(0, self._stream.slots - 1))
+            if not len(batch.inputs):
+                self._under_way.append((batch, []))
+            elif (reason := _submit(self._stream, batch.inputs)) is None:
+                self._under_way.append((batch, None))
+            else:
+                self._collect(done, leave=0)
+                self._under_way.append((batch, _run_one_by_one(self._runner, batch.inputs, reason)))
+            self._collect(done, leave=self._stream.slots)
+        except GpuError as error:
+            self.error = error
+        return done
+
+    def finish(self) -> list[Done]:
+        """Wait for all batches under way, unless the GPU has failed."""
+        done: list[Done] = []
+        try:
+            self._collect(done, leave=len(self._under_way) if self.error else 0)
+        except GpuError as error:
+            self.error = error
+        return done
+
+    def _collect(self, done: list[Done], *, leave: int) -> None:
+        """Wait for the oldest batches under way."""
+        while len(self._under_way) > leave:
+            batch, outcomes = self._under_way.popleft()
+            done.append((batch, _outcomes(self._stream.collect()) if outcomes is None else outcomes))
 
 
 def _submit(stream: _Stream, inputs: NDArray[Any]) -> str | None:
@@ -119,7 +163,7 @@ def _outcomes(logits: FloatArray) -> list[Outcome]:
 class _Unstreamed:
     """A runner without streams: a batch is done when `submit` returns."""
 
-    slots = 1
+    slots = 0
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -135,22 +179,3 @@ class _Unstreamed:
 def allocator_of(runner: Runner) -> Callable[[int], NDArray[Any]] | None:
     """What allocates the memory of batches, if the runner has a better kind than ordinary memory."""
     return runner.allocate if isinstance(runner, StreamingRunner) else None
-
-
-def in_background(items: Generator[_Item], *, name: str) -> Generator[_Item]:
-    """Iterate in a thread of its own, which makes the next item while the caller uses one.
-
-    Args:
-        items: closed at the end.
-        name: of the thread.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-    end = object()
-    try:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield cast(_Item, item)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        items.close()

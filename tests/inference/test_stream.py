@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from smlp_deploy.errors import GpuError
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import Batch, FloatArray
 from smlp_deploy.inference.classify import Prediction
-from smlp_deploy.inference.stream import in_background, infer_stream
+from smlp_deploy.inference.stream import infer_stream
 from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.pipeline.export import Export
 from tests.support.cuda_gpu import Traced
@@ -128,7 +128,8 @@ def test_two_thousand_images_through_an_engine(
     assert len(uploads) == len(runs) == len(host) == -(-IMAGES // BATCH)
     for n in range(1, len(runs) - 1):
         assert uploads[n + 1].overlaps(runs[n])
-        assert host[n - 1].overlaps(runs[n])
+        # Whether the thread of the network or that of the records is faster is up to the system.
+        assert host[n - 1].overlaps(runs[n]) or host[n - 1].overlaps(runs[n + 1])
     assert allocations[3:] == allocations[3:4] * (len(host) - 3)
     # A batch with unreadable images runs as a full one: another size would need a context and a graph of its own.
     assert [(work.amount, work.in_graph) for work in runs[1:-1]] == [(BATCH, True)] * (len(runs) - 2)
@@ -188,6 +189,15 @@ def test_a_dead_gpu_ends_the_run_after_the_batches_before(engine: Path, digit_im
     assert [prediction.error for prediction in found] == [None] * len(found)
 
 
+def test_an_iterator_that_is_left_early_leaves_nothing_under_way(engine: Path, digit_images: list[Path]) -> None:
+    with gpu(), Classifier.open(engine) as classifier:
+        expected = list(classifier.classify(digit_images, batch_size=2))
+        left = classifier.classify(reversed(digit_images), batch_size=2)
+        next(left)
+        left.close()  # type: ignore[attr-defined]
+        assert list(classifier.classify(digit_images, batch_size=2)) == expected
+
+
 def test_closing_the_classifier_ends_its_iterators_before_their_memory_is_released(
     engine: Path, digit_images: list[Path]
 ) -> None:
@@ -224,52 +234,45 @@ def batch_of(images: int, *, errors: int = 0, of: int = 0) -> Batch:
     return Batch(paths, inputs, dict.fromkeys(range(images, images + errors), "broken"))
 
 
-class TestInBackground:
-    def test_items_come_in_order_from_one_other_thread(self) -> None:
-        threads = set()
+class TestTheThread:
+    """The network's; everything else stays in the caller's, where signals arrive."""
 
-        def items() -> Generator[int]:
-            for number in range(50):
-                threads.add(threading.current_thread())
-                yield number
+    def test_batches_are_iterated_in_the_caller_s_thread_and_run_in_another(self) -> None:
+        here, threads = threading.current_thread(), set()
 
-        assert list(in_background(items(), name="x")) == list(range(50))
+        def noted(batch: FloatArray) -> FloatArray:
+            threads.add(threading.current_thread())
+            return quadrant_means(batch)
+
+        def batches() -> Iterator[Batch]:
+            for _ in range(5):
+                assert threading.current_thread() is here
+                yield batch_of(1)
+
+        assert len(list(infer_stream(FakeRunner(noted), batches()))) == 5
         assert len(threads) == 1
-        assert threading.main_thread() not in threads
+        assert here not in threads
 
-    def test_the_next_item_is_made_while_one_is_used(self) -> None:
-        second = threading.Event()
+    def test_the_next_batch_runs_while_one_is_used(self) -> None:
+        runs = threading.Semaphore(0)
 
-        def items() -> Generator[int]:
-            yield 1
-            second.set()
-            yield 2
+        def noted(batch: FloatArray) -> FloatArray:
+            runs.release()
+            return quadrant_means(batch)
 
-        for item in in_background(items(), name="x"):
-            assert item == 2 or second.wait(30)
+        for number, _ in enumerate(infer_stream(FakeRunner(noted), [batch_of(1) for _ in range(4)])):
+            assert runs.acquire(timeout=30)
+            assert number == 3 or runs.acquire(timeout=30), "the network stood still while a batch was used"
+            if number < 3:
+                runs.release()
 
-    def test_an_error_comes_after_the_items_before_it(self) -> None:
-        def items() -> Generator[int]:
-            yield 1
-            raise ValueError("second")
+    def test_an_error_comes_after_the_batches_before_it(self) -> None:
+        def second_fails(batch: FloatArray) -> FloatArray:
+            if len(batch) == 2:
+                raise GpuError("an illegal memory access was encountered")
+            return quadrant_means(batch)
 
-        found: list[int] = []
-        with pytest.raises(ValueError, match="second"):
-            found.extend(in_background(items(), name="x"))
-        assert found == [1]
-
-    def test_it_closes_what_it_iterates(self) -> None:
-        closed = []
-
-        def items() -> Generator[int]:
-            try:
-                while True:
-                    yield 1
-            finally:
-                closed.append(threading.current_thread())
-
-        iterator = in_background(items(), name="x")
-        next(iterator)
-        iterator.close()
-        assert closed == [threading.current_thread()]
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("x")]
+        found: list[Batch] = []
+        with pytest.raises(GpuError, match="illegal"):
+            found.extend(batch for batch, _ in infer_stream(FakeRunner(second_fails), [batch_of(1), batch_of(2)]))
+        assert [len(batch.paths) for batch in found] == [1]

@@ -18,7 +18,7 @@ from tests.support.fakes import quadrant_means
         (BatchProfile(min=2, opt=3, max=5), 1, [2]),
         (BatchProfile(min=2, opt=3, max=5), 8, [5, 3]),
         (BatchProfile(min=2, opt=3, max=5), 11, [5, 5, 2]),
-        (BatchProfile(), 33, [32, 1]),
+        (BatchProfile(), 65, [64, 1]),
     ],
 )
 def test_any_batch_is_split_and_padded_to_the_profile(profile: BatchProfile, count: int, expected: list[int]) -> None:
