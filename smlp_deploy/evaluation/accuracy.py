@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
-from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.batches import ImageArray, available_cores, decoded_batches
 from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets
 from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, infer_each
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.base import Runner, common_input, input_of
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +326,8 @@ def _measured(
     remaining = iter(samples)
     paths = (sample.path for sample in samples)
     preprocessing = runners[0].metadata.preprocessing
-    for contents in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+    pixels = common_input(*runners) == "uint8"
+    for contents in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers, pixels=pixels):
         batch = [
             (sample, content) for sample, (_, content) in zip(islice(remaining, len(contents)), contents, strict=True)
         ]
@@ -341,9 +342,10 @@ def _measured(
         ]
 
 
-def _answers(runner: Runner, images: list[FloatArray], labels: Sequence[int]) -> Iterator[Answer]:
+def _answers(runner: Runner, images: list[ImageArray], labels: Sequence[int]) -> Iterator[Answer]:
     """One model's answer to each image: a few numbers instead of its logits."""
-    for logits, label in zip(infer_each(runner, images), labels, strict=True):
+    inputs = [input_of(runner, image, runner.metadata.preprocessing) for image in images]
+    for logits, label in zip(infer_each(runner, inputs), labels, strict=True):
         if isinstance(logits, str):
             yield Answer(error=logits)
         else:

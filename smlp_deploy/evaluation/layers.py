@@ -20,7 +20,7 @@ import numpy as np
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
-from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner, arithmetic_of
+from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner, arithmetic_of, common_input, input_of
 
 MAX_ERROR = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: about ten times the bundled model's error, for int8 three times."""
@@ -158,15 +158,18 @@ def find_divergence(
     totals: dict[str, _Total] = {}
     noise: dict[str, _Noise] = {}
     preprocessing = candidate.metadata.preprocessing
-    for contents in decoded_batches(image_paths, preprocessing, batch_size=_BATCH, workers=available_cores()):
+    pixels = common_input(reference, candidate) == "uint8"
+    for contents in decoded_batches(
+        image_paths, preprocessing, batch_size=_BATCH, workers=available_cores(), pixels=pixels
+    ):
         names += [Path(path).name for path, content in contents if not isinstance(content, str)]
         unreadable += [f"{path}: {content}" for path, content in contents if isinstance(content, str)]
         samples = [content for _, content in contents if not isinstance(content, str)]
         if not samples:
             continue
         batch = np.stack(samples)
-        found = candidate.trace(batch)
-        for name, values in reference.trace(batch).items():
+        found = candidate.trace(input_of(candidate, batch, preprocessing))
+        for name, values in reference.trace(input_of(reference, batch, preprocessing)).items():
             totals.setdefault(name, _Total()).add(values, found[name])
         for output in layers.trace_layers(batch) if layers is not None else ():
             noise.setdefault(output.name, _Noise()).add(output)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +20,31 @@ from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.metadata import Preprocessing
 
 FloatArray = NDArray[np.float32]
+ImageArray = NDArray[Any]
+"""What a network takes: float32 N, 3, S, S or uint8 N, S, S, 3; see `ModelMetadata.input`."""
 
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def decoded_batches(
-    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
-) -> Iterator[list[tuple[str, FloatArray | str]]]:
-    """Batches of paths, each with the network's input or the reason it could not be read; decoded two batches ahead."""
+    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int, pixels: bool = False
+) -> Iterator[list[tuple[str, ImageArray | str]]]:
+    """Batches of paths, each with the network's input or the reason it could not be read; decoded two batches ahead.
 
-    def load(path: str | Path) -> FloatArray | str:
+    The inputs are normalized images, or with `pixels` what a network of uint8 input takes.
+    """
+    size = preprocessing.image_size
+
+    def load(path: str | Path) -> ImageArray | str:
         try:
-            return load_image(Path(path), preprocessing)
+            return load_image(Path(path), preprocessing, np.empty((size, size, 3), np.uint8) if pixels else None)
         except ImageError as error:
             return str(error)
 
     remaining = iter(paths)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
+    queue: deque[tuple[str, Future[ImageArray | str]]] = deque()
 
     def fill() -> None:
         for path in islice(remaining, 2 * batch_size - len(queue)):

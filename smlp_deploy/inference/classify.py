@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import GpuError, UsageError
-from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner
 
@@ -118,8 +118,10 @@ class Classifier:
         return topk
 
     def _stream(self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int) -> Iterator[Prediction]:
-        preprocessing = self.runner.metadata.preprocessing
-        for batch in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
+        metadata = self.runner.metadata
+        pixels = metadata.input == "uint8"
+        batches = decoded_batches(paths, metadata.preprocessing, batch_size=batch_size, workers=workers, pixels=pixels)
+        for batch in batches:
             outputs = infer_each(self.runner, [content for _, content in batch if not isinstance(content, str)])
             for path, content in batch:
                 result = content if isinstance(content, str) else next(outputs)
@@ -136,7 +138,7 @@ class Classifier:
         return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
 
 
-def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
+def infer_each(runner: Runner, images: list[ImageArray]) -> Iterator[FloatArray | str]:
     """Finite logits of each image, or an error message; the images of a failed batch are run again one by one.
 
     Raises:

@@ -120,11 +120,21 @@ class Execution:
         """The batch sizes that run as CUDA graphs."""
         return frozenset(size for size, of_size in self._sizes.items() if of_size.graph is not None)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image at the engine's input."""
+        return self._input.shape
+
+    @property
+    def image_dtype(self) -> np.dtype[Any]:
+        """The element type of the engine's input."""
+        return self._input.dtype
+
     def submit(self, images: NDArray[Any]) -> None:
         """Start a batch; at most `SLOTS` may be under way.
 
         Args:
-            images: N, 3, S, S; copied before this returns.
+            images: N images as the engine takes them; copied before this returns.
 
         Raises:
             ArtifactError: TensorRT cannot run it.
