@@ -38,7 +38,9 @@ def decoded_batches(
 
     def load(path: str | Path) -> ImageArray | str:
         try:
-            return load_image(Path(path), preprocessing, np.empty((size, size, 3), np.uint8) if pixels else None)
+            if pixels:
+                return load_image(Path(path), preprocessing, np.empty((size, size, 3), np.uint8))
+            return load_image(Path(path), preprocessing)
         except ImageError as error:
             return str(error)
 

@@ -99,9 +99,8 @@ def prepare_graph(
     with OnnxRuntimeRunner(source) as reference, OnnxRuntimeRunner(graph) as candidate:
         parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256)
     if not parity.passed:
-        raise ArtifactError(
-            f"parity failed in {precision} ({wanted_input} input): {_failures(parity)}", where=source.path
-        )
+        converted = precision if precision != source.metadata.precision else f"{precision} with {wanted_input} input"
+        raise ArtifactError(f"parity failed in {converted}: {_failures(parity)}", where=source.path)
     sensitivity = quantization.sensitivity if quantization else None
     return Prepared(source=source, graph=graph, images=images, parity=parity, sensitivity=sensitivity)
 
