@@ -105,8 +105,8 @@ class TestInput:
         assert pixels.summary.bytes_per_image < other.summary.bytes_per_image
 
     def test_a_file_that_takes_pixels_is_built_as_it_is(self, exported: Exported) -> None:
-        for precision in ("fp32", "fp16"):
-            pixels = to_input(exported(precision).graph, "uint8")
+        for name in ("fp32", "fp16"):
+            pixels = to_input(exported(name).graph, "uint8")
             prepared = prepare_graph(pixels, None)
             assert prepared.graph is prepared.source is pixels
             assert prepared.parity is None
@@ -115,9 +115,9 @@ class TestInput:
             ):
                 prepare_graph(pixels, None, wanted_input="float32")
         pixels = to_input(exported("fp32").graph, "uint8")
-        for precision in ("fp16", "int8"):
+        for name in ("fp16", "int8"):
             with pytest.raises(UsageError, match=r"takes uint8 and cannot be .* give the float32-input file"):
-                prepare_graph(pixels, precision)
+                prepare_graph(pixels, name)
 
     def test_a_wrong_normalization_is_refused(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
