@@ -197,7 +197,7 @@ class TestExport:
         outcome = smlp("export", "--uint8-input")
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp32-uint8.onnx\n")
         assert json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"]["input"] == "uint8"
-        arguments = ("--format", "jsonl", "--topk", "1", *digit_images)
+        arguments: list[str | Path] = ["--format", "jsonl", "--topk", "1", *digit_images]
         pixels, floats = (
             [
                 json.loads(line)["predictions"][0]
@@ -211,8 +211,8 @@ class TestExport:
         assert smlp("verify", outcome.out.strip()).code == 0
         # It cannot be converted, so an engine is built from the other one, though this one is newer.
         engine = smlp("build-engine", "--fp16", "--gpu-arch", "sm89")
-        assert engine.code == 0
-        assert "using artifacts/digits-fp32.onnx, the newest fp32 file" in engine.err
+        assert (engine.code, engine.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
+        assert json.loads(Path("artifacts/smlpnet_digits-fp16.engine.json").read_text())["onnx_file"] == artifact.name
         refused = smlp("build-engine", outcome.out.strip(), "--fp16", "--gpu-arch", "sm89")
         assert refused.code == 2
         assert "the graph takes uint8 and cannot be converted to fp16 · " in one_error(refused)

@@ -108,7 +108,7 @@ class TestPixels:
 
     def test_a_wrong_normalization_fails(self) -> None:
         wrong = FakeRunner(
-            lambda batch: quadrant_means(np.moveaxis(batch, -1, 1).astype(np.float32) / 255),
+            lambda batch: quadrant_means(np.moveaxis(batch, -1, 1).astype(np.float32) / np.float32(255)),
             replace(metadata(), input="uint8"),
         )
         assert "cosine" in failed_gates(prove(FakeRunner(quadrant_means), wrong, IMAGES))

@@ -119,7 +119,7 @@ def test_a_model_of_pixels_is_timed_on_pixels(digits_export: Export, digit_image
     assert session.first(3) > 0
     assert session.turn(3, 0).runs
     batch = session._batch(3)
-    assert (batch.dtype, batch.shape) == (np.uint8, (3, 32, 32, 3))
+    assert (batch.dtype.name, batch.shape) == ("uint8", (3, 32, 32, 3))
     assert batch.std() == pytest.approx(73.9, abs=2)  # of numbers from 0 to 255
     assert session.end_to_end(digit_images, 5, 2).failed == 0
     session.close()
