@@ -286,7 +286,7 @@ class Examiner:
             size, classes = runner.metadata.preprocessing.image_size, len(runner.metadata.labels)
             runner.metadata.to_json().encode()
             if size <= 256:  # else the next lines see to it
-                logits = runner.infer(np.zeros((2, 3, size, size), np.float32))
+                logits = runner.infer(np.zeros((2, *runner.metadata.input_shape), runner.metadata.input))
                 if logits.shape != (2, classes) or logits.dtype != np.float32:
                     raise Broken("records", f"logits are {logits.dtype} {logits.shape}, labels {classes}")
             _classify(Classifier(runner), [self.beside / "good.png"], any_result=True)

@@ -30,7 +30,7 @@ from smlp_deploy.metadata import (
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
-from smlp_deploy.pipeline.precision import to_precision
+from smlp_deploy.pipeline.precision import to_input, to_precision
 
 IMAGES = ("jpeg", "png", "webp", "gif", "tiff", "bmp")
 FAKE_ENGINE = b"not really an engine"
@@ -141,9 +141,10 @@ def _safetensors(state: dict[str, Tensor], sidecar: CheckpointMetadata) -> list[
 
 
 def _graphs(network: SMLPNet, facts: ModelMetadata) -> list[bytes]:
-    """The network's graph in fp32, for any batch size, in fp16 and in bf16."""
+    """The network's graph in fp32, for any batch size, in fp16 and in bf16; and in fp16 of uint8 input."""
     graph = export_onnx(network, facts, path=Path("graph.onnx"))
-    return [to_precision(graph, precision).content for precision in ("fp32", "fp16", "bf16")]
+    graphs = [to_precision(graph, precision) for precision in ("fp32", "fp16", "bf16")]
+    return [each.content for each in (*graphs, to_input(graphs[1], "uint8"))]
 
 
 def _table() -> bytes:

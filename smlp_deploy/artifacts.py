@@ -13,14 +13,19 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def default_path(metadata: ModelMetadata) -> Path:
-    """Where an ONNX file goes when no path is given."""
-    batch = f"-batch{metadata.batch}" if metadata.batch else ""
-    return ARTIFACTS_FOLDER / f"{metadata.name}-{metadata.precision}{batch}.onnx"
+    """Where an ONNX file goes when no path is given; its name says if it takes uint8."""
+    return ARTIFACTS_FOLDER / f"{_stem(metadata, usual_input='float32')}.onnx"
 
 
 def engine_path(metadata: ModelMetadata) -> Path:
-    """Where an engine goes when no path is given."""
-    return default_path(metadata).with_suffix(".engine")
+    """Where an engine goes when no path is given; its name says if it takes float32."""
+    return ARTIFACTS_FOLDER / f"{_stem(metadata, usual_input='uint8')}.engine"
+
+
+def _stem(metadata: ModelMetadata, *, usual_input: str) -> str:
+    batch = f"-batch{metadata.batch}" if metadata.batch else ""
+    taken = f"-{metadata.input}" if metadata.input != usual_input else ""
+    return f"{metadata.name}-{metadata.precision}{taken}{batch}"
 
 
 def engine_manifest_path(engine: Path) -> Path:
@@ -53,8 +58,8 @@ def untried_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".untried")
 
 
-def newest_artifact(pattern: str = "*.onnx") -> Path | None:
-    """The newest file in the artifacts folder that matches the pattern, or None.
+def newest_artifact(pattern: str = "*.onnx", *, without: str = "") -> Path | None:
+    """The newest file in the artifacts folder that matches the pattern `pattern` and not `without`, or None.
 
     Only regular files inside that folder count; a link to a file elsewhere is never picked, because an engine is code.
     """
@@ -65,6 +70,7 @@ def newest_artifact(pattern: str = "*.onnx") -> Path | None:
         with suppress(OSError, RuntimeError):
             status = path.stat()
             inside = path.resolve(strict=True).is_relative_to(folder)
-            if inside and stat.S_ISREG(status.st_mode) and not path.name.startswith("."):
+            left_out = path.name.startswith(".") or (without and path.match(without))
+            if inside and stat.S_ISREG(status.st_mode) and not left_out:
                 times[path] = status.st_mtime_ns
     return max(times, key=lambda path: times[path], default=None)

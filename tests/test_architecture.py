@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_the_way_down_is_the_one_that_is_drawn(tmp_path: Path, monkeypatch: pyte
     steps = [(module.strip("`"), function.strip("`")) for _, function, module, *_ in rows("The way down")]
     called = record_calls(monkeypatch, steps)
     checkpoint = checkpoints.load_checkpoint(BUNDLED_CHECKPOINT)
-    metadata = description.describe(checkpoint, precision="int8")
+    metadata = replace(description.describe(checkpoint, precision="int8"), input="uint8")
     graph = export.export_checkpoint(checkpoint, metadata, tmp_path / "x.onnx").graph
     prepared = build.prepare_graph(graph, None)
     options = BuildOptions(architectures=("sm89",))

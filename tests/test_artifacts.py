@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from smlp_deploy.artifacts import default_path, failed_path, newest_artifact, parity_path
+from smlp_deploy.artifacts import default_path, engine_path, failed_path, newest_artifact, parity_path
 from tests.support.fakes import metadata
 
 
 def test_names() -> None:
     assert default_path(metadata()) == Path("artifacts/fake-fp32.onnx")
     assert default_path(metadata(batch=4)) == Path("artifacts/fake-fp32-batch4.onnx")
+    pixels = replace(metadata(batch=4), input="uint8")
+    assert default_path(pixels) == Path("artifacts/fake-fp32-uint8-batch4.onnx")
+    assert engine_path(pixels) == Path("artifacts/fake-fp32-batch4.engine")
+    assert engine_path(metadata()) == Path("artifacts/fake-fp32-float32.engine")
     assert parity_path(Path("a/x-fp32.onnx")) == Path("a/x-fp32.parity.json")
     assert parity_path(failed_path(Path("a/x.onnx"))) == Path("a/x.onnx.parity.json")
 
@@ -25,6 +30,8 @@ def test_the_newest_good_artifact_is_found(tmp_path: Path, monkeypatch: pytest.M
         path.touch()
         os.utime(path, (1000 - age, 1000 - age))
     assert newest_artifact() == Path("artifacts/new.onnx")
+    assert newest_artifact(without="new*") == Path("artifacts/old.onnx")
+    assert newest_artifact("n*.onnx", without="*.onnx") is None
 
 
 @pytest.fixture

@@ -191,6 +191,33 @@ class TestExport:
         prediction = smlp("predict", image)
         assert "using artifacts/smlpnet_digits-fp32.onnx" in prediction.err
 
+    def test_a_file_that_takes_pixels_has_a_name_of_its_own(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path]
+    ) -> None:
+        outcome = smlp("export", "--uint8-input")
+        assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp32-uint8.onnx\n")
+        assert json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"]["input"] == "uint8"
+        arguments: list[str | Path] = ["--format", "jsonl", "--topk", "1", *digit_images]
+        pixels, floats = (
+            [
+                json.loads(line)["predictions"][0]
+                for line in smlp("predict", "--model", path, *arguments).out.splitlines()
+            ]
+            for path in (outcome.out.strip(), artifact)
+        )
+        assert [found["label"] for found in pixels] == [found["label"] for found in floats]
+        probabilities = [found["probability"] for found in floats]
+        assert [found["probability"] for found in pixels] == pytest.approx(probabilities, abs=1e-5)
+        assert smlp("verify", outcome.out.strip()).code == 0
+        # It cannot be converted, so an engine is built from the other one, though this one is newer.
+        engine = smlp("build-engine", "--fp16", "--gpu-arch", "sm89")
+        assert (engine.code, engine.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
+        assert json.loads(Path("artifacts/smlpnet_digits-fp16.engine.json").read_text())["onnx_file"] == artifact.name
+        refused = smlp("build-engine", outcome.out.strip(), "--fp16", "--gpu-arch", "sm89")
+        assert refused.code == 2
+        assert "the graph takes uint8 and cannot be converted to fp16 · " in one_error(refused)
+        assert one_error(refused).endswith("give the float32-input file")
+
     def test_options_reach_the_file(self, smlp: Smlp, micro_pth: Path) -> None:
         Path("labels.txt").write_text("\n".join("abcdefghij"))
         options = ["--labels", "labels.txt", "--mean", "0.1,0.2,0.3", "--std", "1,2,3", "--crop-pct", "0.9"]
@@ -264,6 +291,14 @@ class TestBuildEngine:
         found = smlp("predict", "absent.jpg").err
         assert "using artifacts/digits-fp32.onnx" in found
         assert "engine skipped: needs an NVIDIA GPU and driver; none was found" in found
+
+    def test_pixels_by_default_and_floats_on_request(self, smlp: Smlp, artifact: Path) -> None:
+        for options, name, taken in (([], "fp32", "uint8"), (["--float-input"], "fp32-float32", "float32")):
+            outcome = smlp("build-engine", "--gpu-arch", "sm89", *options)
+            assert (outcome.code, outcome.out) == (0, f"artifacts/smlpnet_digits-{name}.engine\n")
+            manifest = json.loads(Path(f"artifacts/smlpnet_digits-{name}.engine.json").read_text())
+            assert manifest["metadata"]["input"] == taken
+            assert (manifest["graph_parity"] is None) is (taken == "float32")
 
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")

@@ -31,6 +31,7 @@ def build_engine(
     opt_batch: o.OptBatchOption = None,
     max_batch: o.MaxBatchOption = None,
     batch: o.ExactBatchOption = None,
+    float_input: o.FloatInputOption = False,
     target: o.EngineTargetOption = o.EngineTarget.auto,
     gpu_arch: o.GpuArchOption = None,
     workspace: o.WorkspaceOption = None,
@@ -70,12 +71,14 @@ def build_engine(
     data = (calibration_data, calibrator, calibration_table)
     quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
-    _build(source, precision, quantization, options, output, timing_cache, backend=backend, bounds=bounds)
+    wanted = "float32" if float_input else "uint8"
+    _build(source, precision, wanted, quantization, options, output, timing_cache, backend=backend, bounds=bounds)
 
 
 def _build(
     source: str | None,
     precision: str | None,
+    wanted_input: str,
     quantization: Int8Options | None,
     options: BuildOptions,
     output: Path | None,
@@ -94,7 +97,9 @@ def _build(
 
     graph = source_graph(source)
     with building("reading the graph") as progress:
-        prepared = prepare_graph(graph, precision, bounds=bounds, int8=quantization, progress=progress)
+        prepared = prepare_graph(
+            graph, precision, wanted_input=wanted_input, bounds=bounds, int8=quantization, progress=progress
+        )
     if prepared.sensitivity is not None:
         show_sensitivity(prepared.sensitivity)
     path = output or engine_path(prepared.graph.metadata)

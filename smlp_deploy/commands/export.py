@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import typer
@@ -15,6 +16,7 @@ def export(
     format_: o.FormatOption = o.ExportFormat.onnx,
     output: o.OnnxOutputOption = None,
     batch: o.FixedBatchOption = None,
+    uint8_input: o.Uint8InputOption = False,
     precision: o.PrecisionOption = None,
     fp16: o.Fp16Option = False,
     bf16: o.Bf16Option = False,
@@ -54,9 +56,10 @@ def export(
     data = (calibration_data, calibrator, calibration_table)
     quantize = o.choose_int8(wanted, *data, max_drop=max_drop, per_channel=per_channel)
     checkpoint = load_source(source, ema=ema)
+    metadata = describe(checkpoint, labels=names, preprocessing=prepared, batch=batch, precision=wanted)
     result = export_and_show(
         checkpoint,
-        describe(checkpoint, labels=names, preprocessing=prepared, batch=batch, precision=wanted),
+        replace(metadata, input="uint8") if uint8_input else metadata,
         output,
         opset=opset,
         images=o.find_given_images(parity_images) if parity_images else None,

@@ -119,7 +119,7 @@ EmaOption = Annotated[bool, typer.Option("--ema", help="Use the moving-average w
 PrecisionOption = Annotated[
     Precision | None,
     typer.Option(
-        help="Arithmetic of the graph; inputs and outputs stay float32. Default: fp32.",
+        help="Arithmetic of the graph; the logits stay float32. Default: fp32.",
         rich_help_panel=PRECISION_PANEL,
     ),
 ]
@@ -283,6 +283,12 @@ OnnxOutputOption = Annotated[
 ]
 EngineOutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="Default: artifacts/, named by model and precision.")
+]
+Uint8InputOption = Annotated[
+    bool, typer.Option("--uint8-input", help="Take uint8 pixels N x H x W x 3, normalized inside the graph.")
+]
+FloatInputOption = Annotated[
+    bool, typer.Option("--float-input", help="Take normalized float32 images. Default: uint8 pixels.")
 ]
 FixedBatchOption = Annotated[int | None, typer.Option(min=1, help="Fixed batch size. Default: any.")]
 OpsetOption = Annotated[int, typer.Option(min=18, max=23, help="ONNX opset version.")]

@@ -37,7 +37,9 @@ def source_graph(source: str | None) -> Graph:
     from smlp_deploy.dependencies import require_torch
     from smlp_deploy.graphs.file import Graph
 
-    if source is None and (newest := newest_artifact("*-fp32*.onnx")) is not None:
+    # A file that takes uint8 cannot be converted.
+    newest = newest_artifact("*-fp32*.onnx", without="*-fp32-uint8*.onnx") if source is None else None
+    if newest is not None:
         note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
         return Graph.read(newest)
     if source is not None and source.endswith(".onnx"):

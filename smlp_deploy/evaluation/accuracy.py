@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
-from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.batches import ImageArray, available_cores, decoded_batches
 from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
 from smlp_deploy.inference.stream import infer_each
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner, batch_size_of
+from smlp_deploy.runners.base import Runner, batch_size_of, common_input, input_of
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +327,8 @@ def _measured(
     """The records of each batch."""
     remaining = iter(samples)
     paths = (sample.path for sample in samples)
-    for batch in decoded_batches(paths, runners[0].metadata, batch_size=batch_size, workers=workers):
+    metadata = replace(runners[0].metadata, input=common_input(*runners))
+    for batch in decoded_batches(paths, metadata, batch_size=batch_size, workers=workers):
         of_batch = list(islice(remaining, len(batch.paths)))
         labels = [sample.label for row, sample in enumerate(of_batch) if row not in batch.errors]
         answers = zip(*(list(_answers(runner, batch.inputs, labels)) for runner in runners), strict=True)
@@ -339,9 +340,10 @@ def _measured(
         ]
 
 
-def _answers(runner: Runner, images: FloatArray, labels: Sequence[int]) -> Iterator[Answer]:
+def _answers(runner: Runner, images: ImageArray, labels: Sequence[int]) -> Iterator[Answer]:
     """One model's answer to each image: a few numbers instead of its logits."""
-    for logits, label in zip(infer_each(runner, images), labels, strict=True):
+    inputs = input_of(runner, images, runner.metadata.preprocessing)
+    for logits, label in zip(infer_each(runner, inputs), labels, strict=True):
         if isinstance(logits, str):
             yield Answer(error=logits)
         else:

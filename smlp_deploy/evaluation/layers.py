@@ -20,7 +20,7 @@ import numpy as np
 from smlp_deploy import strictjson
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
-from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner, arithmetic_of
+from smlp_deploy.runners.base import LayerOutput, LayerTracer, TracingRunner, arithmetic_of, common_input, input_of
 
 MAX_ERROR = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 5e-2, "int8": 0.2}
 """The gate of each precision: about ten times the bundled model's error, for int8 three times."""
@@ -157,14 +157,15 @@ def find_divergence(
     unreadable: list[str] = []
     totals: dict[str, _Total] = {}
     noise: dict[str, _Noise] = {}
-    for images in decoded_batches(image_paths, candidate.metadata, batch_size=_BATCH, workers=available_cores()):
+    metadata = replace(candidate.metadata, input=common_input(reference, candidate))
+    for images in decoded_batches(image_paths, metadata, batch_size=_BATCH, workers=available_cores()):
         names += [Path(path).name for row, path in enumerate(images.paths) if row not in images.errors]
         unreadable += [f"{images.paths[row]}: {error}" for row, error in images.errors.items()]
         batch = images.inputs
         if not len(batch):
             continue
-        found = candidate.trace(batch)
-        for name, values in reference.trace(batch).items():
+        found = candidate.trace(input_of(candidate, batch, metadata.preprocessing))
+        for name, values in reference.trace(input_of(reference, batch, metadata.preprocessing)).items():
             totals.setdefault(name, _Total()).add(values, found[name])
         for output in layers.trace_layers(batch) if layers is not None else ():
             noise.setdefault(output.name, _Noise()).add(output)

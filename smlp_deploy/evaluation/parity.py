@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import Runner, arithmetic_of
+from smlp_deploy.runners.base import Runner, arithmetic_of, common_input, input_of
 
 LARGEST_BATCH = 32
 ODD_BATCH = 7
@@ -33,7 +33,7 @@ HALF_IMAGES = 2
 
 _NOISE = "noise "
 _Doubles = NDArray[np.float64]
-_Sample = tuple[str, FloatArray]
+_Sample = tuple[str, ImageArray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,8 @@ def prove(
     """Run real images, then seeded noise, through both runners and judge the difference.
 
     The candidate runs every input at its largest batch size (the one its file fixes, or 32), and the first ones again
-    alone and in an odd batch. Images are read with the candidate's preprocessing. Memory holds one batch at a time.
+    alone and in an odd batch. Images are read with the candidate's preprocessing. If one runner takes pixels, noise is
+    of pixels too, and a runner that takes float32 gets the same pixels normalized. Memory holds one batch at a time.
 
     Args:
         reference: the truth.
@@ -178,7 +179,8 @@ def prove(
     metadata = candidate.metadata
     arithmetic = arithmetic_of(candidate)
     gates = replace(GATES[arithmetic], **(bounds or {}))
-    samples = _Samples(image_paths, metadata, fill=metadata.batch or LARGEST_BATCH)
+    common = replace(metadata, input=common_input(reference, candidate))
+    samples = _Samples(image_paths, common, fill=metadata.batch or LARGEST_BATCH)
     parts = list(_run(reference, candidate, samples))
     mismatch = _shape_mismatch(parts)
     spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)
@@ -285,7 +287,10 @@ class _Samples:
         size = self._metadata.config.image_size
         for _ in range(max(MIN_NOISE, self.largest_batch - self.images)):
             self.noise += 1
-            yield f"{_NOISE}{self.noise}", rng.standard_normal((3, size, size), dtype=np.float32)
+            if self._metadata.input == "uint8":
+                yield f"{_NOISE}{self.noise}", rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            else:
+                yield f"{_NOISE}{self.noise}", rng.standard_normal((3, size, size), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -305,8 +310,10 @@ class _Part:
 
 
 def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_Part]:
-    for index, (names, batch) in enumerate(_chunks(iter(samples), samples.largest_batch)):
-        expected = reference.infer(batch)
+    preprocessing = candidate.metadata.preprocessing
+    for index, (names, images) in enumerate(_chunks(iter(samples), samples.largest_batch)):
+        expected = reference.infer(input_of(reference, images, preprocessing))
+        batch = input_of(candidate, images, preprocessing)
         for size in (1, min(ODD_BATCH, len(batch))) if index == 0 else ():
             some = max(size, min(MIN_NOISE, len(batch)))
             found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
@@ -314,12 +321,12 @@ def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_P
         yield _Part(names, expected, candidate.infer(batch), len(batch))
 
 
-def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], FloatArray]]:
+def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], ImageArray]]:
     while chunk := list(itertools.islice(samples, size)):
         yield _stacked(chunk)
 
 
-def _stacked(samples: Iterable[_Sample]) -> tuple[list[str], FloatArray]:
+def _stacked(samples: Iterable[_Sample]) -> tuple[list[str], ImageArray]:
     names, inputs = zip(*samples, strict=True)
     return list(names), np.stack(inputs)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.images.batches import FloatArray, decoded_batches
+from smlp_deploy.images.batches import FloatArray, ImageArray, decoded_batches
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.records import FORMATS
 from smlp_deploy.metadata import ModelMetadata
@@ -190,7 +190,7 @@ class _Session:
         self._target = target
         self._started = started
         self._runner: Runner | None = None
-        self._batches: dict[int, FloatArray] = {}
+        self._batches: dict[int, ImageArray] = {}
 
     @property
     def runner(self) -> Runner:
@@ -262,12 +262,16 @@ class _Session:
         if self._runner is not None:
             self._runner.__exit__(None, None, None)
 
-    def _batch(self, size: int) -> FloatArray:
-        """Seeded noise of mean 0 and deviation 1, like normalised images; times do not depend on the values."""
+    def _batch(self, size: int) -> ImageArray:
+        """Seeded noise: pixels, or of mean 0 and deviation 1 like normalised images; times do not depend on it."""
         if size not in self._batches:
-            side = self.runner.metadata.preprocessing.image_size
-            noise = np.random.default_rng(_SEED).standard_normal((size, 3, side, side), dtype=np.float32)
-            self._batches[size] = noise
+            metadata, rng = self.runner.metadata, np.random.default_rng(_SEED)
+            shape = (size, *metadata.input_shape)
+            self._batches[size] = (
+                rng.integers(0, 256, shape, dtype=np.uint8)
+                if metadata.input == "uint8"
+                else rng.standard_normal(shape, dtype=np.float32)
+            )
         return self._batches[size]
 
 
@@ -279,7 +283,7 @@ class _Clocked:
         self.seconds = 0.0
         self._runner = runner
 
-    def infer(self, batch: FloatArray) -> FloatArray:
+    def infer(self, batch: ImageArray) -> FloatArray:
         start = time.perf_counter()
         try:
             return self._runner.infer(batch)

@@ -45,7 +45,8 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
 
     Args:
         network: the trained network, float32.
-        metadata: what to store in the graph; its precision becomes fp32, the exporting libraries' versions are added.
+        metadata: what to store in the graph; its precision becomes fp32 and its input float32, and the versions of the
+            exporting libraries are added.
         path: the file that it is to become; nothing is written.
         opset: version of ONNX's default operator set.
 
@@ -54,7 +55,8 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
         SmlpError: the exporter did not make a valid graph; the fault is this tool's or torch's.
     """
     libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
-    metadata = replace(metadata, precision="fp32", libraries={**metadata.libraries, **libraries})
+    libraries = {**metadata.libraries, **libraries}
+    metadata = replace(metadata, precision="fp32", input="float32", libraries=libraries)
     try:
         model = _trace(lower(network), image_size=network.config.image_size, batch=metadata.batch, opset=opset)
         _clean(model)

@@ -60,6 +60,7 @@ ELEMENT_TYPES: dict[int, int] = {
 }
 """The types that weights may have, and their sizes in bytes."""
 
+_INPUTS = {"float32": (TensorProto.FLOAT, "float"), "uint8": (TensorProto.UINT8, "uint8")}
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 _KEPT_BYTES = 1024
 # Field numbers of ModelProto, GraphProto and TensorProto in onnx.proto.
@@ -180,12 +181,14 @@ def check_graph(file: OnnxFile) -> None:
 
 
 def check_classifier(file: OnnxFile, metadata: ModelMetadata) -> None:
-    """Check that the graph matches its metadata: images (N, 3, S, S) to logits (N, classes), both float32.
+    """Check that the graph matches its metadata: images to logits (N, classes), float32.
+
+    The images are (N, 3, S, S) float32 or (N, S, S, 3) uint8, as the metadata says.
 
     Raises:
         ArtifactError: it does not, or it would take more memory or time than the bounds above allow.
     """
-    graph, path, size = file.structure.graph, file.path, metadata.config.image_size
+    graph, path = file.structure.graph, file.path
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1 or len(graph.output) != 1:
@@ -193,10 +196,11 @@ def check_classifier(file: OnnxFile, metadata: ModelMetadata) -> None:
     batch = metadata.batch or 1
     dims = inputs[0].type.tensor_type.shape.dim
     found = [dim.dim_value if dim.HasField("dim_value") else "N" for dim in dims]
-    expected = [metadata.batch or "N", 3, size, size]
-    if inputs[0].type.tensor_type.elem_type != TensorProto.FLOAT or found != expected:
+    expected = [metadata.batch or "N", *metadata.input_shape]
+    element, name = _INPUTS[metadata.input]
+    if inputs[0].type.tensor_type.elem_type != element or found != expected:
         _refuse(
-            f"its input is {_short(value_text(inputs[0]))}, but its metadata says float {_shape_text(expected)}", path
+            f"its input is {_short(value_text(inputs[0]))}, but its metadata says {name} {_shape_text(expected)}", path
         )
     if graph.output[0].type.tensor_type.elem_type != TensorProto.FLOAT:
         _refuse(f"its output is {_short(value_text(graph.output[0]))}, expected float", path)

@@ -21,6 +21,8 @@ from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.metadata import ModelMetadata
 
 FloatArray = NDArray[np.float32]
+ImageArray = NDArray[Any]
+"""What a network takes: float32 N, 3, S, S or uint8 N, S, S, 3; see `ModelMetadata.input`."""
 
 _Result = TypeVar("_Result")
 

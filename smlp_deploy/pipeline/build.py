@@ -22,7 +22,7 @@ from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import EngineManifest
-from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
+from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, system
 
@@ -35,7 +35,7 @@ class Prepared:
 
     Attributes:
         source: the graph of the ONNX file.
-        graph: in the precision of the engine.
+        graph: in the precision of the engine, and with its input.
         images: to compare the graph and its engine on.
         parity: the comparison of `graph` with `source`; None if they are the same.
         sensitivity: each int8 layer's sensitivity and chosen precision, if measured.
@@ -66,35 +66,41 @@ def prepare_graph(
     source: Graph,
     precision: str | None,
     *,
+    wanted_input: str = "uint8",
     bounds: Bounds | None = None,
     int8: Int8Options | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Convert a graph to a precision, and compare the result with the source.
+    """Convert a graph to a precision and an input, and compare the result with the source.
 
     Args:
         source: the graph of the ONNX file.
         precision: "fp32", "fp16", "bf16" or "int8"; None for that of the file.
+        wanted_input: what the engine takes: "uint8", pixels, or "float32", normalized images.
         bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize.
         progress: told of the steps of quantization.
 
     Raises:
         ArtifactError: the converted graph fails parity.
-        UsageError: the graph is already in a precision other than fp32.
+        UsageError: the graph is already in a precision other than fp32, or takes uint8 and cannot be converted.
     """
-    if precision is None or precision == source.metadata.precision:
+    precision = precision or source.metadata.precision
+    if (precision, wanted_input) == (source.metadata.precision, source.metadata.input):
         return Prepared(source=source, graph=source, images=default_images(source.metadata))
     quantization = None
     if precision == "int8" and source.metadata.precision == "fp32":
         quantization = plan_quantization(source, int8 or Int8Options(), progress=progress)
-    graph = to_precision(source, precision, quantization=quantization, path=Path(f"{precision}.onnx"))
+    path = Path(f"{precision}.onnx" if wanted_input == "float32" else f"{precision}-{wanted_input}.onnx")
+    graph = to_precision(source, precision, quantization=quantization, path=path)
+    graph = to_input(graph, wanted_input, path=path)
     images = default_images(graph.metadata, quantization.images if quantization else ())
     require_onnxruntime()
     with OnnxRuntimeRunner(source) as reference, OnnxRuntimeRunner(graph) as candidate:
         parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256)
     if not parity.passed:
-        raise ArtifactError(f"parity failed in {precision}: {_failures(parity)}", where=source.path)
+        converted = precision if precision != source.metadata.precision else f"{precision} with {wanted_input} input"
+        raise ArtifactError(f"parity failed in {converted}: {_failures(parity)}", where=source.path)
     sensitivity = quantization.sensitivity if quantization else None
     return Prepared(source=source, graph=graph, images=images, parity=parity, sensitivity=sensitivity)
 

@@ -17,7 +17,7 @@ from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint
-from smlp_deploy.pipeline.precision import Int8Options, Quantization, plan_quantization, to_precision
+from smlp_deploy.pipeline.precision import Int8Options, Quantization, plan_quantization, to_input, to_precision
 from smlp_deploy.pipeline.verify import prove_against_checkpoint
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -54,7 +54,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: the weights.
-        metadata: to write into the file; its precision is that of the graph.
+        metadata: to write into the file; its precision and input are those of the graph.
         target: the file to write.
         opset: version of ONNX's default operator set.
         images: real images to compare on; by default the bundled ones, or those of the calibration.
@@ -70,7 +70,7 @@ def export_checkpoint(
     precision = metadata.precision
     graph = export_onnx(checkpoint.network(), metadata, path=target, opset=opset)
     quantization = plan_quantization(graph, int8 or Int8Options(), progress=progress) if precision == "int8" else None
-    graph = to_precision(graph, precision, quantization=quantization)
+    graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)
     images = images or default_images(graph.metadata, quantization.images if quantization else ())
     with OnnxRuntimeRunner(graph) as candidate:
         report = prove_against_checkpoint(candidate, checkpoint, graph.metadata, images, bounds, graph.sha256)

@@ -16,6 +16,7 @@ from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measur
 from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.pixels import take_pixels
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.defaults import calibration_images
@@ -90,13 +91,13 @@ def to_precision(
     """A graph in another precision, or the graph itself if it already has that precision.
 
     Args:
-        graph: in fp32, or already in `precision`.
+        graph: in fp32 and of float32 input, or already in `precision`.
         precision: "fp32", "fp16", "bf16" or "int8".
         quantization: for int8, from `plan_quantization` on the same graph.
         path: of the new graph; by default that of `graph`.
 
     Raises:
-        UsageError: the graph is already in a different precision than fp32.
+        UsageError: the graph is already in a different precision than fp32, or takes uint8.
         ArtifactError: a weight exceeds the range of the precision, or the calibration table does not match the graph.
     """
     if precision == graph.metadata.precision:
@@ -108,6 +109,7 @@ def to_precision(
             where=graph.path,
             fix="give the fp32 file",
         )
+    _check_float(graph, f"be converted to {precision}")
     metadata = replace(graph.metadata, precision=precision)
     model = graph.model()
     if precision == "int8":
@@ -118,18 +120,46 @@ def to_precision(
     return Graph.of(half, metadata, path=path or graph.path)
 
 
+def to_input(graph: Graph, wanted: str, *, path: Path | None = None) -> Graph:
+    """A graph that takes another input, or the graph itself if it takes that already; the last step of a conversion.
+
+    Args:
+        graph: in any precision.
+        wanted: "float32", normalized images, or "uint8", pixels, which the graph normalizes itself.
+        path: of the new graph; by default that of `graph`.
+
+    Raises:
+        UsageError: the graph takes uint8, and float32 is wanted.
+    """
+    if wanted == graph.metadata.input:
+        return graph
+    _check_float(graph, f"take {wanted} again")
+    model = take_pixels(graph.model(), graph.metadata.preprocessing)
+    return Graph.of(model, replace(graph.metadata, input=wanted), path=path or graph.path)
+
+
+def _check_float(graph: Graph, what: str) -> None:
+    if graph.metadata.input != "float32":
+        raise UsageError(
+            f"the graph takes {graph.metadata.input} and cannot {what}",
+            where=graph.path,
+            fix="give the float32-input file",
+        )
+
+
 def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress | None = None) -> Quantization:
     """Calibrate an fp32 graph and, if `max_drop` is set, choose the layers to leave in half precision.
 
     Args:
-        graph: in fp32.
+        graph: in fp32 and of float32 input.
         options: how to quantize.
         progress: told of each step.
 
     Raises:
-        UsageError: there are no images to calibrate on, or `max_drop` cannot be met.
+        UsageError: the graph takes uint8, there are no images to calibrate on, or `max_drop` cannot be met.
         ArtifactError: the calibration table does not match the graph.
     """
+    _check_float(graph, "be calibrated")
     tell = progress or (lambda what, done, total: None)
     images = options.images or calibration_images(graph.metadata)
     samples: FloatArray | None = None

@@ -248,16 +248,16 @@ def _source_of(engine: Path, manifest: EngineManifest, given: Path | None) -> Gr
 
 def _graph_of(engine: Path, manifest: EngineManifest, source: Graph) -> Graph:
     """The graph that an engine was built from, made again from its ONNX file."""
-    from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
+    from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 
     precision, made = manifest.metadata.precision, manifest.metadata.quantization
     if precision == source.metadata.precision or precision != "int8":
-        return to_precision(source, precision)
+        return to_input(to_precision(source, precision), manifest.metadata.input)
     if is_bundled(source.metadata):  # calibrated on its own images by default
         options = Int8Options(method=str(made.get("method")), per_channel=made.get("weights") == "per channel")
         graph = to_precision(source, precision, quantization=plan_quantization(source, options))
         if graph.metadata.quantization == made:
-            return graph
+            return to_input(graph, manifest.metadata.input)
     raise ArtifactError(
         "was quantized during the build, and its manifest does not state the ranges",
         where=engine,

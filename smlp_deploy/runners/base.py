@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.images.batches import FloatArray
-from smlp_deploy.metadata import BatchProfile, ModelMetadata
+from smlp_deploy.images.batches import FloatArray, ImageArray
+from smlp_deploy.images.preprocessing import normalize
+from smlp_deploy.metadata import BatchProfile, ModelMetadata, Preprocessing
 
 
 class Runner(Protocol):
@@ -28,8 +29,11 @@ class Runner(Protocol):
     @property
     def metadata(self) -> ModelMetadata: ...
 
-    def infer(self, batch: FloatArray) -> FloatArray:
-        """Logits N, classes of a batch N, 3, S, S, both float32, for any N of at least 1; a copy the caller owns."""
+    def infer(self, batch: ImageArray) -> FloatArray:
+        """Logits N, classes, float32, of a batch of any N of at least 1; a copy the caller owns.
+
+        The batch is what `metadata.input` says: N, 3, S, S float32, or N, S, S, 3 uint8.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -81,11 +85,35 @@ def batch_size_of(runner: Runner) -> int:
     return int(getattr(runner, "batch_size", max(1, DEFAULT_BATCH_SIZE // fixed) * fixed))
 
 
+def common_input(*runners: Runner) -> str:
+    """The input, as in `ModelMetadata`, that `input_of` makes into that of each runner: "uint8" if any takes it."""
+    return "uint8" if any(runner.metadata.input == "uint8" for runner in runners) else "float32"
+
+
+def input_of(runner: Runner, images: ImageArray, preprocessing: Preprocessing) -> ImageArray:
+    """Images as a runner takes them, so that runners of either input see the same images.
+
+    Args:
+        runner: takes either input.
+        images: one or more of them, in the `common_input` of this runner and others.
+        preprocessing: how pixels are normalized for a runner that takes float32.
+
+    Returns:
+        `images` if that is what the runner takes, otherwise what `images.preprocessing` makes of the pixels.
+    """
+    if runner.metadata.input == "uint8" or images.dtype != np.uint8:
+        return images
+    *batch, height, width, channels = images.shape
+    normalized = np.empty((*batch, channels, height, width), np.float32)
+    normalize(images, preprocessing, normalized)
+    return normalized
+
+
 class TracingRunner(Runner, Protocol):
     """A runner that also returns values inside the network, at the points of `trace_points`."""
 
-    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
-        """The values at each point for a batch N, 3, S, S: N, C, G, G float32, in the order of the points."""
+    def trace(self, batch: ImageArray) -> dict[str, FloatArray]:
+        """The values at each point for a batch as in `infer`: N, C, G, G float32, in the order of the points."""
         ...
 
 
@@ -108,8 +136,11 @@ class LayerOutput(NamedTuple):
 class LayerTracer(Protocol):
     """Compares each int8 layer of a network with its fp32 form."""
 
-    def trace_layers(self, batch: FloatArray) -> Iterator[LayerOutput]:
-        """Every int8 layer in execution order, for a batch N, 3, S, S; a layer may be yielded in several pieces."""
+    def trace_layers(self, batch: ImageArray) -> Iterator[LayerOutput]:
+        """Every int8 layer in execution order; a layer may be yielded in several pieces.
+
+        The batch is N, 3, S, S float32 or N, S, S, 3 uint8, in the `common_input` of the two forms.
+        """
         ...
 
 
@@ -117,7 +148,7 @@ class LayerTracer(Protocol):
 class GpuTimer(Protocol):
     """A runner that can measure GPU time alone."""
 
-    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+    def gpu_seconds(self, batch: ImageArray, *, runs: int) -> list[float]:
         """Seconds of each run by CUDA events, data staying on the GPU; empty if it has to split `batch`."""
         ...
 

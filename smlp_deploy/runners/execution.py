@@ -122,6 +122,16 @@ class Execution:
         """The batch sizes that run as CUDA graphs."""
         return frozenset(size for size, of_size in self._sizes.items() if of_size.graph is not None)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image at the engine's input."""
+        return self._input.shape
+
+    @property
+    def image_dtype(self) -> np.dtype[Any]:
+        """The element type of the engine's input."""
+        return self._input.dtype
+
     def allocate(self, images: int) -> NDArray[Any]:
         """Pinned memory for so many images, which `submit` copies to the GPU without a detour; valid until `close`."""
         memory = self._cuda.pinned((images, *self._input.shape), self._input.dtype)
@@ -132,7 +142,7 @@ class Execution:
         """Start a batch; at most `SLOTS` may be under way.
 
         Args:
-            images: N images, of the shape and type of the engine's input; copied before this returns.
+            images: N images as the engine takes them; copied before this returns.
             reuse: run a batch that is up to a quarter smaller than an earlier one at the size of that, with old images
                 in the other rows: an unreadable image makes a batch smaller, and a size of its own takes a context and
                 a graph.

@@ -26,7 +26,7 @@ from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches
 
@@ -87,7 +87,7 @@ class OnnxRuntimeRunner(Closing):
         if self._content_of_any_batch and batch > self._largest:
             largest = 1 << (batch - 1).bit_length()  # so that few engines serve all sizes
             self._session = None  # two do not have to fit on the GPU
-            images = (3, self.metadata.config.image_size, self.metadata.config.image_size)
+            images = self.metadata.input_shape
             options = tensorrt_options(self._content_of_any_batch, largest=largest, images=images)
             self._session = self._begin(self._content_of_any_batch, options)
             self._largest = largest
@@ -106,7 +106,7 @@ class OnnxRuntimeRunner(Closing):
         _available(provider)
         return cls(Graph.read(path), provider=provider)
 
-    def infer(self, batch: FloatArray) -> FloatArray:
+    def infer(self, batch: ImageArray) -> FloatArray:
         if self.metadata.batch is not None:
             return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
         return self._run(batch)
@@ -115,10 +115,10 @@ class OnnxRuntimeRunner(Closing):
         """The serialized model to run."""
         return graph.content
 
-    def _run(self, batch: FloatArray) -> FloatArray:
+    def _run(self, batch: ImageArray) -> FloatArray:
         return self._outputs(batch)[0]
 
-    def _outputs(self, batch: FloatArray) -> list[FloatArray]:
+    def _outputs(self, batch: ImageArray) -> list[FloatArray]:
         if len(batch) not in self._batch_sizes:
             check_sizes(self._structure, self._path, batch=len(batch))
             self._batch_sizes.add(len(batch))
@@ -190,7 +190,7 @@ def tensorrt_options(content: bytes, *, largest: int = 0, images: tuple[int, ...
     Args:
         content: the graph.
         largest: batch size that it is built for, and fastest at; 0 if the graph's is fixed.
-        images: shape of an image; C, H, W.
+        images: shape of one image at the graph's input.
     """
     options: Options = {}
     if largest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,12 +22,12 @@ class PyTorchRunner(Closing):
 
     Args:
         checkpoint: the weights.
-        metadata: labels and preprocessing to go with them.
+        metadata: labels and preprocessing to go with them; may be that of an artifact, but the input is float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
         self.name = f"pytorch (CPU) {checkpoint.path.name}"
-        self.metadata = metadata
+        self.metadata = replace(metadata, input="float32")
         self._network: nn.Module | None = self._prepared(checkpoint.network())
 
     def infer(self, batch: FloatArray) -> FloatArray:

@@ -34,7 +34,7 @@ from smlp_deploy.dependencies import (
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_file, read_text, sha256_of, write_bytes
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import EngineManifest, trace_points
 from smlp_deploy.runners.base import Closing, in_batches, padded
 from smlp_deploy.runners.cuda import Cuda
@@ -97,7 +97,8 @@ class TensorRTRunner(Closing):
             manifest: its manifest.
 
         Raises:
-            ArtifactError: it does not load here, or does not fit in the GPU's memory.
+            ArtifactError: it does not load here, takes another input than its manifest says, or does not fit in the
+                GPU's memory.
             GpuError: the GPU fails.
         """
         with ExitStack() as stack:
@@ -174,11 +175,11 @@ class TracingTensorRTRunner(TensorRTRunner):
     def name(self) -> str:
         return f"{super().name} (rebuilt with trace points)"
 
-    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+    def trace(self, batch: ImageArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
         parts: list[dict[str, FloatArray]] = []
 
-        def run(images: FloatArray) -> FloatArray:
+        def run(images: ImageArray) -> FloatArray:
             self._opened.submit(images)
             outputs = self._opened.collect()
             parts.append({name: outputs[name].copy() for name in names})
@@ -306,7 +307,18 @@ def _execution(
         trt, engine, cuda, largest=manifest.profile.max, make_context=make_context, graphs=cache_path is not None
     )
     stack.callback(execution.close)
+    _check_input(execution, path, manifest)
     return execution
+
+
+def _check_input(execution: Execution, path: Path, manifest: EngineManifest) -> None:
+    found = (execution.image_dtype.name, execution.image_shape)
+    stated = (manifest.metadata.input, manifest.metadata.input_shape)
+    if found != stated:
+        texts = (f"{element} Nx{'x'.join(map(str, shape))}" for element, shape in (found, stated))
+        raise ArtifactError(
+            "takes {}, but its manifest says {}".format(*texts), where=path, fix="build the engine again"
+        )
 
 
 def runtime_cache_path(manifest: EngineManifest) -> Path:

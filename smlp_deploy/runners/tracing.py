@@ -11,9 +11,9 @@ from onnx import GraphProto
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.graphs.edit import Int8Layer, add_int8_copy, add_output, add_trace_outputs, int8_layers
 from smlp_deploy.graphs.file import Graph
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import trace_points
-from smlp_deploy.runners.base import Closing, LayerOutput
+from smlp_deploy.runners.base import Closing, LayerOutput, input_of
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 
@@ -30,7 +30,7 @@ class _OpenedRunner(OnnxRuntimeRunner):
         self._extend = extend
         super().__init__(graph, provider=provider)
 
-    def added(self, batch: FloatArray) -> list[FloatArray]:
+    def added(self, batch: ImageArray) -> list[FloatArray]:
         """The values of the added outputs; a graph with a fixed batch size gets zeros as padding."""
         size = self.metadata.batch or len(batch)
         parts = []
@@ -58,7 +58,7 @@ class TracingOnnxRunner(_OpenedRunner):
         self._config = graph.metadata.config
         super().__init__(graph, self._watch, provider=provider)
 
-    def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
+    def trace(self, batch: ImageArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]
         return dict(zip(names, self.added(batch), strict=True))
 
@@ -84,12 +84,15 @@ class QuantizedLayers(Closing):
         self._deployed = _OpenedRunner(candidate, self._watch_deployed)
         self._reference = _OpenedRunner(reference, self._watch_reference)
 
-    def trace_layers(self, batch: FloatArray) -> Iterator[LayerOutput]:
+    def trace_layers(self, batch: ImageArray) -> Iterator[LayerOutput]:
         """See `LayerTracer`; image by image if the graph allows, because all layers are in memory at once."""
         size = self._deployed.metadata.batch or self._reference.metadata.batch or 1
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            deployed, both = self._deployed.added(part), self._reference.added(part)
+            preprocessing = self._deployed.metadata.preprocessing
+            deployed, both = (
+                runner.added(input_of(runner, part, preprocessing)) for runner in (self._deployed, self._reference)
+            )
             for i, layer in enumerate(self._layers):
                 yield LayerOutput(layer.name, both[2 * i], both[2 * i + 1], deployed[i])
 

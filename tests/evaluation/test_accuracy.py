@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,8 +33,10 @@ from smlp_deploy.images.dataset import LabelledImage, find_labelled_images
 from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.runners import open_runner
-from tests.support.fakes import FakeRunner, metadata, quadrant_means
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from tests.support.fakes import Exported, FakeRunner, metadata, quadrant_means
 
 
 def picture(path: Path, bright: int = 0) -> Path:
@@ -352,3 +355,17 @@ def test_the_bundled_model_on_its_held_out_digits(digits_export: Export, tmp_pat
     assert model.loss == pytest.approx(0.124, abs=0.002)
     assert sum(confusion.count for confusion in model.confusions) == 1000 - model.top1.count
     assert (pair.agreement.value, pair.only_first, pair.only_second, pair.p_value) == (1, 0, 0, 1)
+
+
+def test_models_of_either_input_see_the_same_images(exported: Exported, digit_images: list[Path]) -> None:
+    samples = [LabelledImage(path, int(path.name.split("-")[1])) for path in digit_images]
+    floats, half = exported().graph, exported("fp16").graph
+    pixels = to_input(floats, "uint8")
+    with ExitStack() as stack:
+        runners = [stack.enter_context(OnnxRuntimeRunner(graph)) for graph in (pixels, floats, to_input(half, "uint8"))]
+        mixed = evaluate(runners, samples, batch_size=5)
+        alone = evaluate(runners[1:2], samples, batch_size=5)
+    assert [pair.agreement.value for pair in mixed.pairs] == [1, 1, 1]
+    assert mixed.models[1] == alone.models[0]
+    assert mixed.models[0].loss == pytest.approx(mixed.models[1].loss, rel=1e-4)
+    assert mixed.models[0].top1.count >= 11

@@ -22,6 +22,7 @@ from smlp_deploy.images.preprocessing import load_image
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners.base import LayerOutput
 from tests.support.fakes import Exported, FakeRunner, metadata, quadrant_means
@@ -310,6 +311,20 @@ class TestInt8Layers:
         found = verify_layers(fixed, reference=digits_export.path, images=IMAGES[:1]).layers
         assert len(found) == len(verify_layers(int8, reference=digits_export.path).layers) == 3 + 6 * 5
         assert all(10 < layer.own_sqnr_db < 80 for layer in found)
+
+    def test_pixels_give_the_same_as_floats(self, exported: Exported, tmp_path: Path) -> None:
+        paths = {}
+        for precision in ("fp32", "int8"):
+            for taken in ("float32", "uint8"):
+                paths[precision, taken] = tmp_path / f"{precision}-{taken}.onnx"
+                to_input(exported(precision).graph, taken).save(paths[precision, taken])
+        expected = verify_layers(paths["int8", "float32"], reference=paths["fp32", "float32"], images=IMAGES)
+        for candidate, reference in (("uint8", "float32"), ("float32", "uint8"), ("uint8", "uint8")):
+            found = verify_layers(paths["int8", candidate], reference=paths["fp32", reference], images=IMAGES)
+            assert {noise.name for noise in found.layers} == {noise.name for noise in expected.layers}
+            for some, others in ((found.points, expected.points), (found.layers, expected.layers)):
+                ratios = {each.name: each.sqnr_db for each in others}
+                assert {each.name: each.sqnr_db for each in some} == pytest.approx(ratios, abs=0.2)
 
     def test_only_int8_against_fp32_has_layers(self, digits_export: Export, int8: Path) -> None:
         assert verify_layers(digits_export.path).layers == ()

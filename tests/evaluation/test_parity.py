@@ -12,11 +12,15 @@ from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.evaluation.parity import Gates, ParityReport, check_half_range, prove
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.defaults import bundled_images
+from smlp_deploy.images.preprocessing import load_image, normalize
+from smlp_deploy.metadata import PRECISIONS
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.pipeline.verify import verify_artifact
-from tests.support.fakes import FakeRunner, metadata, quadrant_means
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from tests.support.fakes import Exported, FakeRunner, metadata, quadrant_means
 
 IMAGES = bundled_images()[:3]
 Damage = Callable[[FloatArray], FloatArray]
@@ -52,6 +56,71 @@ def test_the_candidate_runs_alone_in_an_odd_batch_and_in_the_largest() -> None:
     fixed = FakeRunner(quadrant_means, metadata(batch=4))
     prove(FakeRunner(quadrant_means), fixed, IMAGES)
     assert fixed.batch_sizes == [1, 1, 1, 1, 4, 4, 3]
+
+
+class TestPixels:
+    """Runners that take uint8 pixels, float32 or one of each."""
+
+    @staticmethod
+    def proven(reference: str, candidate: str) -> tuple[ParityReport, dict[str, list[ImageArray]]]:
+        """The report on runners of these inputs, and the batches that each of them saw."""
+        seen: dict[str, list[ImageArray]] = {"reference": [], "candidate": []}
+
+        def runner(name: str, taken: str) -> FakeRunner:
+            of = replace(metadata(), input=taken)
+
+            def logits(batch: ImageArray) -> FloatArray:
+                seen[name].append(batch.copy())
+                if taken == "float32":
+                    return quadrant_means(batch)
+                normalized = np.empty((len(batch), 3, 8, 8), np.float32)
+                normalize(batch, of.preprocessing, normalized)
+                return quadrant_means(normalized)
+
+            return FakeRunner(logits, of)
+
+        return prove(runner("reference", reference), runner("candidate", candidate), IMAGES), seen
+
+    @pytest.mark.parametrize("inputs", [("float32", "uint8"), ("uint8", "float32"), ("uint8", "uint8")])
+    def test_both_see_the_same_images_and_noise(self, inputs: tuple[str, str]) -> None:
+        report, seen = self.proven(*inputs)
+        assert report.passed
+        assert report.max_abs == 0
+        assert (report.images, report.noise) == (3, 29)
+        for taken, batches in zip(inputs, seen.values(), strict=True):
+            whole = batches[-1]
+            assert whole.dtype == taken
+            assert whole.shape == ((32, 8, 8, 3) if taken == "uint8" else (32, 3, 8, 8))
+            if taken == "uint8":
+                first = load_image(IMAGES[0], metadata().preprocessing, np.empty((8, 8, 3), np.uint8))
+                np.testing.assert_array_equal(whole[0], first)
+                assert 120 < whole[3:].mean() < 135
+                assert (whole[3:].min(), whole[3:].max()) == (0, 255)
+
+    def test_real_images_are_the_same_bytes_for_float32_whatever_the_other_takes(self) -> None:
+        (_, alone), (_, mixed) = self.proven("float32", "float32"), self.proven("float32", "uint8")
+        assert alone["reference"][0][:3].tobytes() == mixed["reference"][0][:3].tobytes()
+
+    def test_for_float32_alone_the_noise_is_as_ever(self) -> None:
+        _, seen = self.proven("float32", "float32")
+        noise = np.random.default_rng(2109).standard_normal((29, 3, 8, 8), dtype=np.float32)
+        assert seen["candidate"][-1][3:].tobytes() == noise.tobytes()
+
+    def test_a_wrong_normalization_fails(self) -> None:
+        wrong = FakeRunner(
+            lambda batch: quadrant_means(np.moveaxis(batch, -1, 1).astype(np.float32) / np.float32(255)),
+            replace(metadata(), input="uint8"),
+        )
+        assert "cosine" in failed_gates(prove(FakeRunner(quadrant_means), wrong, IMAGES))
+
+    @pytest.mark.parametrize("precision", PRECISIONS)
+    def test_a_real_graph_is_exact_by_the_gates_of_its_precision(self, exported: Exported, precision: str) -> None:
+        graph = exported(precision).graph
+        with OnnxRuntimeRunner(graph) as floats, OnnxRuntimeRunner(to_input(graph, "uint8")) as pixels:
+            report = prove(floats, pixels, IMAGES)
+            assert report.passed, report.failures
+            assert report.precision == precision
+            assert prove(pixels, floats, IMAGES).passed
 
 
 def test_small_noise_passes_and_is_measured() -> None:

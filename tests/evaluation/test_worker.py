@@ -15,6 +15,7 @@ from smlp_deploy.errors import SmlpError
 from smlp_deploy.evaluation.worker import Target, TimedProcess, _Session
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.precision import to_input
 from tests.support.fakes import FakeRunner, quadrant_means
 
 
@@ -111,6 +112,19 @@ def test_a_turn_on_a_gpu_is_timed_twice() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_model_of_pixels_is_timed_on_pixels(digits_export: Export, digit_images: list[Path]) -> None:
+    graph = to_input(digits_export.graph, "uint8")
+    session = _Session(Target(path=graph.path, graph=graph), 0)
+    assert session.load().metadata.input == "uint8"
+    assert session.first(3) > 0
+    assert session.turn(3, 0).runs
+    batch = session._batch(3)
+    assert (batch.dtype.name, batch.shape) == ("uint8", (3, 32, 32, 3))
+    assert batch.std() == pytest.approx(73.9, abs=2)  # of numbers from 0 to 255
+    assert session.end_to_end(digit_images, 5, 2).failed == 0
+    session.close()
+
+
 class TestPeakMemory:
     def test_stays_when_memory_is_freed(self) -> None:
         script = (

@@ -271,7 +271,15 @@ def described(**values: Any) -> Change:
     return change
 
 
-METADATA_FIELDS = ("name", "config", "labels", "preprocessing", "batch")
+def both(first: Change, second: Change) -> Change:
+    def change(model: ModelProto) -> None:
+        first(model)
+        second(model)
+
+    return change
+
+
+METADATA_FIELDS = ("name", "config", "labels", "preprocessing", "batch", "input")
 FIVE = SMLPNetConfig(dim=4, depths=(1,), image_size=SIZE, num_classes=5)
 LARGER = SMLPNetConfig(dim=4, depths=(1,), image_size=16, num_classes=CLASSES)
 
@@ -298,6 +306,19 @@ LIES: dict[str, tuple[Change, str]] = {
         "but its metadata says float Nx3x16x16",
     ),
     "a batch that is not": (described(batch=4), "but its metadata says float 4x3x8x8"),
+    "pixels that are not": (described(input="uint8"), "input is 'images float .*but its metadata says uint8 Nx8x8x3"),
+    "pixels, unsaid": (
+        input_shape("batch", SIZE, SIZE, 3, element=TensorProto.UINT8),
+        "input is 'images uint8 batchx8x8x3', but its metadata says float Nx3x8x8",
+    ),
+    "pixels, channels first": (
+        both(described(input="uint8"), input_shape("batch", 3, SIZE, SIZE, element=TensorProto.UINT8)),
+        "input is 'images uint8 batchx3x8x8', but its metadata says uint8 Nx8x8x3",
+    ),
+    "normalized, channels last": (
+        both(described(input="uint8"), input_shape("batch", SIZE, SIZE, 3)),
+        "input is 'images float batchx8x8x3', but its metadata says uint8 Nx8x8x3",
+    ),
     "output that nothing computes": (
         lambda model: setattr(model.graph.output[0], "name", "x"),
         "shapes do not fit|has",

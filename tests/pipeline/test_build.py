@@ -17,18 +17,20 @@ from smlp_deploy.cli import main
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
+from smlp_deploy.exporters.pixels import take_pixels
 from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.defaults import bundled_images
-from smlp_deploy.metadata import BatchProfile, EngineManifest
+from smlp_deploy.metadata import BatchProfile, EngineManifest, Preprocessing
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import build as engine
 from smlp_deploy.pipeline import precision
 from smlp_deploy.pipeline.build import Prepared, build_engine, check_precision, prepare_graph
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.pipeline.verify import verify_layers
 from smlp_deploy.runners import tensorrt as runners
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -77,8 +79,53 @@ def test_a_source_that_is_swapped_while_it_is_built_no_longer_matters(
     with pytest.raises(SystemExit) as stop:
         main(["build-engine", str(source), "--gpu-arch", "sm89", "--quiet", "-o", str(tmp_path / "x.engine")])
     assert stop.value.code == 0
-    assert built == [digits_export.path.read_bytes()]
+    assert built == [to_input(digits_export.graph, "uint8").content]
     assert read_manifest(tmp_path / "x.engine").onnx_sha256 == sha256_of(digits_export.path)
+
+
+class TestInput:
+    @pytest.mark.parametrize("precision", [None, "fp16", "bf16", "int8"])
+    def test_engines_take_pixels_and_were_compared_with_the_file_of_floats(
+        self, digits_export: Export, tmp_path: Path, precision: str | None
+    ) -> None:
+        prepared = prepare_graph(digits_export.graph, precision)
+        assert prepared.source is digits_export.graph
+        assert prepared.parity is not None
+        assert prepared.parity.passed
+        assert prepared.parity.candidate.endswith(f"{precision or 'fp32'}-uint8.onnx")
+        assert prepared.graph.metadata.precision == (precision or "fp32")
+        pixels = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        manifest = read_manifest(tmp_path / "x.engine")
+        assert manifest.metadata.input == "uint8"
+        assert manifest.graph_parity is not None
+        floats = prepare_graph(digits_export.graph, precision, wanted_input="float32")
+        other = build_engine(floats, tmp_path / "y.engine", SM89, backend="tensorrt-rtx")
+        assert read_manifest(tmp_path / "y.engine").metadata.input == "float32"
+        assert pixels.summary.count <= other.summary.count + 1
+        assert pixels.summary.bytes_per_image < other.summary.bytes_per_image
+
+    def test_a_file_that_takes_pixels_is_built_as_it_is(self, exported: Exported) -> None:
+        for name in ("fp32", "fp16"):
+            pixels = to_input(exported(name).graph, "uint8")
+            prepared = prepare_graph(pixels, None)
+            assert prepared.graph is prepared.source is pixels
+            assert prepared.parity is None
+            with pytest.raises(
+                UsageError, match=r"takes uint8 and cannot take float32 again · .* give the float32-input"
+            ):
+                prepare_graph(pixels, None, wanted_input="float32")
+        pixels = to_input(exported("fp32").graph, "uint8")
+        for name in ("fp16", "int8"):
+            with pytest.raises(UsageError, match=r"takes uint8 and cannot be .* give the float32-input file"):
+                prepare_graph(pixels, name)
+
+    def test_a_wrong_normalization_is_refused(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+            return take_pixels(model, replace(preprocessing, mean=(0.9, 0.9, 0.9)))
+
+        monkeypatch.setattr(precision, "take_pixels", wrong)
+        with pytest.raises(ArtifactError, match="parity failed in fp32 with uint8 input: difference"):
+            prepare_graph(digits_export.graph, None)
 
 
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
@@ -328,6 +375,24 @@ class TestLayerByLayer:
         monkeypatch.setattr(TensorRT.load("tensorrt-rtx"), "ahead_of_time", False)
         verify_layers(engine_of(digits_export.path, tmp_path), images=bundled_images()[:1])
         assert workshop.options[0].architectures == ()
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_an_engine_of_pixels(
+        self, digits_export: Export, tmp_path: Path, workshop: Workshop, precision: str
+    ) -> None:
+        made = replace(digits_export.graph.metadata, precision=precision, input="uint8")
+        report = verify_layers(engine_of(digits_export.path, tmp_path, metadata=made))
+        expected = verify_layers(engine_of(digits_export.path, tmp_path, precision))
+        assert report.first_over is None
+        errors = [point.error for point in report.points]
+        assert errors == pytest.approx([point.error for point in expected.points], rel=0.1, abs=1e-6)
+        assert workshop.sizes == [8, 8, 2] * 2
+
+    def test_an_int8_engine_of_pixels(self, digits_export: Export, tmp_path: Path, workshop: Workshop) -> None:
+        graph = prepare_graph(digits_export.graph, "int8").graph
+        report = verify_layers(engine_of(digits_export.path, tmp_path, metadata=graph.metadata))
+        assert graph.metadata.input == "uint8"
+        assert report.first_over is None
 
     def test_an_int8_file(self, exported: Exported, tmp_path: Path, workshop: Workshop) -> None:
         report = verify_layers(engine_of(exported("int8").path, tmp_path, "int8"))

@@ -15,14 +15,15 @@ from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.parity import ParityReport
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
-from smlp_deploy.graphs.file import Graph
+from smlp_deploy.graphs.file import Graph, graph_facts
 from smlp_deploy.images.defaults import bundled_images
-from smlp_deploy.metadata import ModelMetadata
+from smlp_deploy.metadata import PRECISIONS, ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.pipeline.verify import prove_against_checkpoint, verify_artifact
 from smlp_deploy.runners.base import Runner
 from tests.support.fakes import Exported
@@ -53,6 +54,19 @@ def test_half_precision_is_proven_too(exported: Exported, precision: str) -> Non
     assert (result.report.half is not None) == (precision == "fp16")
     assert verify_artifact(result.path).passed
     assert result.path.stat().st_size < 0.6 * BUNDLED_CHECKPOINT.stat().st_size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_export_of_uint8_input_is_proven_in_every_precision(
+    digits: Checkpoint, exported: Exported, tmp_path: Path, precision: str
+) -> None:
+    metadata = replace(describe(digits, precision=precision), input="uint8")
+    result = export_checkpoint(digits, metadata, tmp_path / "x.onnx")
+    assert result.report.passed, result.report.failures
+    assert (result.report.precision, result.graph.metadata.input) == (precision, "uint8")
+    assert Graph.read(result.path).content == to_input(exported(precision).graph, "uint8").content
+    assert verify_artifact(result.path).passed
+    assert graph_facts(result.path).inputs == ("images uint8 batchx32x32x3",)
 
 
 def test_activations_near_the_end_of_fp16_fail_with_the_layers_name(digits: Checkpoint, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.build import build_engine, prepare_graph
 from smlp_deploy.pipeline.export import Export, export_checkpoint
-from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_precision
+from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 from smlp_deploy.pipeline.verify import verify_artifact
 from smlp_deploy.runners import open_runner
 from tests.support.fakes import Exported
@@ -189,3 +189,25 @@ def test_of_many_images_an_even_selection_is_used(
     quantized = plan_quantization(graph, Int8Options(images=tuple(digit_images)))
     assert quantized.images == tuple(digit_images[0:12:3])
     assert "using 4 of the 12 calibration images" in caplog.text
+
+
+class TestInput:
+    def test_a_graph_that_takes_it_is_returned(self, graph: Graph) -> None:
+        assert to_input(graph, "float32") is graph
+        pixels = to_input(graph, "uint8", path=Path("pixels.onnx"))
+        assert to_input(pixels, "uint8") is to_precision(pixels, "fp32") is pixels
+        assert pixels.metadata == replace(graph.metadata, input="uint8")
+        assert pixels.path == Path("pixels.onnx")
+
+    def test_the_normalization_is_not_narrowed_or_quantized_afterwards(self, graph: Graph) -> None:
+        pixels = to_input(graph, "uint8")
+        fix = r"digits-fp32\.onnx · give the float32-input file$"
+        for precision in ("fp16", "bf16", "int8"):
+            with pytest.raises(
+                UsageError, match=rf"^the graph takes uint8 and cannot be converted to {precision} · .*{fix}"
+            ):
+                to_precision(pixels, precision)
+        with pytest.raises(UsageError, match=rf"^the graph takes uint8 and cannot be calibrated · .*{fix}"):
+            plan_quantization(pixels, Int8Options())
+        with pytest.raises(UsageError, match=rf"^the graph takes uint8 and cannot take float32 again · .*{fix}"):
+            to_input(pixels, "float32")

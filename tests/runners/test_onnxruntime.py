@@ -16,6 +16,7 @@ from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyErro
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.runners import onnxruntime as module
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
@@ -270,6 +271,13 @@ class TestTensorRTProvider:
         assert engines.is_relative_to(tmp_path / "cache" / "smlp-deploy" / "runtime")
         assert engines.parent == Path(options["trt_timing_cache_path"])
         assert larger["trt_engine_cache_path"] != options["trt_engine_cache_path"]
+
+    def test_the_profile_of_pixels_has_their_shape(self, digits_export: Export, machine: Machine) -> None:
+        with OnnxRuntimeRunner(to_input(digits_export.graph, "uint8"), provider="tensorrt") as runner:
+            assert runner.infer(np.zeros((5, 32, 32, 3), np.uint8)).shape == (5, 10)
+        ((_, options),) = machine.sessions
+        profile = {name: options[f"trt_profile_{name}_shapes"] for name in ("min", "opt", "max")}
+        assert profile == {"min": "images:1x32x32x3", "opt": "images:8x32x32x3", "max": "images:8x32x32x3"}
 
     def test_a_fixed_batch_has_no_profile(self, exported: Exported, machine: Machine) -> None:
         with OnnxRuntimeRunner.open(exported(batch=4).path, provider="tensorrt") as runner:

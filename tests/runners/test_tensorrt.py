@@ -136,6 +136,44 @@ def test_many_batch_sizes_do_not_pile_up(tmp_path: Path) -> None:
         assert bench.calls["cudaGraphExecDestroy"] >= 20
 
 
+def pixel_classifier() -> onnx.ModelProto:
+    """`smallest_classifier` of pixels N, 8, 8, 3."""
+    model = smallest_classifier()
+    pixels = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 8, 8, 3])
+    model.graph.input[0].CopyFrom(pixels)
+    model.graph.node[0].input[0] = "values"
+    model.graph.node.insert(0, helper.make_node("Cast", ["images"], ["values"], to=TensorProto.FLOAT))
+    return model
+
+
+@BINDINGS
+def test_an_engine_takes_pixels(tmp_path: Path, version: str, schedule: Schedule) -> None:
+    taken = replace(metadata(), input="uint8")
+    engine = engine_in(tmp_path, pixel_classifier(), metadata=taken)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    with gpu(version, schedule=schedule) as bench:
+        with load(engine, version) as runner:
+            logits = runner.infer(pixels)
+            assert runner.metadata.input == "uint8"
+        np.testing.assert_array_equal(logits, sums(pixels.astype(np.float32)))
+        assert executed(bench) == [4, 4, 2]
+        uploads = [work.amount for work in bench.trace if work.name == "H2D"]
+        assert uploads == [4 * 192, 4 * 192, 2 * 192]
+
+
+def test_an_engine_whose_manifest_states_another_input_is_refused(tmp_path: Path) -> None:
+    engine = engine_in(tmp_path, pixel_classifier())
+    wrong = r"takes uint8 Nx8x8x3, but its manifest says float32 Nx3x8x8 · .*x\.engine · build the engine again"
+    with gpu(), pytest.raises(ArtifactError, match=wrong):
+        load(engine)
+    engine = engine_in(tmp_path, metadata=replace(metadata(), input="uint8"))
+    with gpu(), pytest.raises(ArtifactError, match="takes float32 Nx3x8x8, but its manifest says uint8 Nx8x8x3"):
+        load(engine)
+    engine = engine_in(tmp_path, metadata=metadata(image_size=16))
+    with gpu(), pytest.raises(ArtifactError, match="takes float32 Nx3x8x8, but its manifest says float32 Nx3x16x16"):
+        load(engine)
+
+
 def test_traced_values_are_copies_in_the_order_of_the_points(tmp_path: Path) -> None:
     points = ("stage 1 embedding", "stage 1 block 1 token mixing", "stage 1 block 1")
     model = smallest_classifier()
