@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
+from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
@@ -104,7 +105,7 @@ class TestWhereTheEngineRuns:
 
     @pytest.fixture
     def prepared(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> Prepared:
-        monkeypatch.setattr(engine, "check_machine", lambda path, manifest: None)
+        monkeypatch.setattr(engine, "check_machine", lambda path, manifest, gpu: None)
         return prepare_graph(Graph.read(digits_export.path), "fp16")
 
     def test_it_is_compared_with_its_source(
@@ -138,7 +139,7 @@ class TestWhereTheEngineRuns:
     ) -> None:
         there = []
 
-        def load(plan: bytes, path: Path, manifest: EngineManifest) -> None:
+        def load(plan: bytes, path: Path, manifest: EngineManifest, gpu: GpuDevice | None) -> None:
             assert read_manifest(tmp_path / "x.engine.untried") == manifest
             assert (tmp_path / "x.engine.untried").read_bytes() == plan
             there.append(plan)

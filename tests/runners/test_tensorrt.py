@@ -334,7 +334,7 @@ class TestTheMachine:
         plans: list[bytes] = []
         content = engine.read_bytes()
 
-        def swap(path: Path, manifest: EngineManifest) -> None:
+        def swap(path: Path, *_: object) -> None:
             engine.write_bytes(b"an untrusted engine")
 
         def execution(plan: bytes, *_: object, **__: object) -> None:
@@ -349,13 +349,16 @@ class TestTheMachine:
 
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
-        with pytest.raises(ArtifactError, match=r"cannot load it on this GPU.*built for sm89"):
+        with pytest.raises(GpuError, match=r"driver version is insufficient.* · update the NVIDIA driver"):
             open_runner(engine)
 
-    @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
-    def test_a_second_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
-        with pytest.raises(ArtifactError, match=r"cannot load it on this GPU · .*x\.engine · it was built for sm89"):
-            TracingTensorRTRunner.load(b"another engine", engine, read_manifest(engine))
+    @pytest.mark.parametrize("runner", [TensorRTRunner, TracingTensorRTRunner])
+    def test_one_that_tensorrt_refuses_is_one_clear_line(self, engine: Path, runner: type[TensorRTRunner]) -> None:
+        with (
+            gpu(fail="load"),
+            pytest.raises(ArtifactError, match=r"cannot load it on this GPU · .*x\.engine · it was built for sm89"),
+        ):
+            runner.load(engine.read_bytes(), engine, read_manifest(engine))
 
 
 class TestCompiledKernels:
