@@ -72,7 +72,7 @@ class OnnxRuntimeRunner(Closing):
         self._gpu = gpu
         self.metadata = graph.metadata
         self.arithmetic = _arithmetic(provider, graph.metadata.precision)
-        number = f":{gpu.index}" if gpu is not None and gpu.index else ""
+        number = f":{gpu.index}" if gpu is not None and gpu.index and provider != "cpu" else ""
         tf32 = ", TF32" if self.arithmetic == "tf32" else ""
         self.name = f"onnxruntime ({provider.upper()}{number}{tf32}) {graph.path.name}"
         self._path, self._structure = graph.path, graph.structure
