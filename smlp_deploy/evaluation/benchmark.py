@@ -195,8 +195,8 @@ class _Model:
 
     process: TimedProcess
     loaded: Loaded
-    gpu: GpuDevice | None
     first: float
+    gpu: GpuDevice | None = None
     clocks: list[int] = field(default_factory=list)
 
 

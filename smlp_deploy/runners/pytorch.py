@@ -46,7 +46,7 @@ class PyTorchRunner(Closing):
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
         self.name = f"{on_gpu(self._label, gpu)} {checkpoint.path.name}"
         self.metadata = metadata
-        self._device = device_of(gpu)
+        self._gpu, self._device = gpu, device_of(gpu)
         with _errors():
             network = self._prepared(checkpoint.network())
             self._network: nn.Module | None = network.to(self._device)
@@ -58,7 +58,7 @@ class PyTorchRunner(Closing):
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         """See `GpuTimer`; empty on the CPU. What PyTorch takes to launch a kernel counts where the GPU waits for it."""
-        if self._device.type != "cuda":
+        if self._gpu is None:
             return []
         with self._running():
             images = self._input(batch)
@@ -76,7 +76,7 @@ class PyTorchRunner(Closing):
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Its GPU is the current one, on whose stream events are recorded."""
-        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        on_device = torch.cuda.device(self._device) if self._gpu is not None else nullcontext()
         with _errors(), on_device, torch.inference_mode():
             yield
 
