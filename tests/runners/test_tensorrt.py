@@ -423,6 +423,17 @@ class TestTheMachine:
         ):
             runner.load(engine.read_bytes(), engine, read_manifest(engine))
 
+    def test_tensorrt_rtx_on_a_gpu_that_it_has_no_kernels_for(
+        self, engine: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        with (
+            gpu(architecture="sm90"),
+            pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.7\S* cannot load it on this GPU"),
+        ):
+            load(engine)
+        assert "does not support this compute capability" in caplog.text
+
 
 class TestCompiledKernels:
     """TensorRT-RTX compiles kernels where they run."""
