@@ -192,7 +192,7 @@ def find_gpu(device: str | None = None) -> GpuDevice | None:
     matching = [gpu for gpu in gpus if _is_called(gpu, device.strip().lower())]
     if len(matching) != 1:
         listed = ", ".join(f"{gpu.torch_name} {gpu.name} ({gpu.uuid or 'no UUID'})" for gpu in gpus)
-        what = "several GPUs have a UUID that begins so" if matching else "there is no such GPU"
+        what = "several GPUs have a UUID that begins so" if matching else "no GPU has this number or UUID"
         raise UsageError(what, where=f"--device {device}", fix=f"choose one of {listed}")
     return matching[0]
 

@@ -203,7 +203,7 @@ class TestChoosingAGpu:
         with pytest.raises(UsageError) as raised:
             find_gpu(device)
         assert str(raised.value) == (
-            f"there is no such GPU · --device {device} · choose one of cuda:0 NVIDIA L4 (GPU-{UUIDS[0]}), "
+            f"no GPU has this number or UUID · --device {device} · choose one of cuda:0 NVIDIA L4 (GPU-{UUIDS[0]}), "
             f"cuda:1 NVIDIA L4 (GPU-{UUIDS[1]})"
         )
 
