@@ -112,6 +112,7 @@ class TestPyTorch:
         with open_runner(BUNDLED_CHECKPOINT, device="cuda") as runner:
             import torch
 
+            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1e-4)
             try:
                 with pytest.raises(ArtifactError, match="the GPU's memory is full"):

@@ -72,7 +72,7 @@ class Classifier:
             placement: both in one, if they were read before.
 
         Raises:
-            SmlpError: the file cannot be used, or not there.
+            SmlpError: the file cannot be used, or cannot run there.
         """
         return cls(open_runner(Path(path), provider=provider, device=device, placement=placement))
 

@@ -45,7 +45,7 @@ class Cuda:
         """Make the GPU this thread's current one, on which all else that the thread calls works.
 
         Each thread has its own, the first GPU unless it chose another, and any library may change it. So whatever works
-        on the GPU begins with this, which takes less than a microsecond if nothing changes.
+        on the GPU begins with this.
 
         Raises:
             GpuError: the GPU cannot be used.

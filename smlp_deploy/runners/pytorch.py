@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from traceback import clear_frames
 from typing import Any, cast
 
 import torch
@@ -129,6 +130,7 @@ def _errors() -> Iterator[None]:
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in reason:
+            clear_frames(error.__traceback__)  # which hold the activations, until the error is handled
             raise ArtifactError(
                 "the GPU's memory is full", fix="choose a smaller batch, or end what else runs on the GPU"
             ) from error

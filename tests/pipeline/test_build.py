@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import numpy as np
@@ -139,6 +140,23 @@ def test_an_engine_for_another_gpu_is_not_run_and_says_why(
     said = " ".join(capsys.readouterr().err.split())
     assert f"built ahead of time by tensorrt-rtx for sm89; not run here: {reason}" in said
     assert read_manifest(path).ran_here is False
+
+
+@pytest.mark.parametrize("chosen", [None, replace(H100, name="NVIDIA L4", architecture="sm89", index=1)])
+def test_the_manifest_names_the_gpu_that_it_was_built_on(
+    digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: GpuDevice | None
+) -> None:
+    graph = prepare_graph(Graph.read(digits_export.path), None)
+    built = Engine(plan=b"plan", kernels=(), memory=(), timing_cache=None)
+    adapter = SimpleNamespace(version="10.16.1", build=lambda *_, **__: built, architectures=tuple)
+    monkeypatch.setattr(TensorRT, "load", lambda _: adapter)
+    monkeypatch.setattr(engine, "find_gpu", lambda: H100)
+    monkeypatch.setattr(engine, "use_gpu", lambda _: None)
+    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(), backend="tensorrt", gpu=chosen)
+    assert result.not_run == "tensorrt not installed, needed to run tensorrt engines"
+    manifest = read_manifest(result.path)
+    gpu = chosen or H100
+    assert (manifest.gpu, manifest.architectures) == (gpu.name, (gpu.architecture,))
 
 
 class TestWhereTheEngineRuns:

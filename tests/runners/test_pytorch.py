@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -164,6 +165,24 @@ class TestOnAGpu:
             with pytest.raises(expected, match=message) as caught:
                 runner.infer(batch)
         assert type(caught.value) is expected
+
+    def test_memory_that_ran_out_is_free_again_while_the_error_is_handled(
+        self, digits: Checkpoint, batch: FloatArray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held: list[weakref.ref[torch.Tensor]] = []
+
+        def run(images: torch.Tensor) -> None:
+            activation = images + 1
+            held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with PyTorchRunner(digits, describe(digits)) as runner:
+            monkeypatch.setattr(runner, "_run", run)
+            try:
+                runner.infer(batch)
+            except ArtifactError:
+                assert held[0]() is None
+        assert held
 
     def test_memory_that_runs_out_while_it_is_loaded(self, digits: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:
