@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
+from uuid import UUID
 
-from smlp_deploy.errors import MissingDependencyError
+from smlp_deploy.errors import MissingDependencyError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,9 @@ TENSORRT_DISTRIBUTIONS = {
 
 PROVIDER_TENSORRT = 10
 """The major version of TensorRT that ONNX Runtime's provider is linked against."""
+
+PROVIDER_PACKAGES = {12: "tensorrt-cu12>=10.12,<11", 13: "tensorrt-cu13>=10.13.2,<11"}
+"""The packages with that version, by major version of CUDA."""
 
 CUDA_RUNTIMES = {12: "nvidia-cuda-runtime-cu12", 13: "nvidia-cuda-runtime"}
 """The distribution of the CUDA runtime library, by major version of CUDA."""
@@ -86,51 +91,117 @@ def require_onnxruntime() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuDevice:
-    """The first NVIDIA GPU, as its driver describes it.
+    """An NVIDIA GPU, as its driver describes it.
 
     Attributes:
         name: product name.
         architecture: compute capability, `sm89` for 8.9.
         driver: CUDA version of the driver, 12080 for 12.8.
         pci_bus_id: `0000:3B:00.0`, as in NVML; for a MIG instance, that of the whole GPU.
+        index: its number in CUDA, which counts what CUDA_VISIBLE_DEVICES leaves.
+        uuid: `GPU-` or, for a MIG instance, `MIG-` and 36 characters, as nvidia-smi -L lists it; empty if unknown.
     """
 
     name: str
     architecture: str
     driver: int
     pci_bus_id: str = ""
+    index: int = 0
+    uuid: str = ""
+
+    @property
+    def torch_name(self) -> str:
+        """`cuda:0`, as PyTorch and the option --device name it."""
+        return f"cuda:{self.index}"
 
 
-def find_gpu() -> GpuDevice | None:
-    """The NVIDIA GPU that CUDA uses first, or None without a driver or a visible GPU.
+def list_gpus() -> tuple[GpuDevice, ...]:
+    """The NVIDIA GPUs in the order of CUDA; empty without a driver or a visible GPU.
 
-    The CUDA driver itself is queried, through ctypes. NVML (nvidia-ml-py) cannot tell which GPU comes first: it lists
-    all of them by PCI address, whereas CUDA lists the fastest first, only those in CUDA_VISIBLE_DEVICES, and MIG
-    instances in place of their GPU. cuda-bindings could tell, but takes 31 MB for the seven calls below.
+    The CUDA driver itself is queried, through ctypes. NVML (nvidia-ml-py) cannot tell which GPUs a program may use, nor
+    their order: it lists all of them by PCI address, whereas CUDA lists the fastest first (or as CUDA_DEVICE_ORDER
+    says), only those in CUDA_VISIBLE_DEVICES, and MIG instances in place of their GPU. cuda-bindings could tell, but
+    takes 31 MB for the nine calls below.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return None
-    device, major, minor, version_ = (ctypes.c_int(0) for _ in range(4))
-    name, pci_bus_id = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
+        return ()
+    count, version_ = ctypes.c_int(0), ctypes.c_int(0)
     failed = (
         driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetCount(ctypes.byref(count))
+        or driver.cuDriverGetVersion(ctypes.byref(version_))
+    )
+    if failed:
+        return ()
+    found = (_describe(driver, index, version_.value) for index in range(count.value))
+    return tuple(gpu for gpu in found if gpu is not None)
+
+
+def _describe(driver: Any, index: int, version_: int) -> GpuDevice | None:
+    """The GPU with this number, or None if the driver fails on it."""
+    device, major, minor = (ctypes.c_int(0) for _ in range(3))
+    name, pci_bus_id = ctypes.create_string_buffer(256), ctypes.create_string_buffer(32)
+    uuid = (ctypes.c_uint8 * 16)()
+    # The second version tells MIG instances apart; drivers before CUDA 11.4 lack it.
+    get_uuid = getattr(driver, "cuDeviceGetUuid_v2", None) or driver.cuDeviceGetUuid
+    failed = (
+        driver.cuDeviceGet(ctypes.byref(device), index)
         or driver.cuDeviceGetName(name, len(name), device)
         or driver.cuDeviceGetPCIBusId(pci_bus_id, len(pci_bus_id), device)
         or driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-        or driver.cuDriverGetVersion(ctypes.byref(version_))
     )
     if failed:
         return None
+    text = name.value.decode(errors="replace")
+    kind = "MIG" if " MIG " in text else "GPU"  # CUDA names an instance "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
     return GpuDevice(
-        name=name.value.decode(errors="replace"),
+        name=text,
         architecture=f"sm{major.value}{minor.value}",
-        driver=version_.value,
+        driver=version_,
         pci_bus_id=pci_bus_id.value.decode(),
+        index=index,
+        uuid="" if get_uuid(uuid, device) else f"{kind}-{UUID(bytes=bytes(uuid))}",
     )
+
+
+def find_gpu(device: str | None = None) -> GpuDevice | None:
+    """A visible NVIDIA GPU.
+
+    Args:
+        device: its number in CUDA (`1` or `cuda:1`), its UUID or a unique beginning of it (`GPU-3f2a`), or `cuda` for
+            the first; None for the first if there is one.
+
+    Returns:
+        The GPU; None only if `device` is None and there is no GPU, or no driver.
+
+    Raises:
+        UsageError: there is no such GPU, or several; lists those there are.
+    """
+    gpus = list_gpus()
+    if device is None:
+        return gpus[0] if gpus else None
+    if not gpus:
+        raise UsageError(
+            "no NVIDIA GPU and driver was found, or CUDA_VISIBLE_DEVICES hides it",
+            where=f"--device {device}",
+            fix="smlp doctor shows what is there",
+        )
+    matching = [gpu for gpu in gpus if _is_called(gpu, device.strip().lower())]
+    if len(matching) != 1:
+        listed = ", ".join(f"{gpu.torch_name} {gpu.name} ({gpu.uuid or 'no UUID'})" for gpu in gpus)
+        what = "several GPUs have a UUID that begins so" if matching else "no GPU has this number or UUID"
+        raise UsageError(what, where=f"--device {device}", fix=f"choose one of {listed}")
+    return matching[0]
+
+
+def _is_called(gpu: GpuDevice, name: str) -> bool:
+    if name.startswith(("gpu-", "mig-")):
+        return gpu.uuid.lower().startswith(name)
+    number = "0" if name == "cuda" else name.removeprefix("cuda:")
+    return number.isdecimal() and gpu.index == int(number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +265,29 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def cuda_major(distributions: Iterable[str]) -> int:
+    """The CUDA major version in the names of distributions or their requirements; 0 if none states it."""
+    texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
+    return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
+
+
+def provider_tensorrt(gpu: GpuDevice | None) -> tuple[str, str] | None:
+    """Why ONNX Runtime's TensorRT provider has no TensorRT here, and the pip line that installs it.
+
+    None if the installed TensorRT is of the version that it needs.
+    """
+    installed = next(filter(None, map(installed_version, TENSORRT_DISTRIBUTIONS["tensorrt"])), None)
+    if installed is not None and installed.split(".")[0] == str(PROVIDER_TENSORRT):
+        return None
+    here = [name for name in ("onnxruntime", "onnxruntime-gpu") if installed_version(name)]
+    major = cuda_major(here) or (gpu.driver // 1000 if gpu else max(PROVIDER_PACKAGES))
+    package = PROVIDER_PACKAGES[12 if major < 13 else 13]
+    return (
+        f"it needs TensorRT {PROVIDER_TENSORRT}, but {installed or 'none'} is installed",
+        f'pip install "{package}"',
+    )
 
 
 class TensorRTLog:

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -26,11 +25,12 @@ from platformdirs import user_cache_path
 from smlp_deploy.artifacts import ARTIFACTS_FOLDER
 from smlp_deploy.dependencies import (
     CUDA_RUNTIMES,
-    PROVIDER_TENSORRT,
     TENSORRT_DISTRIBUTIONS,
     GpuDevice,
+    cuda_major,
     find_gpu,
     installed_version,
+    provider_tensorrt,
 )
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.models.pretrained import cache_folder
@@ -59,8 +59,6 @@ except MissingDependencyError as error:
 """
 _EXTRAS = {"gpu": {12: "gpu-cu12", 13: "gpu"}, "rtx": {12: "rtx", 13: "rtx-cu13"}}
 """The extra with the packages for a major version of CUDA, of those that exist for several."""
-_PROVIDER_PACKAGES = {12: "tensorrt-cu12>=10.12,<11", 13: "tensorrt-cu13>=10.13.2,<11"}
-"""The TensorRT that ONNX Runtime's provider needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +171,7 @@ def _package(package: _Package, gpu: GpuDevice | None) -> Finding:
         return _absence(package, gpu)
     text = ", ".join(f"{name} {version}" for name, version in installed.items()) or f"{package.module}, no metadata"
     again = f"pip install --force-reinstall {' '.join(installed) or package.module}"
-    cuda = _cuda_major(installed)
+    cuda = cuda_major(installed)
     if gpu and package is not _PYTORCH and cuda > gpu.driver // 1000:
         what = f"{text}: built for CUDA {cuda}, but the NVIDIA driver is for CUDA {gpu.driver // 1000}"
         return _finding(package.module, "error", what, _for_driver(installed, cuda, gpu))
@@ -256,15 +254,9 @@ def _for_driver(names: Iterable[str], cuda: int, gpu: GpuDevice) -> str:
     return f"{line}, or update the NVIDIA driver to one for CUDA {cuda}"
 
 
-def _cuda_major(distributions: Iterable[str]) -> int:
-    """The CUDA major version in the names of distributions or their requirements; 0 if none states it."""
-    texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
-    return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
-
-
 def _linked_majors() -> dict[str, int]:
     """The CUDA major version of TensorRT and ONNX Runtime, where it is known: its provider loads both at once."""
-    majors = {name: _cuda_major([name]) for package in (_TENSORRT, _ONNXRUNTIME) for name in package.installed()}
+    majors = {name: cuda_major([name]) for package in (_TENSORRT, _ONNXRUNTIME) for name in package.installed()}
     return {name: major for name, major in majors.items() if major}
 
 
@@ -273,7 +265,7 @@ def _cuda_majors() -> dict[str, int]:
     bindings = installed_version("cuda-bindings")
     return {
         **_linked_majors(),
-        **{name: _cuda_major([name]) for name in _RTX.installed()},
+        **{name: cuda_major([name]) for name in _RTX.installed()},
         **({"cuda-bindings": int(bindings.split(".")[0])} if bindings else {}),
     }
 
@@ -367,11 +359,9 @@ def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
     if provider == "cuda":
         what = f"{lost}: CUDA or cuDNN libraries are missing or incompatible"
         return _finding(name, "error", what, _install("gpu", gpu))
-    tensorrt = next(iter(_TENSORRT.installed().values()), None)
-    if tensorrt is None or tensorrt.split(".")[0] != str(PROVIDER_TENSORRT):
-        major = _cuda_major(_ONNXRUNTIME.installed()) or gpu.driver // 1000
-        what = f"{lost}: it needs TensorRT {PROVIDER_TENSORRT}, but {tensorrt or 'none'} is installed"
-        return _finding(name, "warning", what, f'pip install "{_PROVIDER_PACKAGES[12 if major < 13 else 13]}"')
+    if (missing := provider_tensorrt(gpu)) is not None:
+        what, line = missing
+        return _finding(name, "warning", f"{lost}: {what}", line)
     return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", _install("gpu", gpu))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -30,6 +31,12 @@ def pytest_configure() -> None:
 
 
 IMAGES = Path(__file__).parent.parent / "images"
+
+
+@pytest.fixture(autouse=True)
+def not_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--quiet` of one test is not for the next in its process."""
+    monkeypatch.setattr(terminal._Settings, "quiet", False)
 
 
 @pytest.fixture(scope="session")

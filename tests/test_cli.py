@@ -125,6 +125,18 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--labels", "absent.txt"], "no such file"),
         (["download", "resnet50"], "no variant is called 'resnet50' · variants: smlpnet_tiny"),
         (["predict"], "Missing argument"),
+        (["predict", "--device", "cuda", "a.jpg"], "no NVIDIA GPU and driver was found, or CUDA_VISIBLE_DEVICES"),
+        (["predict", "--device", "cpu", "--model", "x.engine", "a.jpg"], "an engine runs only on a GPU · x.engine"),
+        (["predict", "--device", "cpu", "--provider", "cuda", "a.jpg"], "--provider cuda contradicts --device cpu"),
+        (["predict", "--provider", "cuda", "--model", "x.pth", "a.jpg"], "only ONNX files take a provider · x.pth"),
+        (["eval", "data", "--device", "cuda:1", "--provider", "cpu"], "--provider cpu contradicts --device cuda:1"),
+        (["eval", "data", "--provider", "cuda", "-m", "x.pth"], "only ONNX files take a provider · x.pth"),
+        (["eval", "data", "--device", "cpu", "-m", "a.onnx", "-m", "x.engine"], "an engine runs only on a GPU"),
+        (["verify", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine · leave out --device cpu"),
+        (["verify", "x.engine", "--layers", "--provider", "cuda"], "only ONNX files take a provider · x.engine"),
+        (["verify", "x.json", "--layers", "--device", "cpu"], "is a saved report, so nothing is run · x.json"),
+        (["benchmark", "x.onnx", "--device", "7"], "no NVIDIA GPU and driver was found"),
+        (["benchmark", "a.onnx", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine"),
         (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
@@ -283,7 +295,7 @@ class TestBuildEngine:
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
         assert "using artifacts/digits-fp32.onnx, the newest fp32 file" in outcome.err
         assert "convolutions and matrix products: 31 in Half" in outcome.err
-        assert "built ahead of time by tensorrt-rtx for sm89; not run here" in outcome.err
+        assert "built ahead of time by tensorrt-rtx for sm89; not run here: no NVIDIA GPU and driver was" in outcome.err
         no_gpu = smlp("predict", "--model", "artifacts/smlpnet_digits-fp16.engine", "a.jpg")
         assert no_gpu.code == 1
         assert "needs an NVIDIA GPU and driver; none was found" in one_error(no_gpu)
@@ -314,6 +326,9 @@ class TestBuildEngine:
             (["--gpu-arch", "sm75,sm89"], "build sm75 by itself"),
             (["--batch", "4", "--max-batch", "8"], "--batch contradicts --max-batch"),
             (["--hardware-compatible"], "tensorrt-rtx builds for the architectures of --gpu-arch"),
+            (["--same-capability"], "tensorrt-rtx builds for the architectures of --gpu-arch · --same-capability"),
+            (["--device", "cpu"], "an engine runs only on a GPU · --device cpu · leave it out"),
+            (["--device", "cuda"], "no NVIDIA GPU and driver was found, or CUDA_VISIBLE_DEVICES hides it"),
             (["-o", "x.onnx"], "an engine's name ends in .engine"),
             (["--gpu-arch", "sm42"], "no architecture is called 'sm42'"),
             (["--fp16", "--workspace", "0.00001"], "raise --workspace"),

@@ -656,6 +656,76 @@ class TestFaults:
         assert note.startswith("cudaMemcpyAsync: out of bounds")
 
 
+class TestTwoDevices:
+    """Each thread has a current device; what belongs to another cannot be used."""
+
+    def test_a_thread_begins_on_the_first_and_keeps_its_own(self) -> None:
+        with CudaBench(devices=2) as bench:
+            cuda = bench.runtime
+            assert cuda.cudaGetDeviceCount() == (ERROR.cudaSuccess, 2)
+            assert cuda.cudaSetDevice(1) == (ERROR.cudaSuccess,)
+            seen: list[Any] = []
+            thread = threading.Thread(target=lambda: seen.append(cuda.cudaGetDevice()))
+            thread.start()
+            thread.join()
+            assert [*seen, cuda.cudaGetDevice()] == [(ERROR.cudaSuccess, 0), (ERROR.cudaSuccess, 1)]
+
+    def test_each_has_its_memory(self) -> None:
+        with CudaBench(devices=2, memory=1000) as bench:
+            cuda = bench.runtime
+            (_, first) = cuda.cudaMalloc(600)
+            assert cuda.cudaMalloc(600) == (ERROR.cudaErrorMemoryAllocation, None)
+            cuda.cudaSetDevice(1)
+            (error, second) = cuda.cudaMalloc(600)
+            assert (error, cuda.cudaMemGetInfo()) == (ERROR.cudaSuccess, (ERROR.cudaSuccess, 400, 1000))
+            assert [cuda.cudaFree(pointer) for pointer in (first, second)] == [(ERROR.cudaSuccess,)] * 2
+
+    def test_a_program_on_the_second(self, plan: bytes) -> None:
+        with CudaBench(devices=2) as bench:
+            bench.runtime.cudaSetDevice(1)
+            user = User(bench, plan)
+            np.testing.assert_allclose(user.infer(batch_of(1)), expected(batch_of(1)), rtol=1e-4, atol=1e-4)
+            user.close()
+
+    @pytest.mark.parametrize(
+        ("use", "fault"),
+        [
+            (lambda user, graph: user.up(), "cudaMemcpyAsync: wrong device: device memory"),
+            (
+                lambda user, graph: user.cuda.cudaMemsetAsync(user.images, 0, 4, user.stream),
+                "cudaMemsetAsync: wrong device: device memory",
+            ),
+            (
+                lambda user, graph: user.context.execute_async_v3(int(user.stream)),
+                "wrong device: an engine of device 0 is executed, but 1 is current",
+            ),
+            (lambda user, graph: user.cuda.cudaGraphLaunch(graph, user.stream), "cudaGraphLaunch: wrong device"),
+            (lambda user, graph: user.capture(user.enqueue), "cudaStreamBeginCapture: wrong device: Stream"),
+            (
+                lambda user, graph: user.cuda.cudaEventRecord(user.do("cudaEventCreate"), user.stream),
+                "cudaEventRecord: wrong device: Stream",
+            ),
+        ],
+    )
+    def test_what_belongs_to_another_device(self, plan: bytes, use: Callable[[User, Any], object], fault: str) -> None:
+        bench = CudaBench(devices=2)
+        user = User(bench, plan)
+        user.infer(batch_of(0))
+        graph = user.capture(user.enqueue)
+        bench.runtime.cudaSetDevice(1)
+        with suppress(RuntimeError):
+            use(user, graph)
+        assert any(line.startswith(fault) for line in bench.faults), bench.faults
+
+    def test_an_engine_of_a_runtime_of_another_device(self, plan: bytes) -> None:
+        with CudaBench(devices=2) as bench:
+            runtime = CudaTensorRT(VERSIONS[0], bench, (1, 2, MANY)).Runtime(Logger())
+            bench.runtime.cudaSetDevice(1)
+            runtime.deserialize_cuda_engine(plan)
+            assert bench.faults == ["wrong device: an engine is loaded by a runtime of device 0, another is current"]
+            bench.faults.clear()
+
+
 def test_it_is_imported_in_place_of_the_real_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with CudaBench() as bench:
         bench.install(monkeypatch)
@@ -701,6 +771,17 @@ class TestErrorsOnDemand:
             user.do("cudaFree", pointer)
             user.infer(batch_of(0))
             user.close()
+
+    def test_the_last_error_is_of_one_thread_and_outlives_calls_that_succeed(self) -> None:
+        with CudaBench() as bench:
+            cuda, seen = bench.runtime, []
+            bench.fail("cudaMalloc", ERROR.cudaErrorMemoryAllocation)
+            cuda.cudaMalloc(64)
+            cuda.cudaSetDevice(0)
+            thread = threading.Thread(target=lambda: seen.append(cuda.cudaGetLastError()))
+            thread.start()
+            thread.join()
+            assert [*seen, cuda.cudaGetLastError()] == [(ERROR.cudaSuccess,), (ERROR.cudaErrorMemoryAllocation,)]
 
     def test_memory_runs_out(self, plan: bytes) -> None:
         with CudaBench(memory=20_000) as bench:
@@ -798,6 +879,21 @@ class TestEngines:
             with pytest.raises(TypeError):
                 user.context.set_tensor_address("images", None)
             user.close()
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    def test_tensorrt_rtx_has_no_kernels_for_hopper(self, plan: bytes, version: str) -> None:
+        with CudaBench() as bench:
+            logger = Logger()
+            runtime = CudaTensorRT(version, bench, (1, 2, 4), architecture="sm90").Runtime(logger)
+            engine = runtime.deserialize_cuda_engine(plan)
+            if version.startswith("tensorrt-"):
+                assert engine is not None
+                del engine
+                return
+            assert engine is None
+            assert "which has compute capability 9.0. Supported compute capabilities: 8.0" in logger.lines[-1]
+            validity, reason = runtime.get_engine_validity(plan)
+            assert (validity.name, reason) == ("INVALID", 2)
 
     def test_a_version_compatible_plan_needs_permission(self, plan: bytes) -> None:
         with CudaBench() as bench:

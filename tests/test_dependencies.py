@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -18,7 +19,7 @@ from smlp_deploy.dependencies import (
     require,
     require_onnxruntime,
 )
-from smlp_deploy.errors import MissingDependencyError
+from smlp_deploy.errors import MissingDependencyError, UsageError
 
 
 def test_what_is_installed_passes() -> None:
@@ -54,20 +55,32 @@ def test_versions() -> None:
     assert installed_version("no-such-distribution") is None
 
 
+UUIDS = ("3f2a0000-0000-0000-0000-000000000001", "3f2b0000-0000-0000-0000-000000000002")
+
+
 class Driver:
-    """NVIDIA's driver library with one GPU, of compute capability 8.9.
+    """NVIDIA's driver library with GPUs of compute capability 8.9.
 
     Args:
         failing: the function that fails, if any.
         status: what it returns then.
+        names: of the GPUs.
+        old: it lacks the functions added in CUDA 11.4.
     """
 
-    def __init__(self, *, failing: str = "", status: int = 0) -> None:
+    def __init__(
+        self, *, failing: str = "", status: int = 0, names: tuple[str, ...] = ("NVIDIA L4",), old: bool = False
+    ) -> None:
         self._failing = failing
         self._status = status
+        self._names = names
+        self._old = old
         self._started = False
 
     def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu") or (self._old and name.endswith("_v2")):
+            raise AttributeError(name)
+
         def call(*arguments: Any) -> int:
             if name == self._failing:
                 return self._status
@@ -82,22 +95,29 @@ class Driver:
         self._started = True
         return 0
 
+    def _cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = len(self._names)
+        return 0
+
     def _cuDeviceGet(self, device: Any, ordinal: int) -> int:  # noqa: N802
-        device._obj.value = 7
-        return 0 if ordinal == 0 else 101  # CUDA_ERROR_INVALID_DEVICE
+        device._obj.value = 7 + ordinal
+        return 0 if ordinal < len(self._names) else 101  # CUDA_ERROR_INVALID_DEVICE
 
     def _cuDeviceGetName(self, name: Any, length: int, device: Any) -> int:  # noqa: N802
-        assert device.value == 7
-        name.value = b"NVIDIA L4"
+        name.value = self._names[device.value - 7].encode()
         return 0
 
     def _cuDeviceGetPCIBusId(self, pci_bus_id: Any, length: int, device: Any) -> int:  # noqa: N802
-        assert device.value == 7
-        pci_bus_id.value = b"0000:3B:00.0"
+        pci_bus_id.value = f"0000:{0x3B + device.value - 7:02X}:00.0".encode()
         return 0
 
+    def _cuDeviceGetUuid(self, uuid: Any, device: Any) -> int:  # noqa: N802
+        uuid[:] = UUID(UUIDS[device.value - 7]).bytes
+        return 0
+
+    _cuDeviceGetUuid_v2 = _cuDeviceGetUuid  # noqa: N815
+
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        assert device.value == 7
         value._obj.value = {75: 8, 76: 9}[attribute]
         return 0
 
@@ -106,10 +126,22 @@ class Driver:
         return 0
 
 
+def l4(index: int = 0) -> GpuDevice:
+    return GpuDevice(
+        name="NVIDIA L4",
+        architecture="sm89",
+        driver=12080,
+        pci_bus_id=f"0000:{0x3B + index:02X}:00.0",
+        index=index,
+        uuid=f"GPU-{UUIDS[index]}",
+    )
+
+
 class TestFindingAGpu:
-    def test_describes_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-        assert find_gpu() == GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080, pci_bus_id="0000:3B:00.0")
+    @pytest.mark.parametrize("old", [False, True])
+    def test_describes_the_first(self, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(old=old))
+        assert find_gpu() == l4()
 
     @pytest.mark.parametrize(
         ("failing", "status"),
@@ -117,6 +149,7 @@ class TestFindingAGpu:
             ("cuInit", 100),  # CUDA_ERROR_NO_DEVICE: no GPU, or CUDA_VISIBLE_DEVICES hides all of them
             ("cuInit", 34),  # CUDA_ERROR_STUB_LIBRARY: the toolkit's library for linking was loaded
             ("cuInit", 803),  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: library and kernel module differ
+            ("cuDeviceGetCount", 3),
             ("cuDeviceGet", 101),  # CUDA_ERROR_INVALID_DEVICE
             ("cuDeviceGetName", 101),
             ("cuDeviceGetPCIBusId", 101),
@@ -128,12 +161,63 @@ class TestFindingAGpu:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(failing=failing, status=status))
         assert find_gpu() is None
 
+    def test_a_gpu_without_a_uuid_is_found_by_its_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(failing="cuDeviceGetUuid_v2", status=1))
+        gpu = find_gpu("0")
+        assert gpu is not None
+        assert (gpu.name, gpu.uuid) == ("NVIDIA L4", "")
+
     def test_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def absent(name: str) -> None:
             raise OSError(name)
 
         monkeypatch.setattr(ctypes, "CDLL", absent)
         assert find_gpu() is None
+        with pytest.raises(UsageError, match=r"no NVIDIA GPU and driver was found.* · --device cuda · smlp doctor"):
+            find_gpu("cuda")
+
+
+class TestChoosingAGpu:
+    @pytest.fixture(autouse=True)
+    def two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(names=("NVIDIA L4", "NVIDIA L4")))
+
+    @pytest.mark.parametrize(
+        ("device", "index"),
+        [
+            ("cuda", 0),
+            ("cuda:0", 0),
+            ("0", 0),
+            ("cuda:1", 1),
+            ("1", 1),
+            (f"GPU-{UUIDS[1]}", 1),
+            (f"GPU-{UUIDS[1].upper()}", 1),
+            ("GPU-3f2b", 1),
+        ],
+    )
+    def test_by_number_or_uuid(self, device: str, index: int) -> None:
+        assert find_gpu(device) == l4(index)
+
+    @pytest.mark.parametrize("device", ["2", "cuda:2", "-1", "GPU-4", "MIG-3f2b", "cuda1", "NVIDIA L4", "", "²"])
+    def test_one_that_is_not_there_is_an_error_that_lists_those_that_are(self, device: str) -> None:
+        with pytest.raises(UsageError) as raised:
+            find_gpu(device)
+        assert str(raised.value) == (
+            f"no GPU has this number or UUID · --device {device} · choose one of cuda:0 NVIDIA L4 (GPU-{UUIDS[0]}), "
+            f"cuda:1 NVIDIA L4 (GPU-{UUIDS[1]})"
+        )
+
+    @pytest.mark.parametrize("device", ["GPU-", "GPU-3f2"])
+    def test_the_beginning_of_several_uuids_is_an_error(self, device: str) -> None:
+        with pytest.raises(UsageError, match=r"^several GPUs have a UUID that begins so · .*cuda:0.*cuda:1"):
+            find_gpu(device)
+
+    def test_a_mig_instance_has_a_uuid_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        name = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver(names=(name,)))
+        gpu = find_gpu("MIG-3f2a")
+        assert gpu is not None
+        assert (gpu.name, gpu.uuid) == (name, f"MIG-{UUIDS[0]}")
 
 
 class TestLoadingTheCudaRuntime:

@@ -18,6 +18,7 @@ def benchmark(
     rounds: o.RoundsOption = 10,
     baseline: o.BaselineOption = False,
     reference: o.BaselineReferenceOption = None,
+    device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
     end_to_end: o.EndToEndOption = None,
     workers: o.EndToEndWorkersOption = None,
@@ -44,13 +45,13 @@ def benchmark(
     files = _files(end_to_end, workers, batch=max(sizes))
     if output is not None:
         check_writable(output)
-    where = provider.value if provider else None
-    paths = artifacts or [default_model(None, provider)]
-    targets = [Target(path=path, provider=where if path.suffix.lower() == ".onnx" else None) for path in paths]
+    placement = o.choose_placement(device, provider, artifacts or [])
+    paths = artifacts or [default_model(None, placement)]
+    targets = [Target(path=path, placement=placement.for_file(path)) for path in paths]
     with building("loading") as progress:
         if baseline:
             progress("exporting the unlowered baseline", 0, 1)
-        others = baselines_of(paths[0], reference=reference, provider=where) if baseline else ()
+        others = baselines_of(paths[0], reference=reference, placement=placement) if baseline else ()
         report = run_benchmark(
             targets, baselines=others, batch_sizes=sizes, rounds=rounds, files=files, progress=progress
         )

@@ -13,6 +13,7 @@ from smlp_deploy.errors import UsageError
 from smlp_deploy.metadata import BatchProfile
 
 if TYPE_CHECKING:
+    from smlp_deploy.dependencies import GpuDevice
     from smlp_deploy.exporters.tensorrt import BuildOptions
     from smlp_deploy.pipeline.precision import Int8Options
 
@@ -33,12 +34,14 @@ def build_engine(
     batch: o.ExactBatchOption = None,
     float_input: o.FloatInputOption = False,
     target: o.EngineTargetOption = o.EngineTarget.auto,
+    device: o.BuildDeviceOption = None,
     gpu_arch: o.GpuArchOption = None,
     workspace: o.WorkspaceOption = None,
     timing_cache: o.TimingCacheOption = None,
     optimization_level: o.OptimizationLevelOption = None,
     version_compatible: o.VersionCompatibleOption = False,
     hardware_compatible: o.HardwareCompatibleOption = False,
+    same_capability: o.SameCapabilityOption = False,
     tf32: o.Tf32Option = False,
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
@@ -54,8 +57,8 @@ def build_engine(
     precision = o.choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
     profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
     backend = find_backend(target)
-    if hardware_compatible and backend != "tensorrt":
-        raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where="--hardware-compatible")
+    _check_compatible(hardware_compatible, same_capability, backend)
+    gpu = _chosen_gpu(device)
     options = BuildOptions(
         profile=profile,
         architectures=_architectures(gpu_arch, backend),
@@ -64,6 +67,7 @@ def build_engine(
         timing_cache=_read_timing_cache(timing_cache, backend),
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
+        same_compute_capability=same_capability,
         tf32=tf32,
     )
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
@@ -72,7 +76,9 @@ def build_engine(
     quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     wanted = "float32" if float_input else "uint8"
-    _build(source, precision, wanted, quantization, options, output, timing_cache, backend=backend, bounds=bounds)
+    _build(
+        source, precision, wanted, quantization, options, output, timing_cache, backend=backend, bounds=bounds, gpu=gpu
+    )
 
 
 def _build(
@@ -86,6 +92,7 @@ def _build(
     *,
     backend: str,
     bounds: dict[str, float],
+    gpu: GpuDevice | None,
 ) -> None:
     """Build with the checked options, and show the result."""
     from smlp_deploy.artifacts import engine_path
@@ -104,7 +111,7 @@ def _build(
         show_sensitivity(prepared.sensitivity)
     path = output or engine_path(prepared.graph.metadata)
     with building("building") as progress:
-        result = build_engine(prepared, path, options, backend=backend, bounds=bounds, progress=progress)
+        result = build_engine(prepared, path, options, backend=backend, bounds=bounds, gpu=gpu, progress=progress)
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)
@@ -112,7 +119,7 @@ def _build(
     if result.parity is not None:
         show_parity(result.parity, on_stderr=True)
     how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
-    ran = "run here and compared with its ONNX file" if result.parity else "not run here"
+    ran = "run here and compared with its ONNX file" if result.parity else f"not run here: {result.not_run}"
     say(f"{how or f'built by {backend} for this GPU'}; {ran}")
     say(f"batches of {_range(options.profile)}; smlp predict uses {options.profile.opt}")
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
@@ -120,6 +127,21 @@ def _build(
 
 def _range(profile: BatchProfile) -> str:
     return str(profile.max) if profile.min == profile.max else f"{profile.min} to {profile.max}"
+
+
+def _check_compatible(hardware: bool, capability: bool, backend: str) -> None:
+    for option, given in (("--hardware-compatible", hardware), ("--same-capability", capability)):
+        if given and backend != "tensorrt":
+            raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where=option)
+    if hardware and capability:
+        raise UsageError("--hardware-compatible contradicts --same-capability", fix="give one or the other")
+
+
+def _chosen_gpu(device: str | None) -> GpuDevice | None:
+    placement = o.choose_placement(device, None)
+    if placement.only_cpu:
+        raise UsageError("an engine runs only on a GPU", where="--device cpu", fix="leave it out")
+    return placement.gpu
 
 
 def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:

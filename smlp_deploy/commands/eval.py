@@ -10,6 +10,8 @@ def evaluate(
     dataset: o.DatasetArgument,
     model: o.ModelsOption = None,
     mapping: o.MappingOption = None,
+    device: o.DeviceOption = None,
+    provider: o.ProviderOption = None,
     batch_size: o.BatchSizeOption = None,
     workers: o.WorkersOption = None,
     min_top1: o.MinAccuracyOption = None,
@@ -36,12 +38,14 @@ def evaluate(
     if resume and output is None:
         raise UsageError("only a report written to a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
-    paths = model or [default_model(None, None)]
+    placement = o.choose_placement(device, provider, model or [])
+    paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
         report = evaluate_dataset(
             paths,
             dataset,
             mapping=names,
+            placement=placement,
             batch_size=batch_size,
             workers=workers,
             output=output,

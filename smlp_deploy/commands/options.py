@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,6 +15,7 @@ from smlp_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from smlp_deploy.pipeline.precision import Int8Options
+    from smlp_deploy.runners.placement import Placement
 
 PRECISION_PANEL = "Precision"
 CALIBRATION_PANEL = "int8 calibration"
@@ -345,6 +347,14 @@ HardwareCompatibleOption = Annotated[
         "--hardware-compatible", help="Runs on Ampere and later GPUs; tensorrt only.", rich_help_panel=TENSORRT_PANEL
     ),
 ]
+SameCapabilityOption = Annotated[
+    bool,
+    typer.Option(
+        "--same-capability",
+        help="Runs on all GPUs of this one's compute capability; tensorrt only.",
+        rich_help_panel=TENSORRT_PANEL,
+    ),
+]
 ProfileBatchOption = Annotated[int, typer.Option(min=1, help="Images per run.")]
 ProfileArchOption = Annotated[str, typer.Option(metavar="SM", help="Architecture to compile for.")]
 TopOption = Annotated[int, typer.Option(min=0, help="Number of kernels to list, most bytes moved first.")]
@@ -354,7 +364,25 @@ CompareOption = Annotated[Path | None, typer.Option(help="A second ONNX file, to
 
 ProviderOption = Annotated[
     Provider | None,
-    typer.Option(help="Where ONNX Runtime runs ONNX files; never falls back. Default: cpu."),
+    typer.Option(
+        help="Where ONNX Runtime runs ONNX files; never falls back. Default: cuda if --device is a GPU, otherwise cpu."
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, or a GPU: cuda for the first, its number in CUDA (1 or cuda:1), or its UUID. "
+        "Default: a GPU for engines, otherwise cpu.",
+    ),
+]
+BuildDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="The GPU to build on and to try the engine on: its number in CUDA, or its UUID. Default: the first.",
+        rich_help_panel=TENSORRT_PANEL,
+    ),
 ]
 BatchSizeOption = Annotated[
     int | None,
@@ -462,6 +490,22 @@ def choose_int8(
         max_drop=max_drop,
         per_channel=per_channel,
     )
+
+
+def choose_placement(device: str | None, provider: Provider | None, files: Sequence[Path | None] = ()) -> Placement:
+    """Where to run the files that are given; of several, only ONNX files take the provider.
+
+    Raises:
+        UsageError: there is no such GPU, the options contradict each other, or a file cannot run there.
+    """
+    from smlp_deploy.runners.placement import Placement
+
+    placement = Placement.of(device=device, provider=provider.value if provider else None)
+    given = [file for file in files if file is not None]
+    for file in given:
+        several = any(other.suffix.lower() == ".onnx" for other in given)
+        (placement.for_file(file) if several else placement).check(file)
+    return placement
 
 
 def gate_bounds(**given: float | None) -> dict[str, float]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def predict(
     inputs: o.ImagesArgument,
     model: o.ModelOption = None,
+    device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
     batch_size: o.BatchSizeOption = None,
     topk: o.TopkOption = None,
@@ -49,16 +50,17 @@ def predict(
 
     kind = _check(format_, output, html, resume=resume)
     images = find_images(inputs, o.standard_input())
-    path = default_model(model, provider)
+    placement = o.choose_placement(device, provider, [model])
+    path = default_model(model, placement)
     first: list[Prediction] = []
-    with Classifier.open(path, provider=provider) as classifier, put_off(again=True) as stop:
+    with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
         topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
 
         def identity() -> RunIdentity:
             return RunIdentity.of(
                 path,
                 classifier.runner.metadata,
-                provider=(provider or o.Provider.cpu).value,
+                provider=placement.kind_of(path),
                 kind=kind.value,
                 topk=topk,
                 batch_size=size,

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from smlp_deploy.errors import SmlpError
 
 if TYPE_CHECKING:
-    from smlp_deploy.commands.options import Provider
+    from smlp_deploy.dependencies import GpuDevice
     from smlp_deploy.graphs.file import Graph
     from smlp_deploy.metadata import ModelMetadata
     from smlp_deploy.models.checkpoint import Checkpoint
     from smlp_deploy.pipeline.export import Export
+    from smlp_deploy.runners.placement import Placement
 
 
 def load_source(source: str | None, *, ema: bool) -> Checkpoint:
@@ -85,8 +86,8 @@ def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Pat
     return export
 
 
-def default_model(given: Path | None, provider: Provider | None) -> Path:
-    """The model to predict with; notes which one if none is given. A provider requires an ONNX file."""
+def default_model(given: Path | None, placement: Placement) -> Path:
+    """The model to predict with; notes which one if none is given. An engine is one of them if it can run there."""
     from smlp_deploy.artifacts import newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
@@ -94,7 +95,8 @@ def default_model(given: Path | None, provider: Provider | None) -> Path:
     if given is not None:
         return given
     engine = newest_artifact("*.engine")
-    if engine is not None and provider is None and _fits(engine):
+    on_gpu = placement.provider is None and not placement.only_cpu
+    if engine is not None and on_gpu and _fits(engine, placement.gpu):
         note(f"no model given; using {engine}, the newest engine in artifacts/")
         return engine
     newest = newest_artifact()
@@ -105,13 +107,13 @@ def default_model(given: Path | None, provider: Provider | None) -> Path:
     return BUNDLED_CHECKPOINT
 
 
-def _fits(engine: Path) -> bool:
-    """Whether an engine can run here; notes why not."""
+def _fits(engine: Path, gpu: GpuDevice | None) -> bool:
+    """Whether an engine can run here, on the GPU that was chosen; notes why not."""
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.runners.tensorrt import check_machine, read_manifest
 
     try:
-        check_machine(engine, read_manifest(engine))
+        check_machine(engine, read_manifest(engine), gpu)
     except SmlpError as error:
         note(f"engine skipped: {error}")
         return False

@@ -153,11 +153,8 @@ def show_benchmark(report: Benchmark) -> None:
     console = stdout()
     console.print(_models_table(report))
     console.print(_batches_table(report))
-    for number, model in enumerate(report.models, start=1):
-        for timing in model.batches:
-            if timing.gpu_median is not None:
-                found = f"{four_digits(1000 * timing.gpu_median)} ms by CUDA events, without transfers"
-                console.print(f"{number} at batch {timing.batch}: {found}")
+    for line in _gpu_lines(report):
+        console.print(Text(printable(line)), soft_wrap=True)
     if any(model.end_to_end for model in report.models):
         console.print(_end_to_end_table(report))
     unstable = {f"{i} at batch {b.batch}" for i, m in enumerate(report.models, 1) for b in m.batches if not b.stable}
@@ -166,6 +163,18 @@ def show_benchmark(report: Benchmark) -> None:
     for reason in report.left_out:
         console.print(Text(f"left out: {printable(reason)}", style="yellow"), soft_wrap=True)
     console.print("ratio: speedup over model 1, median over the rounds, with its 95% interval")
+
+
+def _gpu_lines(report: Benchmark) -> Iterator[str]:
+    """The times without transfers; if a model ran on a GPU, which that is, and its clocks."""
+    for number, model in enumerate(report.models, start=1):
+        for timing in model.batches:
+            if timing.gpu_median is not None:
+                found = f"{four_digits(1000 * timing.gpu_median)} ms by CUDA events, without transfers"
+                yield f"{number} at batch {timing.batch}: {found}"
+    if any(model.gpu for model in report.models):
+        facts = report.environment.items()
+        yield from (f"{name}: {value}" for name, value in facts if name.startswith("GPU"))
 
 
 def _models_table(report: Benchmark) -> Table:

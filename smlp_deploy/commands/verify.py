@@ -11,12 +11,15 @@ from smlp_deploy.errors import SmlpError, UsageError
 
 if TYPE_CHECKING:
     from smlp_deploy.evaluation.layers import DivergenceReport
+    from smlp_deploy.runners.placement import Placement
 
 
 def verify(
     candidate: o.CandidateArgument,
     reference: o.VerifyReferenceOption = None,
     images: o.VerifyImagesOption = None,
+    device: o.DeviceOption = None,
+    provider: o.ProviderOption = None,
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
@@ -34,13 +37,16 @@ def verify(
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     if layers and bounds:
         raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(bounds))}")
+    if candidate.suffix == ".json" and (device or provider):
+        raise UsageError("is a saved report, so nothing is run", where=candidate, fix="leave out --device, --provider")
+    placement = o.choose_placement(device, provider, [candidate])
     if layers:
-        report = _divergence(candidate, reference, images, max_error)
+        report = _divergence(candidate, reference, images, max_error, placement)
         _show_layers(candidate, report, save=save, html=html, as_json=as_json)
         return
     if max_error is not None or save is not None:
         raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
-    _verify_whole(candidate, reference, images, bounds, html=html, as_json=as_json)
+    _verify_whole(candidate, reference, images, bounds, placement, html=html, as_json=as_json)
 
 
 def _verify_whole(
@@ -48,6 +54,7 @@ def _verify_whole(
     reference: Path | None,
     images: list[str] | None,
     bounds: dict[str, float],
+    placement: Placement,
     *,
     html: Path | None,
     as_json: bool,
@@ -65,7 +72,7 @@ def _verify_whole(
 
     paths = o.find_given_images(images) if images else None
     with working(f"comparing {candidate} with the trained network"):
-        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds)
+        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds, placement=placement)
     output.show(
         as_json=as_json,
         json_text=report.to_json,
@@ -83,7 +90,11 @@ def _verify_whole(
 
 
 def _divergence(
-    candidate: Path, reference: Path | None, images: list[str] | None, max_error: float | None
+    candidate: Path,
+    reference: Path | None,
+    images: list[str] | None,
+    max_error: float | None,
+    placement: Placement,
 ) -> DivergenceReport:
     """The error at each point: measured, or read from a report that --save wrote."""
     from smlp_deploy.commands.terminal import working
@@ -96,7 +107,7 @@ def _divergence(
     if candidate.suffix != ".json":
         paths = o.find_given_images(images) if images else None
         with working(f"comparing {candidate} block by block"):
-            return verify_layers(candidate, reference=reference, images=paths, max_error=max_error)
+            return verify_layers(candidate, reference=reference, images=paths, max_error=max_error, placement=placement)
     if reference is not None or images:
         raise UsageError(
             "is a saved report, so nothing is run", where=candidate, fix="leave out --reference and --images"

@@ -29,6 +29,7 @@ from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, batch_size_of, common_input, input_of
+from smlp_deploy.runners.placement import ANYWHERE, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,7 @@ def evaluate_dataset(
     dataset: Path,
     *,
     mapping: Mapping[str, str] | None = None,
+    placement: Placement = ANYWHERE,
     batch_size: int | None = None,
     workers: int | None = None,
     output: Path | None = None,
@@ -277,6 +279,7 @@ def evaluate_dataset(
         models: artifacts and checkpoints with the same labels and preprocessing.
         dataset: a folder with one subfolder per class, or a CSV file; see `find_labelled_images`.
         mapping: the dataset's name of a class -> its label.
+        placement: where the models run.
         batch_size: images per run of a network; by default what the first model is fastest with.
         workers: decoding threads; by default one per core.
         output: the JSON report; until it is complete each image's answers are stored beside it, and Ctrl-C and SIGTERM
@@ -291,14 +294,14 @@ def evaluate_dataset(
     """
     tell = progress or (lambda what, done, total: None)
     with ExitStack() as stack:
-        runners = [stack.enter_context(open_runner(path)) for path in models]
+        runners = [stack.enter_context(open_runner(path, placement=placement.for_file(path))) for path in models]
         metadata = runners[0].metadata
         synsets = imagenet_synsets(metadata.labels)
         samples = find_labelled_images(dataset, metadata.labels, synsets=synsets, mapping=mapping)
         stop, kept = None, None
         if output is not None:
             batch_size = batch_size or batch_size_of(runners[0])
-            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size)
+            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size, placement=placement)
             stop = stack.enter_context(put_off(again=True))
             kept = stack.enter_context(RecordFile[ImageRecord].open(output, identity, resume=resume))
         report = evaluate(
@@ -480,6 +483,7 @@ class EvaluationIdentity:
     Attributes:
         versions: of smlp-deploy and of the packages that decode and compute.
         model: the number of models, and the sha256 of each one's file by its number.
+        provider: what each one runs on, by its number.
         labels: sha256 of their class names.
         preprocessing: from image to network input.
         samples: the number of samples, and the sha256 of their paths, labels and `named_by`.
@@ -488,6 +492,7 @@ class EvaluationIdentity:
 
     versions: Mapping[str, str | None]
     model: Mapping[str, Any]
+    provider: Mapping[str, str]
     labels: str
     preprocessing: Mapping[str, Any]
     samples: Mapping[str, Any]
@@ -495,13 +500,20 @@ class EvaluationIdentity:
 
     @classmethod
     def of(
-        cls, models: Sequence[Path], metadata: ModelMetadata, samples: Sequence[LabelledImage], *, batch_size: int
+        cls,
+        models: Sequence[Path],
+        metadata: ModelMetadata,
+        samples: Sequence[LabelledImage],
+        *,
+        batch_size: int,
+        placement: Placement = ANYWHERE,
     ) -> EvaluationIdentity:
         """The identity for models that share the labels and preprocessing in `metadata`; hashes their files."""
         facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
         return cls(
             versions=run_versions(),
             model={"count": len(models)} | {str(i): sha256_of(path) for i, path in enumerate(models, start=1)},
+            provider={str(i): placement.for_file(path).kind_of(path) for i, path in enumerate(models, start=1)},
             labels=sha256_of_json(metadata.labels),
             preprocessing=asdict(metadata.preprocessing),
             samples={"count": len(samples), "sha256": sha256_of_json(facts)},

@@ -12,8 +12,7 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +21,7 @@ import numpy as np
 from smlp_deploy import __version__
 from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, GpuDevice, find_gpu, installed_version
 from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Run, Sample, Target, TimedProcess
 from smlp_deploy.images.batches import available_cores
 from smlp_deploy.interrupts import Progress
@@ -70,7 +70,7 @@ class BatchTiming:
         spread: interquartile range over the median.
         images_per_second: by the median.
         ratio: to the first model; None for the first.
-        gpu_median: of the engine's runs by CUDA events, without transfers; None for other models.
+        gpu_median: of runs by CUDA events, without transfers; None on the CPU and in ONNX Runtime.
     """
 
     batch: int
@@ -116,17 +116,32 @@ class EndToEnd:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clock:
+    """A GPU's SM clock during the timed runs, in MHz: read at the end of each turn.
+
+    `most` is the highest that the GPU can have, None if unknown.
+    """
+
+    median: float
+    low: int
+    high: int
+    most: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelTiming:
     """The measurements of one model.
 
     Attributes:
-        name: of its runner.
+        name: of its runner, after the runs.
         precision: of its arithmetic.
         load: seconds from starting the process to a loaded model, including the framework's import.
         first: seconds of the first prediction after that, at the smallest batch size.
         peak_memory: of its process in bytes, including the framework; None if the system does not report it.
         batches: by batch size.
         end_to_end: files to records, if requested.
+        gpu: name of the GPU that it ran on; None for the CPU.
+        gpu_clock: of that GPU; None if NVML does not tell it.
     """
 
     name: str
@@ -136,6 +151,8 @@ class ModelTiming:
     peak_memory: int | None
     batches: tuple[BatchTiming, ...]
     end_to_end: EndToEnd | None = None
+    gpu: str | None = None
+    gpu_clock: Clock | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +191,13 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """A loaded model in its process, and the seconds of its first prediction."""
+    """A loaded model in its process, the GPU it runs on, the seconds of its first prediction, and clocks read later."""
 
     process: TimedProcess
     loaded: Loaded
     first: float
+    gpu: GpuDevice | None = None
+    clocks: list[int] = field(default_factory=list)
 
 
 def run_benchmark(
@@ -208,7 +227,8 @@ def run_benchmark(
     if not targets or not batch_sizes or min(*batch_sizes, rounds) < 1:
         raise UsageError("there is nothing to time", fix="give at least one model, batch size and round")
     tell = progress or (lambda *_: None)
-    environment = describe_environment()
+    gpu = next(filter(None, (target.placement.gpu_of(target.path) for target in targets)), None)
+    environment = describe_environment(gpu)
     with ExitStack() as stack:
         models: list[_Model] = []
         left_out: list[str] = []
@@ -224,28 +244,48 @@ def run_benchmark(
             _warm_up_files(models, files, tell=tell)
         timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, tell=tell)
         ends = _end_to_end(models, files, tell=tell) if files else [None] * len(models)
-        return Benchmark(
-            environment=environment,
-            left_out=tuple(left_out),
-            models=tuple(
-                ModelTiming(
-                    name=model.loaded.name,
-                    precision=model.loaded.metadata.precision,
-                    load=model.loaded.seconds,
-                    first=model.first,
-                    peak_memory=model.process.peak_memory(),
-                    batches=batches,
-                    end_to_end=end,
-                )
-                for model, batches, end in zip(models, zip(*timings, strict=True), ends, strict=True)
-            ),
+        measured = tuple(
+            _model_timing(model, batches, end)
+            for model, batches, end in zip(models, zip(*timings, strict=True), ends, strict=True)
         )
+        environment |= _clocks(measured)
+        return Benchmark(environment=environment, left_out=tuple(left_out), models=measured)
+
+
+def _model_timing(model: _Model, batches: tuple[BatchTiming, ...], end: EndToEnd | None) -> ModelTiming:
+    with GpuClock(model.gpu) as clock:
+        most = clock.most()
+    return ModelTiming(
+        name=model.process.name(),
+        precision=model.loaded.metadata.precision,
+        load=model.loaded.seconds,
+        first=model.first,
+        peak_memory=model.process.peak_memory(),
+        batches=batches,
+        end_to_end=end,
+        gpu=model.gpu.name if model.gpu else None,
+        gpu_clock=Clock(median=median(model.clocks), low=min(model.clocks), high=max(model.clocks), most=most)
+        if model.clocks
+        else None,
+    )
+
+
+def _clocks(models: Sequence[ModelTiming]) -> dict[str, str]:
+    """The GPU's clocks as a line of the environment, by the numbers of the models."""
+    found = [(number, model.gpu_clock) for number, model in enumerate(models, start=1) if model.gpu_clock]
+    if not found:
+        return {}
+    texts = [f"{number}: {clock.median:g} ({clock.low} to {clock.high})" for number, clock in found]
+    most = found[0][1].most
+    limit = f"; {most} at most" if most is not None else ""
+    return {"GPU clock, MHz": f"median (range) during the runs of model {', '.join(texts)}{limit}"}
 
 
 def _start(target: Target, batch: int, stack: ExitStack) -> _Model:
     with ExitStack() as trying:
         process = trying.enter_context(TimedProcess(target))
-        model = _Model(process=process, loaded=process.load(), first=process.first(batch))
+        gpu = target.placement.gpu_of(target.path)
+        model = _Model(process=process, loaded=process.load(), gpu=gpu, first=process.first(batch))
         stack.push(trying.pop_all())
     return model
 
@@ -283,7 +323,9 @@ def _take_turns(
                 continue
             tell(f"round {number + 1}: batch {batch}", number, max(rounds, number + 1))
             for model, of_model in zip(models, of_size, strict=True):
-                of_model.append(model.process.turn(batch, _TURN_SECONDS))
+                turn = model.process.turn(batch, _TURN_SECONDS)
+                of_model.append(turn)
+                model.clocks.extend([turn.clock] if turn.clock is not None else [])
     return turns
 
 
@@ -380,12 +422,12 @@ def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> li
     ]
 
 
-def describe_environment() -> dict[str, str]:
-    """The machine and the versions of the software on it, as text by name."""
-    return {name: value for name, value in _facts() if value}
+def describe_environment(gpu: GpuDevice | None = None) -> dict[str, str]:
+    """The machine, its first GPU or the given one, and the versions of the software on it, as text by name."""
+    return {name: value for name, value in _facts(gpu or find_gpu()) if value}
 
 
-def _facts() -> Iterator[tuple[str, str | None]]:
+def _facts(gpu: GpuDevice | None) -> Iterator[tuple[str, str | None]]:
     yield "CPU", _of_cpu("model name") or platform.processor() or platform.machine()
     yield "cores", f"{available_cores()} of {os.cpu_count()}"
     yield "CPU clock, MHz", _of_cpu("cpu MHz")
@@ -393,9 +435,8 @@ def _facts() -> Iterator[tuple[str, str | None]]:
     if hasattr(os, "getloadavg"):
         yield "load before", f"{os.getloadavg()[0]:.2f} (mean of one minute)"
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
-    if gpu := find_gpu():
+    if gpu is not None:
         yield "GPU", f"{gpu.name}, {gpu.architecture}, driver for CUDA {gpu.driver // 1000}"
-        yield "GPU clock", _gpu_clock(gpu)
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     yield "python", platform.python_version()
     yield "smlp-deploy", __version__
@@ -413,23 +454,4 @@ def _read(path: str) -> str | None:
     """The text of a file that exists only on some systems."""
     with suppress(OSError):
         return Path(path).read_text(encoding="utf-8").strip()
-    return None
-
-
-def _gpu_clock(gpu: GpuDevice) -> str | None:
-    """The GPU's current and maximum SM clock, or None without nvidia-ml-py or if NVML does not report them.
-
-    The GPU is looked up by its PCI address, because NVML and CUDA may number GPUs differently.
-    """
-    if find_spec("pynvml") is None:
-        return None
-    import pynvml
-
-    with suppress(pynvml.NVMLError), ExitStack() as stack:
-        pynvml.nvmlInit()
-        stack.callback(pynvml.nvmlShutdown)
-        device = pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
-        now = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
-        most = pynvml.nvmlDeviceGetMaxClockInfo(device, pynvml.NVML_CLOCK_SM)
-        return f"{now} MHz before the runs, {most} MHz at most"
     return None

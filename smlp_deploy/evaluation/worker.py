@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.images.batches import FloatArray, ImageArray, decoded_batches
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.records import FORMATS
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners import open_compiled, open_graph, open_runner
 from smlp_deploy.runners.base import GpuTimer, Runner
+from smlp_deploy.runners.placement import ANYWHERE, Placement
 
 if TYPE_CHECKING:
     from smlp_deploy.graphs.file import Graph
@@ -39,13 +41,13 @@ class Target:
 
     Attributes:
         path: an artifact or checkpoint.
-        provider: what ONNX Runtime runs an ONNX file on; None for its default, and for other files.
+        placement: where it runs.
         compiled: run a checkpoint through `torch.compile`.
         graph: a graph without a file, to run in ONNX Runtime.
     """
 
     path: Path
-    provider: str | None = None
+    placement: Placement = ANYWHERE
     compiled: bool = False
     graph: Graph | None = None
 
@@ -61,10 +63,17 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Seconds of each run of a turn: wall-clock time and, for an engine, CUDA event time without transfers."""
+    """The runs of a turn.
+
+    Attributes:
+        runs: wall-clock seconds of each.
+        gpu_runs: seconds by CUDA events, without transfers, of as many more; empty on the CPU and in ONNX Runtime.
+        clock: SM clock right after them, in MHz; None on the CPU, and if NVML does not tell it.
+    """
 
     runs: tuple[float, ...]
     gpu_runs: tuple[float, ...] = ()
+    clock: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +104,11 @@ class TimedProcess:
     def load(self) -> Loaded:
         """Load the model."""
         answer: Loaded = self._ask("load")
+        return answer
+
+    def name(self) -> str:
+        """The name of the model's runner now: an engine's tells whether its runs so far were CUDA graphs."""
+        answer: str = self._ask("name")
         return answer
 
     def first(self, batch: int) -> float:
@@ -177,10 +191,10 @@ def _serve(connection: Connection, target: Target, started: float) -> None:
 
 def _open(target: Target) -> Runner:
     if target.compiled:
-        return open_compiled(target.path)
+        return open_compiled(target.path, placement=target.placement)
     if target.graph is not None:
-        return open_graph(target.graph, provider=target.provider)
-    return open_runner(target.path, provider=target.provider)
+        return open_graph(target.graph, placement=target.placement)
+    return open_runner(target.path, placement=target.placement)
 
 
 class _Session:
@@ -190,6 +204,7 @@ class _Session:
         self._target = target
         self._started = started
         self._runner: Runner | None = None
+        self._clock = GpuClock(None)
         self._batches: dict[int, ImageArray] = {}
 
     @property
@@ -202,7 +217,11 @@ class _Session:
         # Wall-clock time, because monotonic clocks cannot be compared between processes.
         seconds = time.time() - self._started
         self._runner = opened
+        self._clock = GpuClock(self._target.placement.gpu_of(self._target.path))
         return Loaded(name=opened.name, metadata=opened.metadata, seconds=seconds)
+
+    def name(self) -> str:
+        return self.runner.name
 
     def first(self, batch: int) -> float:
         images = self._batch(batch)
@@ -223,7 +242,8 @@ class _Session:
             runs.append(time.perf_counter() - start)
         kept = runs[1:] or runs
         gpu_runs = self.runner.gpu_seconds(images, runs=len(kept)) if isinstance(self.runner, GpuTimer) else []
-        return Sample(runs=tuple(kept), gpu_runs=tuple(gpu_runs))
+        # The GPU keeps its clock for longer than it takes to ask for it.
+        return Sample(runs=tuple(kept), gpu_runs=tuple(gpu_runs), clock=self._clock.now())
 
     def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
         decode = self._decode(paths, batch, workers)
@@ -259,6 +279,7 @@ class _Session:
         return None
 
     def close(self) -> None:
+        self._clock.close()
         if self._runner is not None:
             self._runner.__exit__(None, None, None)
 

@@ -42,6 +42,7 @@ class BuildOptions:
         timing_cache: contents of a timing cache to start from.
         version_compatible: loadable by later TensorRT versions.
         hardware_compatible: runs on every GPU from Ampere on; TensorRT only.
+        same_compute_capability: runs on every GPU of this one's compute capability; TensorRT only.
         tf32: multiply fp32 numbers in TF32, with 10 binary digits, where the GPU has it.
     """
 
@@ -52,6 +53,7 @@ class BuildOptions:
     timing_cache: bytes | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+    same_compute_capability: bool = False
     tf32: bool = False
 
 
@@ -269,12 +271,23 @@ class TensorRT:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
             if self.ahead_of_time:
                 config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
-        if options.hardware_compatible:
-            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        self._set_compatibility(config, options)
         if options.architectures:
             config.num_compute_capabilities = len(options.architectures)
             for index, name in enumerate(options.architectures):
                 config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+
+    def _set_compatibility(self, config: Any, options: BuildOptions) -> None:
+        """On which GPUs the engine runs besides this one."""
+        levels = self._trt.HardwareCompatibilityLevel
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = levels.AMPERE_PLUS
+        if options.same_compute_capability:
+            if not hasattr(levels, "SAME_COMPUTE_CAPABILITY"):
+                raise UsageError(
+                    f"TensorRT {self.version} has no such engines", where="--same-capability", fix="update TensorRT"
+                )
+            config.hardware_compatibility_level = levels.SAME_COMPUTE_CAPABILITY
 
     def _set_batch(self, builder: Any, network: Any, config: Any, profile: BatchProfile, *, static: bool) -> None:
         images = network.get_input(0)

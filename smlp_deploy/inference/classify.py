@@ -17,6 +17,7 @@ from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decod
 from smlp_deploy.inference.stream import Outcome, allocator_of, infer_stream
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
+from smlp_deploy.runners.placement import Placement
 
 DEFAULT_TOPK = 5
 
@@ -51,17 +52,28 @@ class Classifier:
         self._running: WeakSet[Generator[Prediction]] = WeakSet()
 
     @classmethod
-    def open(cls, path: str | Path, *, provider: str | None = None) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        provider: str | None = None,
+        device: str | None = None,
+        placement: Placement | None = None,
+    ) -> Self:
         """Load an artifact or checkpoint, with the labels and preprocessing inside it.
 
         Args:
             path: the file.
-            provider: what an ONNX file runs on: "cpu" (the default), "cuda" or "tensorrt".
+            provider: what an ONNX file runs on: "cpu", "cuda" or "tensorrt"; by default "cuda" if `device` is a GPU,
+                otherwise "cpu".
+            device: "cpu", or a GPU: "cuda" for the first, "cuda:1" or "1" by its number in CUDA, or its UUID. By
+                default engines run on the first GPU, and everything else on the CPU.
+            placement: both in one, if they were read before.
 
         Raises:
-            SmlpError: the file cannot be used.
+            SmlpError: the file cannot be used, or cannot run there.
         """
-        return cls(open_runner(Path(path), provider=provider))
+        return cls(open_runner(Path(path), provider=provider, device=device, placement=placement))
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smlp_deploy.artifacts import engine_manifest_path, failed_path, untried_path
-from smlp_deploy.dependencies import find_gpu, require_onnxruntime
+from smlp_deploy.dependencies import GpuDevice, find_gpu, require_onnxruntime
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, prove
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
@@ -23,6 +23,7 @@ from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import EngineManifest
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
+from smlp_deploy.runners.cuda import use_gpu
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from smlp_deploy.runners.tensorrt import TensorRTRunner, check_machine, system
 
@@ -52,7 +53,8 @@ class Prepared:
 class EngineBuild:
     """The result of a build: the engine, the manifest beside it, its kernels, and the timing cache if one was used.
 
-    `parity` is the engine's comparison with its ONNX source, or None if the engine could not run here.
+    `parity` is the engine's comparison with its ONNX source, or None if the engine could not run here; `not_run` says
+    why.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class EngineBuild:
     summary: KernelSummary
     parity: ParityReport | None
     timing_cache: bytes | None
+    not_run: str = ""
 
 
 def prepare_graph(
@@ -112,6 +115,7 @@ def build_engine(
     *,
     backend: str,
     bounds: Bounds | None = None,
+    gpu: GpuDevice | None = None,
     progress: Progress | None = None,
 ) -> EngineBuild:
     """Build an engine, check its kernels, and write it with its manifest beside it.
@@ -125,6 +129,7 @@ def build_engine(
         options: how to build it.
         backend: "tensorrt" or "tensorrt-rtx".
         bounds: of the numeric gates; replace those of the precision.
+        gpu: where TensorRT builds it, unless ahead of time, and where it is tried; None for the first.
         progress: told of each step.
 
     Raises:
@@ -137,21 +142,24 @@ def build_engine(
     for path in (target, engine_manifest_path(target)):
         check_writable(path)
     tensorrt = TensorRT.load(backend)
+    use_gpu(gpu)
     engine = tensorrt.build(prepared.graph.content, options, progress=progress)
     summary = summarize(engine.kernels, batch=options.profile.opt)
     check_precision(summary, prepared.graph.metadata.precision)
-    manifest = _manifest(prepared, engine, summary, options, backend=backend, version=tensorrt.version)
-    parity = None
-    if _runs_here(target, manifest):
-        parity = _try(engine.plan, target, manifest, prepared, bounds)
-    else:
+    gpu = gpu or find_gpu()
+    manifest = _manifest(prepared, engine, summary, options, gpu, backend=backend, version=tensorrt.version)
+    parity, not_run = None, _why_not_run(target, manifest, gpu, tensorrt)
+    if not_run:
         _write(target, engine.plan, manifest)
+    else:
+        parity = _try(engine.plan, target, manifest, prepared, bounds, gpu)
     return EngineBuild(
         path=target,
         manifest_path=engine_manifest_path(target),
         summary=summary,
         parity=parity,
         timing_cache=engine.timing_cache,
+        not_run=not_run,
     )
 
 
@@ -163,9 +171,16 @@ def _write(path: Path, plan: bytes, manifest: EngineManifest) -> None:
 
 
 def _manifest(
-    prepared: Prepared, engine: Engine, summary: KernelSummary, options: BuildOptions, *, backend: str, version: str
+    prepared: Prepared,
+    engine: Engine,
+    summary: KernelSummary,
+    options: BuildOptions,
+    gpu: GpuDevice | None,
+    *,
+    backend: str,
+    version: str,
 ) -> EngineManifest:
-    gpu = None if options.architectures else find_gpu()
+    gpu = None if options.architectures else gpu
     return EngineManifest(
         engine_sha256=hashlib.sha256(engine.plan).hexdigest(),
         metadata=prepared.graph.metadata,
@@ -185,17 +200,30 @@ def _manifest(
     )
 
 
-def _runs_here(path: Path, manifest: EngineManifest) -> bool:
+def _why_not_run(path: Path, manifest: EngineManifest, gpu: GpuDevice | None, tensorrt: TensorRT) -> str:
+    """Why an engine cannot run on this GPU, or an empty text if it can."""
     try:
-        check_machine(path, manifest)
+        check_machine(path, manifest, gpu)
     except SmlpError as error:
         logger.info("the engine was not run: %s", error)
-        return False
-    return True
+        if gpu is None:
+            return "no NVIDIA GPU and driver was found"
+        if gpu.architecture in manifest.architectures:
+            return error.what
+        this = f"this GPU is {gpu.architecture} ({gpu.name})"
+        if gpu.architecture in tensorrt.architectures():
+            return f"{this}; build for it with --gpu-arch {gpu.architecture}"
+        return f"{this}, for which {manifest.backend} has no kernels; TensorRT has, with --target tensorrt"
+    return ""
 
 
 def _try(
-    plan: bytes, target: Path, manifest: EngineManifest, prepared: Prepared, bounds: Bounds | None
+    plan: bytes,
+    target: Path,
+    manifest: EngineManifest,
+    prepared: Prepared,
+    bounds: Bounds | None,
+    gpu: GpuDevice | None,
 ) -> ParityReport:
     """Compare an engine with its ONNX source, and write it to `target` if it passes.
 
@@ -207,7 +235,8 @@ def _try(
     untried = untried_path(target)
     _write(untried, plan, manifest)
     try:
-        with OnnxRuntimeRunner(prepared.source) as reference, TensorRTRunner.load(plan, target, manifest) as candidate:
+        loaded = TensorRTRunner.load(plan, target, manifest, gpu)
+        with loaded as candidate, OnnxRuntimeRunner(prepared.source) as reference:
             parity = prove(reference, candidate, prepared.images, bounds=bounds, artifact_sha256=manifest.engine_sha256)
     # TensorRT and the CUDA runtime may raise anything.
     except Exception as error:

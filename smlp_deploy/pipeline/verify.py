@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
-from smlp_deploy.dependencies import require, require_onnxruntime, require_proof
+from smlp_deploy.dependencies import GpuDevice, require, require_onnxruntime, require_proof
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, prove
@@ -24,6 +24,7 @@ from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, TracingRunner
+from smlp_deploy.runners.placement import ANYWHERE, Placement
 
 if TYPE_CHECKING:
     from smlp_deploy.exporters.tensorrt import BuildOptions
@@ -39,6 +40,7 @@ def verify_artifact(
     reference: Path | None = None,
     images: Sequence[Path] | None = None,
     bounds: Bounds | None = None,
+    placement: Placement = ANYWHERE,
 ) -> ParityReport:
     """Compare an artifact with the trained network it was made from.
 
@@ -47,6 +49,7 @@ def verify_artifact(
         reference: the checkpoint; by default the one whose sha256 the artifact has, if it is bundled or was downloaded.
         images: real images to compare on; by default the bundled ones.
         bounds: of the numeric gates; replace those of the precision.
+        placement: where the artifact runs; the trained network runs on the same GPU if one was chosen.
 
     Raises:
         UsageError: no reference was given or found.
@@ -55,7 +58,7 @@ def verify_artifact(
     require_proof("to run the trained network")
     from smlp_deploy.models.checkpoint import load_checkpoint
 
-    with open_runner(candidate) as runner:
+    with open_runner(candidate, placement=placement) as runner:
         path = reference or find_reference(runner.metadata, candidate)
         checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
@@ -63,7 +66,8 @@ def verify_artifact(
         labels = checkpoint.metadata.labels or runner.metadata.labels
         metadata = replace(runner.metadata, labels=labels, config=checkpoint.config)
         images = images or default_images(runner.metadata)
-        return prove_against_checkpoint(runner, checkpoint, metadata, images, bounds, sha256_of(candidate))
+        sha256 = sha256_of(candidate)
+        return prove_against_checkpoint(runner, checkpoint, metadata, images, bounds, sha256, gpu=placement.gpu)
 
 
 def prove_against_checkpoint(
@@ -73,6 +77,8 @@ def prove_against_checkpoint(
     images: Sequence[Path],
     bounds: Bounds | None,
     artifact_sha256: str,
+    *,
+    gpu: GpuDevice | None = None,
 ) -> ParityReport:
     """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
 
@@ -83,14 +89,15 @@ def prove_against_checkpoint(
         images: real images.
         bounds: of the numeric gates; replace those of the precision.
         artifact_sha256: of the candidate's file, for the report.
+        gpu: where the trained network runs; None for the CPU.
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
 
-    with PyTorchRunner(checkpoint, metadata) as trained:
+    with PyTorchRunner(checkpoint, metadata, gpu=gpu) as trained:
         report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
         if candidate.metadata.precision not in ("fp16", "int8"):
             return report
-        half, recorder = HalfRunner(checkpoint, metadata), RecordingRunner(checkpoint, metadata)
+        half, recorder = HalfRunner(checkpoint, metadata, gpu=gpu), RecordingRunner(checkpoint, metadata, gpu=gpu)
         with half, recorder:
             return check_half_range(report, trained, half, recorder, images)
 
@@ -118,6 +125,7 @@ def verify_layers(
     reference: Path | None = None,
     images: Sequence[Path] | None = None,
     max_error: float | None = None,
+    placement: Placement = ANYWHERE,
 ) -> DivergenceReport:
     """Find where an artifact, or a lowered checkpoint, diverges from a reference.
 
@@ -137,23 +145,28 @@ def verify_layers(
             beside it.
         images: real images to compare on; by default those of the parity check.
         max_error: the gate; by default that of the candidate's precision.
+        placement: where the candidate runs. A reference runs on the same GPU if one was chosen, but the reference of an
+            engine, and int8 layers beside their fp32 form, run on the CPU.
 
     Raises:
         UsageError: no reference was given or found, or it has another shape.
         BuildError: TensorRT does not build the second engine.
         SmlpError: a file cannot be used, or an engine cannot run here.
     """
+    placement.check(candidate)
     if candidate.suffix.lower() == ".engine":
-        return _verify_engine_layers(candidate, reference=reference, images=images, max_error=max_error)
+        return _verify_engine_layers(
+            candidate, reference=reference, images=images, max_error=max_error, gpu=placement.gpu
+        )
     require_proof("to compare block by block")
     source = _load(candidate, ema=False)
-    with _open_tracer(source, lowered=True) as inside:
+    with _open_tracer(source, placement, lowered=True) as inside:
         metadata = inside.metadata
         if reference is None:
             reference = candidate if _is_checkpoint(candidate) else find_reference(metadata, candidate)
         truth = source if reference == candidate else _load(reference, ema=metadata.ema)
         images = images or default_images(metadata)
-        with _open_tracer(truth, lowered=False) as tracer:
+        with _open_tracer(truth, replace(placement, provider=None), lowered=False) as tracer:
             if metadata.precision != "int8" or tracer.metadata.precision != "fp32":
                 return find_divergence(tracer, inside, images, max_error=max_error)
             from smlp_deploy.runners.tracing import QuantizedLayers
@@ -179,18 +192,18 @@ def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
     raise UsageError("cannot be compared block by block", where=path, fix="give an ONNX file or a checkpoint")
 
 
-def _open_tracer(source: Graph | Checkpoint, *, lowered: bool) -> TracingRunner:
+def _open_tracer(source: Graph | Checkpoint, placement: Placement, *, lowered: bool) -> TracingRunner:
     """A runner that returns the values inside; of a checkpoint as trained, or lowered."""
     from smlp_deploy.graphs.file import Graph
 
     if isinstance(source, Graph):
         from smlp_deploy.runners.tracing import TracingOnnxRunner
 
-        return TracingOnnxRunner(source)
+        return TracingOnnxRunner(source, provider=placement.onnx_provider, gpu=placement.gpu)
     from smlp_deploy.models.description import describe
     from smlp_deploy.runners.pytorch import TracingPyTorchRunner
 
-    return TracingPyTorchRunner(source, describe(source), lowered=lowered)
+    return TracingPyTorchRunner(source, describe(source), lowered=lowered, gpu=placement.gpu)
 
 
 def _as_graph(source: Graph | Checkpoint) -> Graph:
@@ -206,29 +219,36 @@ def _as_graph(source: Graph | Checkpoint) -> Graph:
 
 
 def _verify_engine_layers(
-    candidate: Path, *, reference: Path | None, images: Sequence[Path] | None, max_error: float | None
+    candidate: Path,
+    *,
+    reference: Path | None,
+    images: Sequence[Path] | None,
+    max_error: float | None,
+    gpu: GpuDevice | None,
 ) -> DivergenceReport:
     """See `verify_layers`. ONNX Runtime runs the ONNX file on the CPU."""
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to read its graph", extra="export")
     require_onnxruntime()
     from smlp_deploy.exporters.tensorrt import TensorRT
     from smlp_deploy.graphs.edit import add_trace_outputs
+    from smlp_deploy.runners.cuda import use_gpu
     from smlp_deploy.runners.tensorrt import TracingTensorRTRunner, check_machine, read_manifest
     from smlp_deploy.runners.tracing import TracingOnnxRunner
 
     manifest = read_manifest(candidate)
-    check_machine(candidate, manifest)
+    check_machine(candidate, manifest, gpu)
     source = _source_of(candidate, manifest, reference)
     graph = _graph_of(candidate, manifest, source)
     model = graph.model()
     add_trace_outputs(model.graph, graph.metadata.config, source.path)
     tensorrt = TensorRT.load(manifest.backend)
     options = _options_of(candidate, manifest, ahead_of_time=tensorrt.ahead_of_time)
+    use_gpu(gpu)
     plan = tensorrt.build(model.SerializeToString(), options).plan
     second = replace(manifest, version=tensorrt.version)
     with (
         TracingOnnxRunner(source) as truth,
-        TracingTensorRTRunner.load(plan, candidate, second) as inside,
+        TracingTensorRTRunner.load(plan, candidate, second, gpu) as inside,
     ):
         return find_divergence(truth, inside, images or default_images(graph.metadata), max_error=max_error)
 

@@ -8,79 +8,85 @@ from typing import TYPE_CHECKING
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
 from smlp_deploy.dependencies import require_onnxruntime, require_torch
-from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.errors import ArtifactError
 from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.placement import ANYWHERE, Placement
 
 if TYPE_CHECKING:
     from smlp_deploy.graphs.file import Graph
 
 
-def _open_onnx(path: Path, *, provider: str = "cpu") -> Runner:
+def _open_onnx(path: Path, placement: Placement) -> Runner:
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner.open(path, provider=provider)
+    return OnnxRuntimeRunner.open(path, provider=placement.onnx_provider, gpu=placement.gpu)
 
 
-def _open_checkpoint(path: Path) -> Runner:
+def _open_checkpoint(path: Path, placement: Placement) -> Runner:
     require_torch("to run a checkpoint; an exported ONNX file runs without it")
     from smlp_deploy.models.checkpoint import load_checkpoint
     from smlp_deploy.models.description import describe
     from smlp_deploy.runners.pytorch import PyTorchRunner
 
     checkpoint = load_checkpoint(path)
-    return PyTorchRunner(checkpoint, describe(checkpoint))
+    return PyTorchRunner(checkpoint, describe(checkpoint), gpu=placement.gpu)
 
 
-def _open_engine(path: Path) -> Runner:
+def _open_engine(path: Path, placement: Placement) -> Runner:
     from smlp_deploy.runners.tensorrt import TensorRTRunner
 
-    return TensorRTRunner.open(path)
+    return TensorRTRunner.open(path, gpu=placement.gpu)
 
 
-_OPENERS: dict[str, Callable[[Path], Runner]] = {
+_OPENERS: dict[str, Callable[[Path, Placement], Runner]] = {
     ".onnx": _open_onnx,
     ".engine": _open_engine,
     **dict.fromkeys(CHECKPOINT_SUFFIXES, _open_checkpoint),
 }
 
 
-def open_runner(path: Path, *, provider: str | None = None) -> Runner:
+def open_runner(
+    path: Path, *, provider: str | None = None, device: str | None = None, placement: Placement | None = None
+) -> Runner:
     """Load an artifact or checkpoint.
 
     Args:
         path: the file.
-        provider: what ONNX Runtime runs an ONNX file on: "cpu" (the default), "cuda" or "tensorrt".
+        provider: what ONNX Runtime runs an ONNX file on: "cpu", "cuda" or "tensorrt"; by default "cuda" if `device` is
+            a GPU, otherwise "cpu".
+        device: "cpu", or a GPU: "cuda" for the first, "cuda:1" or "1" by its number in CUDA, or its UUID. By default
+            engines run on the first GPU, and everything else on the CPU.
+        placement: both in one, if they were read before.
 
     Raises:
-        UsageError: a provider was given for another kind of file.
+        UsageError: a provider was given for another kind of file, there is no such GPU, or the choices contradict each
+            other.
         ArtifactError, CheckpointError: the file cannot be used.
         MissingDependencyError: its backend is not installed.
     """
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         raise ArtifactError("no runner for this kind of file", where=path, fix=f"expected {', '.join(_OPENERS)}")
-    if provider is None:
-        return opener(path)
-    if opener is not _open_onnx:
-        raise UsageError("only ONNX files take a provider", where=path, fix="omit --provider")
-    return _open_onnx(path, provider=provider)
+    placement = placement or Placement.of(device=device, provider=provider)
+    placement.check(path)
+    return opener(path, placement)
 
 
-def open_graph(graph: Graph, *, provider: str | None = None) -> Runner:
+def open_graph(graph: Graph, *, placement: Placement = ANYWHERE) -> Runner:
     """Load a graph into ONNX Runtime; see `open_runner`."""
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(graph, provider=provider or "cpu")
+    return OnnxRuntimeRunner(graph, provider=placement.onnx_provider, gpu=placement.gpu)
 
 
-def open_compiled(path: Path) -> Runner:
+def open_compiled(path: Path, *, placement: Placement = ANYWHERE) -> Runner:
     """Load a checkpoint to run through `torch.compile`.
 
     Raises:
         CheckpointError: the file cannot be used.
-        MissingDependencyError: PyTorch is not installed.
+        MissingDependencyError: PyTorch is not installed, or cannot use the GPU.
     """
     require_torch("to run a checkpoint")
     from smlp_deploy.models.checkpoint import load_checkpoint
@@ -88,4 +94,4 @@ def open_compiled(path: Path) -> Runner:
     from smlp_deploy.runners.pytorch import CompiledRunner
 
     checkpoint = load_checkpoint(path)
-    return CompiledRunner(checkpoint, describe(checkpoint))
+    return CompiledRunner(checkpoint, describe(checkpoint), gpu=placement.gpu)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from smlp_deploy.dependencies import GpuDevice, require
 from smlp_deploy.errors import ArtifactError, GpuError
 
 logger = logging.getLogger(__name__)
@@ -22,14 +23,34 @@ logger = logging.getLogger(__name__)
 class Cuda:
     """The CUDA runtime. What it made is released when it is closed, the newest first.
 
+    Args:
+        device: number of the GPU; it is the thread's current one afterwards.
+
     Attributes:
+        number: of the GPU.
         device_bytes: allocated on the GPU so far.
+
+    Raises:
+        GpuError: the GPU cannot be used.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
         self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
+        self.number = device
         self._stack = ExitStack()
         self.device_bytes = 0
+        self.use()
+
+    def use(self) -> None:
+        """Make the GPU this thread's current one, on which all else that the thread calls works.
+
+        Each thread has its own, the first GPU unless it chose another, and any library may change it. So whatever works
+        on the GPU begins with this.
+
+        Raises:
+            GpuError: the GPU cannot be used.
+        """
+        self.call("cudaSetDevice", self.number)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """The value that a function of the runtime returns, if any.
@@ -54,6 +75,7 @@ class Cuda:
         errors = self._runtime.cudaError_t
         if error == errors.cudaSuccess:
             return
+        self._runtime.cudaGetLastError()  # keeps an error until it is asked, and the next `check` is of another call
         reason = self._runtime.cudaGetErrorString(error)[1]
         reason = reason.decode() if isinstance(reason, bytes) else str(reason)
         if error == errors.cudaErrorMemoryAllocation:
@@ -144,7 +166,20 @@ class Cuda:
         """Call a function that releases or waits for something; after a fatal error it cannot, and that is reported."""
         (error,) = getattr(self._runtime, function)(resource)
         if error != self._runtime.cudaError_t.cudaSuccess:
+            self._runtime.cudaGetLastError()  # as in `_check`
             logger.debug("%s: %s", function, error)
+
+
+def use_gpu(gpu: GpuDevice | None) -> None:
+    """Make a GPU this thread's current one, for TensorRT to build engines on; None changes nothing.
+
+    Raises:
+        GpuError: it cannot be used.
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+    if gpu is not None:
+        require("cuda.bindings", purpose="to choose a GPU", extra="gpu")
+        Cuda(gpu.index)
 
 
 def _address(memory: Any) -> Any:

@@ -151,6 +151,7 @@ class Execution:
             ArtifactError: TensorRT cannot run it.
             GpuError: the GPU fails.
         """
+        self._cuda.use()
         slot = self._free.popleft()
         try:
             self._start(slot, images, self._size_for(len(images)) if reuse else len(images))
@@ -168,6 +169,7 @@ class Execution:
         Raises:
             GpuError: the GPU fails.
         """
+        self._cuda.use()
         slot = self._under_way.popleft()
         self._cuda.call("cudaEventSynchronize", slot.done)
         self._free.append(slot)
@@ -175,11 +177,13 @@ class Execution:
 
     def seconds(self, batch: int, *, runs: int) -> list[float]:
         """Seconds that the GPU takes for each run of the last batch, of this size, by CUDA events, without copies."""
+        self._cuda.use()
         size = self._size(batch)
         return [self._cuda.seconds(self._compute, lambda: self._run(size)) for _ in range(runs)]
 
     def close(self) -> None:
         """Wait for what is under way, and release all memory."""
+        self._cuda.release("cudaSetDevice", self._cuda.number)
         self._settle()
         while self._sizes:
             self._discard(self._sizes.popitem()[1])

@@ -1,20 +1,32 @@
-"""The network in PyTorch on the CPU: as trained, the reference of all artifacts; and lowered, for inspection."""
+"""The network in PyTorch: as trained, the reference of all artifacts; and lowered, for inspection.
+
+It runs on the CPU, or on the GPU that is given. There products and convolutions are computed in true fp32, as on the
+CPU, not in TF32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from traceback import clear_frames
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from smlp_deploy.dependencies import GpuDevice
+from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import LoweredBlock, lower
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.runners.base import Closing
+from smlp_deploy.runners.placement import on_gpu
+
+_FROM_CUDA = ("CUDA error", "CUDA driver", "cuDNN", "CUDNN_", "CUBLAS_", "NVRTC_")
+"""What is in the message of a `RuntimeError` that the GPU or one of its libraries caused."""
 
 
 class PyTorchRunner(Closing):
@@ -23,36 +35,115 @@ class PyTorchRunner(Closing):
     Args:
         checkpoint: the weights.
         metadata: labels and preprocessing to go with them; may be that of an artifact, but the input is float32.
+        gpu: where to run; None for the CPU. TF32 is then switched off for the whole process.
+
+    Raises:
+        ArtifactError: the GPU's memory is full.
+        GpuError: the GPU fails.
+        MissingDependencyError: this PyTorch cannot use the GPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
-        self.name = f"pytorch (CPU) {checkpoint.path.name}"
+    _label = "pytorch"
+
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
+        self.name = f"{on_gpu(self._label, gpu)} {checkpoint.path.name}"
         self.metadata = replace(metadata, input="float32")
-        self._network: nn.Module | None = self._prepared(checkpoint.network())
+        self._gpu, self._device = gpu, device_of(gpu)
+        with _errors():
+            network = self._prepared(checkpoint.network())
+            self._network: nn.Module | None = network.to(self._device)
 
     def infer(self, batch: FloatArray) -> FloatArray:
-        assert self._network is not None, "the runner is closed"
-        with torch.inference_mode():
-            logits: FloatArray = self._network(self._input(batch)).float().numpy()
+        with self._running():
+            logits: FloatArray = self._run(self._input(batch)).float().cpu().numpy()
         return logits
+
+    def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+        """See `GpuTimer`; empty on the CPU. What PyTorch takes to launch a kernel counts where the GPU waits for it."""
+        if self._gpu is None:
+            return []
+        with self._running():
+            images = self._input(batch)
+            self._run(images)
+            return [self._gpu_second(images) for _ in range(runs)]
+
+    def _gpu_second(self, images: Tensor) -> float:
+        start, end = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
+        start.record()
+        self._run(images)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Its GPU is the current one, on whose stream events are recorded."""
+        on_device = torch.cuda.device(self._device) if self._gpu is not None else nullcontext()
+        with _errors(), on_device, torch.inference_mode():
+            yield
+
+    def _run(self, images: Tensor) -> Tensor:
+        assert self._network is not None, "the runner is closed"
+        return cast(Tensor, self._network(images))
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
         """The module to run, made from the trained network."""
         return network
 
     def _input(self, batch: FloatArray) -> Tensor:
-        return torch.from_numpy(batch)
+        return torch.from_numpy(batch).to(self._device)
 
     def close(self) -> None:
         self._network = None
 
 
+def device_of(gpu: GpuDevice | None) -> torch.device:
+    """PyTorch's device, with TF32 switched off, in the whole process, if it is a GPU.
+
+    Raises:
+        MissingDependencyError: this PyTorch cannot use the GPU.
+    """
+    if gpu is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise MissingDependencyError(
+            f"the installed PyTorch {torch.__version__} {'does not see the GPU' if built else 'is for the CPU only'}",
+            fix="update the NVIDIA driver, or install PyTorch for its CUDA version"
+            if built
+            else "install PyTorch for CUDA, or leave out --device",
+        )
+    # By default convolutions are computed in TF32: of 10 binary digits, far outside the gates of fp32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", gpu.index)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """PyTorch's errors from the GPU as ours.
+
+    Raises:
+        ArtifactError: the GPU's memory is full; it can go on.
+        GpuError: any other error of CUDA or one of its libraries.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in reason:
+            clear_frames(error.__traceback__)  # which hold the activations, until the error is handled
+            raise ArtifactError(
+                "the GPU's memory is full", fix="choose a smaller batch, or end what else runs on the GPU"
+            ) from error
+        if not isinstance(error, torch.AcceleratorError) and not any(word in reason for word in _FROM_CUDA):
+            raise
+        raise GpuError(f"the GPU failed: {reason}", fix="nvidia-smi shows the GPU's state") from error
+
+
 class CompiledRunner(PyTorchRunner):
     """Runs a checkpoint's network as trained through `torch.compile`, which compiles it again for each batch size."""
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
-        super().__init__(checkpoint, metadata)
-        self.name = f"torch.compile (CPU) {checkpoint.path.name}"
+    _label = "torch.compile"
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
         return cast(nn.Module, torch.compile(network, dynamic=False))
@@ -61,15 +152,15 @@ class CompiledRunner(PyTorchRunner):
 class HalfRunner(PyTorchRunner):
     """Runs a checkpoint's lowered network in true fp16 arithmetic, in float32 only where an fp16 graph is. Slow."""
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
-        super().__init__(checkpoint, metadata)
-        self.name = f"pytorch (CPU, lowered, fp16) {checkpoint.path.name}"
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
+        super().__init__(checkpoint, metadata, gpu=gpu)
+        self.name = self.name.replace(")", ", lowered, fp16)", 1)
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
         return lower(network).narrow(torch.float16)
 
     def _input(self, batch: FloatArray) -> Tensor:
-        return torch.from_numpy(batch).half()
+        return super()._input(batch).half()
 
 
 class RecordingRunner(PyTorchRunner):
@@ -79,10 +170,10 @@ class RecordingRunner(PyTorchRunner):
     axial products, and the output of every block.
     """
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata) -> None:
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
         self._largest: dict[str, float] = {}
-        super().__init__(checkpoint, metadata)
-        self.name = f"pytorch (CPU, lowered) {checkpoint.path.name}"
+        super().__init__(checkpoint, metadata, gpu=gpu)
+        self.name = self.name.replace(")", ", lowered)", 1)
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
         lowered = lower(network)
@@ -110,20 +201,28 @@ class TracingPyTorchRunner(PyTorchRunner):
         checkpoint: the weights.
         metadata: labels and preprocessing to go with them.
         lowered: run the lowered network, as deployed.
+        gpu: see `PyTorchRunner`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, lowered: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        metadata: ModelMetadata,
+        *,
+        lowered: bool = False,
+        gpu: GpuDevice | None = None,
+    ) -> None:
         self._lowered = lowered
         self._seen: dict[tuple[str, int], Tensor] = {}
-        super().__init__(checkpoint, metadata)
+        super().__init__(checkpoint, metadata, gpu=gpu)
         if lowered:
-            self.name = f"pytorch (CPU, lowered) {checkpoint.path.name}"
+            self.name = self.name.replace(")", ", lowered)", 1)
 
     def trace(self, batch: FloatArray) -> dict[str, FloatArray]:
         self._seen.clear()
         self.infer(batch)
         return {
-            point.name: self._seen[point.kind, point.index].contiguous().numpy()
+            point.name: self._seen[point.kind, point.index].contiguous().cpu().numpy()
             for point in trace_points(self.metadata.config)
         }
 

@@ -75,8 +75,8 @@ class TensorRTRunner(Closing):
         return f"{self._backend}{graphs} {self._file}"
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Load an engine onto the GPU.
+    def open(cls, path: Path, *, gpu: GpuDevice | None = None) -> Self:
+        """Load an engine onto a GPU, by default the first.
 
         Raises:
             ArtifactError: it does not match the manifest beside it, or there is no GPU that can run it.
@@ -84,17 +84,18 @@ class TensorRTRunner(Closing):
         """
         plan = read_file(path, limit=MAX_ENGINE_BYTES, error=ArtifactError, fix="smlp build-engine makes one")
         manifest = _manifest_of(path, hashlib.sha256(plan).hexdigest())
-        check_machine(path, manifest)
-        return cls.load(plan, path, manifest)
+        check_machine(path, manifest, gpu)
+        return cls.load(plan, path, manifest, gpu)
 
     @classmethod
-    def load(cls, plan: bytes, path: Path, manifest: EngineManifest) -> Self:
+    def load(cls, plan: bytes, path: Path, manifest: EngineManifest, gpu: GpuDevice | None = None) -> Self:
         """Load an engine that is already in memory, onto a GPU that passed `check_machine`.
 
         Args:
             plan: its bytes.
             path: its file, for names and messages.
             manifest: its manifest.
+            gpu: where to run; None for the first.
 
         Raises:
             ArtifactError: it does not load here, takes another input than its manifest says, or does not fit in the
@@ -102,8 +103,9 @@ class TensorRTRunner(Closing):
             GpuError: the GPU fails.
         """
         with ExitStack() as stack:
-            cache_path = (lambda: runtime_cache_path(manifest)) if cls._is_kept else None
-            runner = cls(path, manifest, _execution(plan, path, manifest, stack=stack, cache_path=cache_path))
+            cache_path = (lambda: runtime_cache_path(manifest, gpu)) if cls._is_kept else None
+            execution = _execution(plan, path, manifest, gpu, stack=stack, cache_path=cache_path)
+            runner = cls(path, manifest, execution)
             runner._stack = stack.pop_all()
         return runner
 
@@ -218,14 +220,14 @@ def _manifest_of(path: Path, sha256: str) -> EngineManifest:
     return manifest
 
 
-def check_machine(path: Path, manifest: EngineManifest) -> None:
-    """Check that an engine can run here, as far as possible without loading it.
+def check_machine(path: Path, manifest: EngineManifest, gpu: GpuDevice | None = None) -> None:
+    """Check that an engine can run here, on `gpu` or by default the first, as far as possible without loading it.
 
     Raises:
         ArtifactError: there is no GPU, or the engine was built for others.
         MissingDependencyError: its backend is not installed, or in another major version.
     """
-    gpu = find_gpu()
+    gpu = gpu or find_gpu()
     if gpu is None:
         raise ArtifactError("needs an NVIDIA GPU and driver; none was found", where=path, fix="use the ONNX file")
     if not _built_for(gpu, manifest):
@@ -249,7 +251,8 @@ def check_machine(path: Path, manifest: EngineManifest) -> None:
             where=path,
             fix="build the engine again with the installed version",
         )
-    if manifest.gpu not in ("", gpu.name) and not manifest.options.get("hardware_compatible"):
+    fits_all = manifest.options.get("hardware_compatible") or manifest.options.get("same_compute_capability")
+    if manifest.gpu not in ("", gpu.name) and not fits_all:
         logger.warning("%s was built on %s, this GPU is %s: build it again if it is slow", path, manifest.gpu, gpu.name)
 
 
@@ -278,10 +281,18 @@ def _binding(manifest: EngineManifest) -> Any:
 
 
 def _execution(
-    plan: bytes, path: Path, manifest: EngineManifest, *, stack: ExitStack, cache_path: Callable[[], Path] | None
+    plan: bytes,
+    path: Path,
+    manifest: EngineManifest,
+    gpu: GpuDevice | None,
+    *,
+    stack: ExitStack,
+    cache_path: Callable[[], Path] | None,
 ) -> Execution:
     """The engine with the bytes `plan` on the GPU, until `stack` is closed; captured as graphs if kernels are kept."""
     trt = _binding(manifest)
+    cuda = Cuda(gpu.index if gpu else 0)  # first, because TensorRT loads engines onto the GPU that is current here
+    stack.callback(cuda.close)
     runtime = start_tensorrt(trt, "Runtime")
     if runtime is None:
         raise ArtifactError(
@@ -291,7 +302,8 @@ def _execution(
         )
     if manifest.options.get("version_compatible"):  # such an engine brings code of its own; its sha256 was checked
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan)
+    with tensorrt_log(trt).recording():
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         logger.info("%s: %s", path, tensorrt_log(trt).last_error())
         built_for = ", ".join(manifest.architectures) or "the GPU of its builder"
@@ -301,8 +313,6 @@ def _execution(
             fix=f"it was built for {built_for}; build it again here",
         )
     make_context = context_maker(trt, engine, cache_path, stack)
-    cuda = Cuda()
-    stack.callback(cuda.close)
     execution = Execution(
         trt, engine, cuda, largest=manifest.profile.max, make_context=make_context, graphs=cache_path is not None
     )
@@ -321,9 +331,9 @@ def _check_input(execution: Execution, path: Path, manifest: EngineManifest) -> 
         )
 
 
-def runtime_cache_path(manifest: EngineManifest) -> Path:
-    """Where to cache the kernels that TensorRT-RTX compiles for this engine, GPU and driver."""
-    gpu = find_gpu()
+def runtime_cache_path(manifest: EngineManifest, gpu: GpuDevice | None = None) -> Path:
+    """Where to cache the kernels that TensorRT-RTX compiles for this engine, GPU (by default the first) and driver."""
+    gpu = gpu or find_gpu()
     assert gpu is not None, "an engine was loaded without a GPU"
     name = "".join(c if c.isalnum() else "-" for c in gpu.name)
     return user_cache_path("smlp-deploy") / "runtime" / f"{manifest.engine_sha256[:32]}-{name}-{gpu.driver}.cache"

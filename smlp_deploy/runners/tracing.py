@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import GraphProto
 
+from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.graphs.edit import Int8Layer, add_int8_copy, add_output, add_trace_outputs, int8_layers
 from smlp_deploy.graphs.file import Graph
@@ -24,11 +25,19 @@ class _OpenedRunner(OnnxRuntimeRunner):
         graph: what to run.
         extend: adds the outputs, given the graph and its path.
         provider: see `OnnxRuntimeRunner`.
+        gpu: see `OnnxRuntimeRunner`.
     """
 
-    def __init__(self, graph: Graph, extend: Callable[[GraphProto, Path], None], *, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        extend: Callable[[GraphProto, Path], None],
+        *,
+        provider: str = "cpu",
+        gpu: GpuDevice | None = None,
+    ) -> None:
         self._extend = extend
-        super().__init__(graph, provider=provider)
+        super().__init__(graph, provider=provider, gpu=gpu)
 
     def added(self, batch: ImageArray) -> list[FloatArray]:
         """The values of the added outputs; a graph with a fixed batch size gets zeros as padding."""
@@ -54,9 +63,9 @@ class TracingOnnxRunner(_OpenedRunner):
         ArtifactError: as `OnnxRuntimeRunner`, or the nodes lack the names that `smlp export` gives them.
     """
 
-    def __init__(self, graph: Graph, *, provider: str = "cpu") -> None:
+    def __init__(self, graph: Graph, *, provider: str = "cpu", gpu: GpuDevice | None = None) -> None:
         self._config = graph.metadata.config
-        super().__init__(graph, self._watch, provider=provider)
+        super().__init__(graph, self._watch, provider=provider, gpu=gpu)
 
     def trace(self, batch: ImageArray) -> dict[str, FloatArray]:
         names = [point.name for point in trace_points(self.metadata.config)]

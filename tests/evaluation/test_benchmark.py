@@ -1,32 +1,39 @@
 from __future__ import annotations
 
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import pynvml
 import pytest
 
+from smlp_deploy import dependencies
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.evaluation import benchmark as module
 from smlp_deploy.evaluation.benchmark import (
+    Clock,
     Files,
+    ModelTiming,
     Ratio,
-    _gpu_clock,
+    _clocks,
     _Model,
+    _model_timing,
+    _take_turns,
     _time_batches,
     describe_environment,
     ratio_to_first,
     run_benchmark,
 )
+from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.pipeline import baselines
 from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import open_graph, open_runner
+from smlp_deploy.runners.placement import Placement
 from tests.support.fakes import metadata
 
 
@@ -149,106 +156,100 @@ def test_the_environment_is_told() -> None:
     assert all(environment.values())
 
 
-L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080, pci_bus_id="0000:3B:00.0")
-
-
-class Nvml:
-    """NVIDIA's management library, below the real pynvml; knows the GPU at one PCI address, `handle` 7.
-
-    Args:
-        failing: the function that fails, if any.
-        status: what it returns then.
-    """
-
-    def __init__(self, *, failing: str = "", status: int = 0) -> None:
-        self._failing = failing
-        self._status = status
-        self.users = 0
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvml"):
-            raise AttributeError(name)
-
-        def call(*arguments: Any) -> int:
-            if name == self._failing:
-                return self._status
-            if not self.users and name != "nvmlInitWithFlags":
-                return 1  # NVML_ERROR_UNINITIALIZED
-            answer: int = getattr(self, f"_{name}")(*arguments)
-            return answer
-
-        return call
-
-    def _nvmlInitWithFlags(self, flags: int) -> int:  # noqa: N802
-        self.users += 1
-        return 0
-
-    def _nvmlShutdown(self) -> int:  # noqa: N802
-        self.users -= 1
-        return 0
-
-    def _nvmlDeviceGetHandleByPciBusId_v2(self, address: Any, handle: Any) -> int:  # noqa: N802
-        if address.value != b"0000:3B:00.0":
-            return 6  # NVML_ERROR_NOT_FOUND
-        handle._obj.contents = pynvml.struct_c_nvmlDevice_t()
-        return 0
-
-    def _nvmlDeviceGetClockInfo(self, handle: Any, kind: Any, clock: Any) -> int:  # noqa: N802
-        assert (bool(handle), kind.value) == (True, pynvml.NVML_CLOCK_SM)
-        clock._obj.value = 210
-        return 0
-
-    def _nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, clock: Any) -> int:  # noqa: N802
-        assert (bool(handle), kind.value) == (True, pynvml.NVML_CLOCK_SM)
-        clock._obj.value = 2040
-        return 0
+L4 = GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)
 
 
 class TestTheClockOfAGpu:
     @staticmethod
-    def load(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pynvml, "nvmlLib", nvml)
-        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+    def timed(clocks: list[int | None], monkeypatch: pytest.MonkeyPatch, most: int | None = 2040) -> ModelTiming:
+        """What is reported of a model on a GPU with these clocks at the ends of its turns."""
+        read = iter(clocks)
 
-    def test_is_that_of_the_gpu_cuda_uses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        nvml = Nvml()
-        self.load(nvml, monkeypatch)
-        monkeypatch.setattr(module, "find_gpu", lambda: L4)
-        environment = describe_environment()
-        assert environment["GPU"] == "NVIDIA L4, sm89, driver for CUDA 12"
-        assert environment["GPU clock"] == "210 MHz before the runs, 2040 MHz at most"
-        assert nvml.users == 0
-        assert _gpu_clock(GpuDevice(name="NVIDIA L4", architecture="sm89", driver=12080)) is None
+        class Process(Scripted):
+            def turn(self, batch: int, seconds: float) -> Sample:
+                return replace(super().turn(batch, seconds), clock=next(read, None))
+
+            def name(self) -> str:
+                return "tensorrt (CUDA graphs) x.engine"
+
+            def peak_memory(self) -> None:
+                return None
+
+        monkeypatch.setattr(GpuClock, "most", lambda self: most)
+        loaded = Loaded(name="tensorrt x.engine", metadata=metadata(), seconds=0)
+        model = _Model(process=cast(TimedProcess, Process(0.1, 0)), loaded=loaded, first=0, gpu=L4)
+        _take_turns([model], [8], rounds=len(clocks), tell=lambda *_: None)
+        return _model_timing(model, (), None)
+
+    def test_is_read_at_the_end_of_each_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timing = self.timed([1980, 1755, 1965], monkeypatch)
+        assert timing.gpu == "NVIDIA L4"
+        assert timing.gpu_clock == Clock(median=1965, low=1755, high=1980, most=2040)
+        assert _clocks([replace(timing, gpu_clock=None), timing]) == {
+            "GPU clock, MHz": "median (range) during the runs of model 2: 1965 (1755 to 1980); 2040 at most"
+        }
+
+    def test_is_left_out_where_it_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        timing = self.timed([None, None], monkeypatch)
+        assert timing.gpu_clock is None
+        assert _clocks([timing]) == {}
+        (text,) = _clocks([self.timed([1980], monkeypatch, most=None)]).values()
+        assert text.endswith("1980 (1980 to 1980)")
+
+    def test_a_model_is_named_after_its_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.timed([], monkeypatch).name == "tensorrt (CUDA graphs) x.engine"
+
+
+def test_the_environment_names_the_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_gpu", lambda: L4)
+    assert describe_environment()["GPU"] == "NVIDIA L4, sm89, driver for CUDA 12"
+    hopper = GpuDevice(name="NVIDIA H100", architecture="sm90", driver=13000)
+    assert describe_environment(hopper)["GPU"] == "NVIDIA H100, sm90, driver for CUDA 13"
+
+
+class TestWhereBaselinesRun:
+    """On the GPU if the first model runs on one."""
+
+    @pytest.fixture(autouse=True)
+    def two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dependencies, "list_gpus", lambda: (L4, replace(L4, index=1)))
 
     @pytest.mark.parametrize(
-        ("failing", "error"),
+        ("device", "provider", "index", "onnx_provider"),
         [
-            ("nvmlInitWithFlags", "DriverNotLoaded"),
-            ("nvmlInitWithFlags", "LibRmVersionMismatch"),
-            ("nvmlDeviceGetHandleByPciBusId_v2", "NoPermission"),
-            ("nvmlDeviceGetClockInfo", "NotSupported"),  # a MIG instance, or a virtual GPU
-            ("nvmlDeviceGetMaxClockInfo", "GpuIsLost"),
-            ("nvmlShutdown", "Unknown"),
+            (None, None, None, "cpu"),
+            ("cpu", None, None, "cpu"),
+            ("cuda:1", None, 1, "cuda"),
+            (None, "cuda", 0, "cuda"),
+            ("1", "tensorrt", 1, "tensorrt"),
         ],
     )
-    def test_is_left_out_where_nvml_fails(self, failing: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        status = getattr(pynvml, f"NVMLError_{error}")().value
-        nvml = Nvml(failing=failing, status=status)
-        self.load(nvml, monkeypatch)
-        assert _gpu_clock(L4) is None
-        assert nvml.users == (failing == "nvmlShutdown")
+    def test_of_an_onnx_file(
+        self,
+        digits_export: Export,
+        monkeypatch: pytest.MonkeyPatch,
+        device: str | None,
+        provider: str | None,
+        index: int | None,
+        onnx_provider: str,
+    ) -> None:
+        monkeypatch.setattr(baselines, "open_runner", lambda path, placement: open_runner(path))
+        targets = baselines_of(digits_export.path, placement=Placement.of(device=device, provider=provider))
+        eager, compiled, unlowered = targets
+        for target in targets:
+            gpu = target.placement.gpu
+            assert (gpu.index if gpu else None) == index
+        assert [eager.placement.provider, compiled.placement.provider] == [None, None]
+        assert unlowered.placement.onnx_provider == onnx_provider
 
-    def test_is_left_out_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def absent(name: str) -> None:
-            raise OSError(name)
+    def test_of_an_engine(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(baselines, "open_runner", lambda path, placement: open_runner(digits_export.path))
+        for target in baselines_of(Path("x.engine")):
+            assert target.placement.gpu == L4
+            assert target.placement.onnx_provider == "cuda"
 
-        self.load(cast(Nvml, None), monkeypatch)
-        monkeypatch.setattr(pynvml, "CDLL", absent)
-        with pytest.raises(pynvml.NVMLError_LibraryNotFound):
-            pynvml.nvmlInit()
-        assert _gpu_clock(L4) is None
-
-    def test_is_left_out_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "pynvml", None)
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
-        assert _gpu_clock(L4) is None
+    def test_of_a_checkpoint(self) -> None:
+        compiled, unlowered = baselines_of(BUNDLED_CHECKPOINT, placement=Placement.of(device="1"))
+        assert compiled.placement.gpu == unlowered.placement.gpu == replace(L4, index=1)
+        assert unlowered.placement.onnx_provider == "cuda"
+        assert baselines_of(BUNDLED_CHECKPOINT)[0].placement.gpu is None

@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Target, TimedProcess, _Session
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.pipeline.export import Export
@@ -109,6 +110,25 @@ def test_a_turn_on_a_gpu_is_timed_twice() -> None:
     turn = session.turn(2, 0)
     assert turn.gpu_runs == (0.002,)
     assert len(turn.runs) == 1
+
+
+def test_the_clock_is_read_after_the_runs_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Timed(TimesOnGpu):
+        def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
+            done.append("runs")
+            return super().gpu_seconds(batch, runs=runs)
+
+    def now(_: GpuClock) -> int:
+        done.append("clock")
+        return 1980
+
+    monkeypatch.setattr(GpuClock, "now", now)
+    session = _Session(Target(path=Path("x.engine")), 0)
+    session._runner = Timed(quadrant_means)
+    assert session.turn(2, 0).clock == 1980
+    assert done == ["runs", "clock"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

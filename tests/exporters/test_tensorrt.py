@@ -61,6 +61,28 @@ class TestEveryBinding:
         assert ("create_network", strongly_typed) in module.calls
         assert ("set_shape", "images", (1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)) in module.calls
 
+    @pytest.mark.parametrize("version", [version for version in VERSIONS if version.startswith("tensorrt-")])
+    @pytest.mark.parametrize(
+        ("option", "level"),
+        [
+            ("hardware_compatible", "AMPERE_PLUS"),
+            ("same_compute_capability", "SAME_COMPUTE_CAPABILITY"),
+            ("tf32", None),
+        ],
+    )
+    def test_engines_for_more_gpus_than_this_one(self, version: str, option: str, level: str | None) -> None:
+        module: Any = FakeTensorRT(version)
+        chosen_options: dict[str, Any] = {option: True}
+        TensorRT(module).build(b"graph", BuildOptions(**chosen_options))
+        chosen = module.config.get("hardware_compatibility_level")
+        assert chosen == (None if level is None else module.names["HardwareCompatibilityLevel"].index(level))
+
+    def test_a_tensorrt_that_has_no_such_engines_says_so(self) -> None:
+        module: Any = FakeTensorRT(VERSIONS[0])
+        module.names["HardwareCompatibilityLevel"] = ["NONE", "AMPERE_PLUS"]
+        with pytest.raises(UsageError, match=r"TensorRT \S+ has no such engines · --same-capability · update TensorRT"):
+            TensorRT(module).build(b"graph", BuildOptions(same_compute_capability=True))
+
     @pytest.mark.parametrize("version", VERSIONS)
     def test_tf32_is_cleared_unless_it_is_asked_for(self, version: str) -> None:
         cleared = {}

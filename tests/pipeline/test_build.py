@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import numpy as np
@@ -12,8 +13,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from smlp_deploy import dependencies
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
+from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import ArtifactError, BuildError, UsageError
 from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
@@ -146,19 +149,84 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
+H100 = GpuDevice(name="NVIDIA H100 80GB HBM3", architecture="sm90", driver=13000)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device", "reason"),
+    [
+        (
+            "sm90",
+            None,
+            "this GPU is sm90 (NVIDIA H100 80GB HBM3), for which tensorrt-rtx has no kernels; TensorRT has, with "
+            "--target tensorrt",
+        ),
+        ("sm75", None, "this GPU is sm75 (NVIDIA H100 80GB HBM3); build for it with --gpu-arch sm75"),
+        ("sm89", "1", "this GPU is sm90 (NVIDIA H100 80GB HBM3), for which"),
+    ],
+)
+def test_an_engine_for_another_gpu_is_not_run_and_says_why(
+    digits_export: Export,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    architecture: str,
+    device: str | None,
+    reason: str,
+) -> None:
+    gpus = (replace(H100, architecture=architecture), replace(H100, index=1))
+    monkeypatch.setattr(dependencies, "list_gpus", lambda: gpus)
+    chosen: list[GpuDevice | None] = []
+    monkeypatch.setattr(engine, "use_gpu", chosen.append)
+    path = tmp_path / "x.engine"
+    arguments = ["build-engine", str(digits_export.path), "--gpu-arch", "sm89", "-o", str(path)]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *(["--device", device] if device else [])])
+    assert stop.value.code == 0
+    assert chosen == [gpus[1] if device else None]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"built ahead of time by tensorrt-rtx for sm89; not run here: {reason}" in said
+    assert read_manifest(path).ran_here is False
+
+
+@pytest.mark.parametrize("chosen", [None, replace(H100, name="NVIDIA L4", architecture="sm89", index=1)])
+def test_the_manifest_names_the_gpu_that_it_was_built_on(
+    digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: GpuDevice | None
+) -> None:
+    graph = prepare_graph(Graph.read(digits_export.path), None)
+    built = Engine(plan=b"plan", kernels=(), memory=(), timing_cache=None)
+    adapter = SimpleNamespace(version="10.16.1", build=lambda *_, **__: built, architectures=tuple)
+    monkeypatch.setattr(TensorRT, "load", lambda _: adapter)
+    monkeypatch.setattr(engine, "find_gpu", lambda: H100)
+    monkeypatch.setattr(engine, "use_gpu", lambda _: None)
+    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(), backend="tensorrt", gpu=chosen)
+    assert result.not_run == "tensorrt not installed, needed to run tensorrt engines"
+    manifest = read_manifest(result.path)
+    gpu = chosen or H100
+    assert (manifest.gpu, manifest.architectures) == (gpu.name, (gpu.architecture,))
+
+
 class TestWhereTheEngineRuns:
     """On a fake GPU: ONNX Runtime runs the graph that the engine was built from."""
 
     @pytest.fixture
     def prepared(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> Prepared:
-        monkeypatch.setattr(engine, "check_machine", lambda path, manifest: None)
+        monkeypatch.setattr(engine, "check_machine", lambda path, manifest, gpu: None)
         return prepare_graph(Graph.read(digits_export.path), "fp16")
 
     def test_it_is_compared_with_its_source(
         self, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(TensorRTRunner, "load", lambda *_: OnnxRuntimeRunner(prepared.graph))
-        result = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        where: list[object] = []
+
+        def load(plan: bytes, path: Path, manifest: EngineManifest, gpu: GpuDevice | None) -> OnnxRuntimeRunner:
+            where.append(gpu)
+            return OnnxRuntimeRunner(prepared.graph)
+
+        monkeypatch.setattr(TensorRTRunner, "load", load)
+        monkeypatch.setattr(engine, "use_gpu", where.append)
+        result = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx", gpu=H100)
+        assert where == [H100, H100]
         manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
         assert manifest.ran_here is True
         assert manifest.engine_parity is not None
@@ -185,7 +253,7 @@ class TestWhereTheEngineRuns:
     ) -> None:
         there = []
 
-        def load(plan: bytes, path: Path, manifest: EngineManifest) -> None:
+        def load(plan: bytes, path: Path, manifest: EngineManifest, gpu: GpuDevice | None) -> None:
             assert read_manifest(tmp_path / "x.engine.untried") == manifest
             assert (tmp_path / "x.engine.untried").read_bytes() == plan
             there.append(plan)

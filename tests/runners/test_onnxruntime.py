@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
+from smlp_deploy import dependencies
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
@@ -19,8 +21,10 @@ from smlp_deploy.pipeline.export import Export
 from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.runners import onnxruntime as module
 from smlp_deploy.runners import open_runner
+from smlp_deploy.runners.base import arithmetic_of
 from smlp_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner
 from tests.support.fakes import Exported
+from tests.support.gpu import L4
 
 
 def test_a_fixed_batch_takes_any_number_of_images(exported: Exported, digits_export: Export) -> None:
@@ -184,6 +188,57 @@ class TestGpuProviders:
         assert machine.events == ["preload ''", "session CUDAExecutionProvider"]
         assert capsys.readouterr().out == ""
 
+    def test_fp32_is_true_fp32_and_half_prefers_nhwc(self, exported: Exported, machine: Machine) -> None:
+        for precision in ("fp32", "fp16"):
+            with OnnxRuntimeRunner.open(exported(precision).path, provider="cuda") as runner:
+                assert runner.arithmetic == precision
+        assert [options for provider, options in machine.sessions if provider == PROVIDERS["cuda"]] == [
+            {"device_id": "0", "use_tf32": "0"},
+            {"device_id": "0", "use_tf32": "0", "prefer_nhwc": "1"},
+        ]
+
+    def test_tensorrt_multiplies_fp32_in_tf32_and_says_so(self, exported: Exported, machine: Machine) -> None:
+        for precision, name in (("fp32", "onnxruntime (TENSORRT, TF32) "), ("fp16", "onnxruntime (TENSORRT) ")):
+            with OnnxRuntimeRunner.open(exported(precision).path, provider="tensorrt") as runner:
+                assert arithmetic_of(runner) == {"fp32": "tf32"}.get(precision, precision)
+                assert runner.name.startswith(name)
+
+    @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+    def test_the_second_gpu(self, digits_export: Export, machine: Machine, provider: str) -> None:
+        gpu = replace(L4, index=1)
+        with OnnxRuntimeRunner.open(digits_export.path, provider=provider, gpu=gpu) as runner:
+            runner.infer(images(2))
+            assert runner.name.startswith(f"onnxruntime ({provider.upper()}:1")
+        ((_, options),) = machine.sessions
+        assert options["device_id"] == "1"
+        if provider == "tensorrt":
+            assert "NVIDIA-L4-12080" in options["trt_engine_cache_path"]
+
+    def test_the_device_chooses_the_provider(
+        self, digits_export: Export, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dependencies, "list_gpus", lambda: (L4,))
+        with open_runner(digits_export.path, device="cuda") as runner:
+            assert runner.name == "onnxruntime (CUDA) digits-fp32.onnx"
+        with open_runner(digits_export.path, device="cpu") as runner:
+            assert runner.name == "onnxruntime (CPU) digits-fp32.onnx"
+
+    def test_onnxruntime_is_silent_where_the_gpu_fails(self) -> None:
+        # Its default logger writes to the file descriptor of stderr, so a process of its own.
+        script = (
+            "import onnxruntime, sys\n"
+            "from smlp_deploy.runners import onnxruntime as module\n"
+            "onnxruntime.set_default_logger_severity(0)\n"
+            "module._starts('CPUExecutionProvider')\n"
+            "print('--- silenced', file=sys.stderr, flush=True)\n"
+            "module._load_libraries('cuda')\n"
+            "module._starts('CPUExecutionProvider')\n"
+        )
+        run = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=True)
+        before, after = run.stderr.split("--- silenced\n")
+        assert "onnxruntime:Default" in before
+        assert after == ""
+
     def test_nothing_is_loaded_for_the_cpu(self, digits_export: Export, machine: Machine) -> None:
         with OnnxRuntimeRunner.open(digits_export.path):
             assert machine.events == ["session CPUExecutionProvider"]
@@ -227,6 +282,19 @@ class TestGpuProviders:
 
 
 class TestTensorRTProvider:
+    def test_without_tensorrt_it_says_which_to_install(
+        self, digits_export: Export, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "find_gpu", lambda: replace(L4, driver=13000))
+        monkeypatch.setattr(dependencies, "installed_version", lambda name: None)
+        machine.driver_too_old = True
+        with pytest.raises(MissingDependencyError) as raised:
+            OnnxRuntimeRunner.open(digits_export.path, provider="tensorrt")
+        assert str(raised.value) == (
+            "TensorrtExecutionProvider does not start here: it needs TensorRT 10, but none is installed · "
+            'pip install "tensorrt-cu13>=10.13.2,<11"'
+        )
+
     def test_tensorrt_is_imported_before_the_session(
         self, digits_export: Export, machine: Machine, tensorrt: Callable[[str], None], tmp_path: Path
     ) -> None:

@@ -1,15 +1,33 @@
 from __future__ import annotations
 
 import shutil
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.runners.pytorch import CompiledRunner, HalfRunner, PyTorchRunner, RecordingRunner
+from smlp_deploy.runners import open_runner, pytorch
+from smlp_deploy.runners.base import GpuTimer
+from smlp_deploy.runners.placement import Placement
+from smlp_deploy.runners.pytorch import (
+    CompiledRunner,
+    HalfRunner,
+    PyTorchRunner,
+    RecordingRunner,
+    TracingPyTorchRunner,
+    device_of,
+)
+from tests.support.gpu import L4
 
 
 @pytest.fixture
@@ -46,3 +64,161 @@ def test_a_compiled_network_computes_the_same(micro_pth: Path, batch: FloatArray
         expected, found = trained.infer(batch), compiled.infer(batch)
     assert compiled.name == "torch.compile (CPU) micro.pth"
     assert np.abs(found - expected).max() < 1e-4
+
+
+class Event:
+    """A CUDA event that records at once."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self._at = 0.0
+
+    def record(self) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self._at
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end._at - self._at)
+
+
+class TestOnAGpu:
+    """With the CPU in place of the GPU: which one is asked for, timed, and what its errors become."""
+
+    @pytest.fixture
+    def current(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+        """The devices that were made the current one."""
+        current: list[torch.device] = []
+
+        def select(device: torch.device) -> AbstractContextManager[None]:
+            current.append(device)
+            return nullcontext()
+
+        monkeypatch.setattr(pytorch, "device_of", lambda gpu: torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "device", select)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        return current
+
+    @pytest.mark.parametrize(
+        ("make", "name"),
+        [
+            (PyTorchRunner, "pytorch (CUDA)"),
+            (CompiledRunner, "torch.compile (CUDA)"),
+            (HalfRunner, "pytorch (CUDA, lowered, fp16)"),
+            (RecordingRunner, "pytorch (CUDA, lowered)"),
+            (TracingPyTorchRunner, "pytorch (CUDA)"),
+        ],
+    )
+    def test_its_name_says_so(
+        self, digits: Checkpoint, current: list[torch.device], make: Callable[..., PyTorchRunner], name: str
+    ) -> None:
+        metadata = describe(digits)
+        assert make(digits, metadata, gpu=L4).name == f"{name} smlpnet_digits.safetensors"
+        second = make(digits, metadata, gpu=replace(L4, index=1)).name
+        assert second == f"{name.replace('CUDA', 'CUDA:1')} smlpnet_digits.safetensors"
+
+    def test_it_is_timed_there_by_events(
+        self, digits: Checkpoint, batch: FloatArray, current: list[torch.device]
+    ) -> None:
+        metadata = describe(digits)
+        with PyTorchRunner(digits, metadata) as on_cpu, PyTorchRunner(digits, metadata, gpu=L4) as runner:
+            np.testing.assert_array_equal(runner.infer(batch), on_cpu.infer(batch))
+            assert len(current) == 1
+            assert isinstance(runner, GpuTimer)
+            seconds = runner.gpu_seconds(batch, runs=3)
+            assert len(seconds) == 3
+            assert all(0 < second < 10 for second in seconds)
+            assert len(current) == 2
+            assert on_cpu.gpu_seconds(batch, runs=3) == []
+
+    @pytest.mark.parametrize(
+        ("raised", "expected", "message"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ArtifactError, "memory is full"),
+            (torch.AcceleratorError("CUDA error: out of memory"), ArtifactError, "the GPU's memory is full"),
+            (
+                torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors"),
+                GpuError,
+                r"^the GPU failed: CUDA error: an illegal memory access was encountered · nvidia-smi",
+            ),
+            (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), GpuError, "the GPU failed: cuDNN error"),
+            (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"), GpuError, "the GPU failed: CUBLAS"),
+            (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, "^mat1 and mat2"),
+        ],
+    )
+    def test_errors(
+        self,
+        digits: Checkpoint,
+        batch: FloatArray,
+        monkeypatch: pytest.MonkeyPatch,
+        raised: Exception,
+        expected: type[Exception],
+        message: str,
+    ) -> None:
+        with PyTorchRunner(digits, describe(digits)) as runner:
+
+            def run(images: torch.Tensor) -> None:
+                raise raised
+
+            monkeypatch.setattr(runner, "_run", run)
+            with pytest.raises(expected, match=message) as caught:
+                runner.infer(batch)
+        assert type(caught.value) is expected
+
+    def test_memory_that_ran_out_is_free_again_while_the_error_is_handled(
+        self, digits: Checkpoint, batch: FloatArray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held: list[weakref.ref[torch.Tensor]] = []
+
+        def run(images: torch.Tensor) -> None:
+            activation = images + 1
+            held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with PyTorchRunner(digits, describe(digits)) as runner:
+            monkeypatch.setattr(runner, "_run", run)
+            try:
+                runner.infer(batch)
+            except ArtifactError:
+                assert held[0]() is None
+        assert held
+
+    def test_memory_that_runs_out_while_it_is_loaded(self, digits: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(torch.nn.Module, "to", full)
+        with pytest.raises(ArtifactError, match="the GPU's memory is full"):
+            PyTorchRunner(digits, describe(digits))
+
+    def test_a_gpu_computes_in_true_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = cudnn.allow_tf32, products.allow_tf32
+        try:
+            cudnn.allow_tf32 = products.allow_tf32 = True
+            assert device_of(None) == torch.device("cpu")
+            assert cudnn.allow_tf32
+            assert device_of(replace(L4, index=1)) == torch.device("cuda:1")
+            assert (cudnn.allow_tf32, products.allow_tf32) == (False, False)
+        finally:
+            cudnn.allow_tf32, products.allow_tf32 = before
+
+    @pytest.mark.parametrize(
+        ("built_for", "message"),
+        [
+            (
+                None,
+                r"^the installed PyTorch \S+ is for the CPU only · install PyTorch for CUDA, or leave out --device$",
+            ),
+            ("13.0", r"^the installed PyTorch \S+ does not see the GPU · update the NVIDIA driver, or install"),
+        ],
+    )
+    def test_a_pytorch_that_cannot_is_one_clear_line(
+        self, micro_pth: Path, monkeypatch: pytest.MonkeyPatch, built_for: str | None, message: str
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        with pytest.raises(MissingDependencyError, match=message):
+            open_runner(micro_pth, placement=Placement(gpu=L4))

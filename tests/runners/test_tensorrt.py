@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +13,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from smlp_deploy import dependencies
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import find_gpu
-from smlp_deploy.errors import ArtifactError, ConfigError, GpuError, MissingDependencyError
+from smlp_deploy.errors import ArtifactError, ConfigError, GpuError, MissingDependencyError, UsageError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile, EngineManifest
 from smlp_deploy.runners import open_runner, tensorrt
+from smlp_deploy.runners.cuda import Cuda
 from smlp_deploy.runners.tensorrt import (
     TensorRTRunner,
     TracingTensorRTRunner,
@@ -26,6 +30,7 @@ from smlp_deploy.runners.tensorrt import (
     runtime_cache_path,
     system,
 )
+from tests.support.cuda_gpu import CudaFault
 from tests.support.cuda_names import cudaError_t
 from tests.support.cuda_runtime import CudaBench
 from tests.support.fakes import metadata
@@ -114,6 +119,64 @@ def test_graphs_are_captured_and_only_then_named(engine: Path, version: str, sch
         assert names == [f"{backend} x.engine"] + [f"{backend} (CUDA graphs) x.engine"] * 3
         assert bench.calls["cudaGraphInstantiate"] == 1
         assert [work.in_graph for work in bench.trace if work.name == "execute"] == [False] + [True] * 4
+
+
+class TestAnotherGpu:
+    """The second of two; a call that works on the first is a fault of the bench."""
+
+    SECOND = replace(L4, index=1)
+
+    def load(self, engine: Path, version: str) -> TensorRTRunner:
+        backend = "tensorrt-rtx" if version.startswith("tensorrt_rtx") else "tensorrt"
+        manifest = replace(read_manifest(engine), backend=backend)
+        return TensorRTRunner.load(engine.read_bytes(), engine, manifest, self.SECOND)
+
+    @BINDINGS
+    def test_all_is_on_it_whichever_thread_asks(self, engine: Path, version: str, schedule: Schedule) -> None:
+        with gpu(version, schedule=schedule, devices=2) as bench:
+            with self.load(engine, version) as runner:
+                for _ in range(3):  # then as a graph
+                    with ThreadPoolExecutor(max_workers=1) as pool:
+                        logits = pool.submit(runner.infer, batch_of(6)).result()
+                    np.testing.assert_allclose(logits, sums(batch_of(6)), rtol=1e-4, atol=1e-4)
+                bench.runtime.cudaSetDevice(0)  # as another library may
+                np.testing.assert_allclose(runner.infer(batch_of(2)), sums(batch_of(2)), rtol=1e-4, atol=1e-4)
+                bench.runtime.cudaSetDevice(0)
+                assert len(runner.gpu_seconds(batch_of(2), runs=2)) == 2
+                bench.runtime.cudaSetDevice(0)
+            assert {memory.device for memory in bench._memory if memory.side == "device"} == {1}
+
+    def test_a_runner_that_does_not_choose_it_is_found(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Cuda, "use", lambda self: None)
+
+        def program() -> None:
+            with gpu(devices=2) as bench:
+                bench.runtime.cudaSetDevice(1)
+                with self.load(engine, "tensorrt_rtx-1.7") as runner, ThreadPoolExecutor(max_workers=1) as pool:
+                    runner.infer(batch_of(4))
+                    with suppress(ArtifactError, GpuError):
+                        pool.submit(runner.infer, batch_of(4)).result()
+
+        with pytest.raises(CudaFault, match="wrong device"):
+            program()
+
+    def test_it_is_opened_by_its_uuid(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        uuids = ("3f2a0000-0000-0000-0000-000000000001", "3f2b0000-0000-0000-0000-000000000002")
+        gpus = tuple(replace(L4, index=i, uuid=f"GPU-{uuid}") for i, uuid in enumerate(uuids))
+        monkeypatch.setattr(dependencies, "list_gpus", lambda: gpus)
+        with gpu(devices=2) as bench:
+            with open_runner(engine, device="GPU-3f2b") as runner:
+                runner.infer(batch_of(4))
+            assert bench.device == 1
+            with pytest.raises(
+                UsageError, match=r"an engine runs only on a GPU · .*x\.engine · leave out --device cpu"
+            ):
+                open_runner(engine, device="cpu")
+
+    def test_a_gpu_it_was_not_built_for(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tensorrt, "find_gpu", lambda: L4)
+        with pytest.raises(ArtifactError, match=r"was built for sm89, this GPU is sm75 \(NVIDIA T4\)"):
+            TensorRTRunner.open(engine, gpu=replace(L4, name="NVIDIA T4", architecture="sm75"))
 
 
 def test_without_a_capture_it_runs_and_says_nothing_of_graphs(engine: Path) -> None:
@@ -372,7 +435,7 @@ class TestTheMachine:
         plans: list[bytes] = []
         content = engine.read_bytes()
 
-        def swap(path: Path, manifest: EngineManifest) -> None:
+        def swap(path: Path, *_: object) -> None:
             engine.write_bytes(b"an untrusted engine")
 
         def execution(plan: bytes, *_: object, **__: object) -> None:
@@ -387,13 +450,27 @@ class TestTheMachine:
 
     @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
     def test_an_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
-        with pytest.raises(ArtifactError, match=r"cannot load it on this GPU.*built for sm89"):
+        with pytest.raises(GpuError, match=r"driver version is insufficient.* · update the NVIDIA driver"):
             open_runner(engine)
 
-    @pytest.mark.skipif(find_gpu() is not None, reason="with a driver the message is another")
-    def test_a_second_engine_that_does_not_load_is_one_clear_line(self, engine: Path) -> None:
-        with pytest.raises(ArtifactError, match=r"cannot load it on this GPU · .*x\.engine · it was built for sm89"):
-            TracingTensorRTRunner.load(b"another engine", engine, read_manifest(engine))
+    @pytest.mark.parametrize("runner", [TensorRTRunner, TracingTensorRTRunner])
+    def test_one_that_tensorrt_refuses_is_one_clear_line(self, engine: Path, runner: type[TensorRTRunner]) -> None:
+        with (
+            gpu(fail="load"),
+            pytest.raises(ArtifactError, match=r"cannot load it on this GPU · .*x\.engine · it was built for sm89"),
+        ):
+            runner.load(engine.read_bytes(), engine, read_manifest(engine))
+
+    def test_tensorrt_rtx_on_a_gpu_that_it_has_no_kernels_for(
+        self, engine: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        with (
+            gpu(architecture="sm90"),
+            pytest.raises(ArtifactError, match=r"tensorrt-rtx 1\.7\S* cannot load it on this GPU"),
+        ):
+            load(engine)
+        assert "does not support this compute capability" in caplog.text
 
 
 class TestCompiledKernels:

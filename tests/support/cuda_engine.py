@@ -30,6 +30,13 @@ _DTYPES = {
     "tensor(uint8)": ("UINT8", np.uint8),
     "tensor(int64)": ("INT64", np.int64),
 }
+RTX_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
+UNKNOWN_GPU = (
+    "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU, which has "
+    "compute capability {digits}. Supported compute capabilities: 8.0 8.6 8.9 12.0. TensorRT-RTX does not support "
+    "this compute capability, so the engine cannot be rebuilt for it. In throwUnlessSupported"
+)
+"""What TensorRT-RTX 1.7.1 says on an H100."""
 _VALUES = {"TensorIOMode": ["NONE", "INPUT", "OUTPUT"]}
 _VALUES["ExecutionContextAllocationStrategy"] = ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
 
@@ -59,6 +66,8 @@ class CudaTensorRT(FakeTensorRT):
         prints: also write log lines to standard output.
         workspace: bytes that each execution context needs.
         version_compatible: whether the plan carries code of its own, which the runtime must allow.
+        architecture: of the GPU, for which TensorRT-RTX needs kernels: a plan is then refused by any other than sm80,
+            sm86, sm89 and sm120.
     """
 
     def __init__(
@@ -71,10 +80,11 @@ class CudaTensorRT(FakeTensorRT):
         prints: bool = False,
         workspace: int = 1024,
         version_compatible: bool = False,
+        architecture: str = "sm89",
     ) -> None:
         super().__init__(version, fail=fail)
         self.bench, self.profile, self.prints, self.workspace = bench, profile, prints, workspace
-        self.version_compatible = version_compatible
+        self.version_compatible, self.architecture = version_compatible, architecture
         vars(self)["_enumeration"] = cache(self._make_enumeration)
 
     def _make_enumeration(self, name: str) -> Any:
@@ -104,11 +114,25 @@ class CudaTensorRT(FakeTensorRT):
 
     def _runtime(self, logger: Any) -> Strict:
         runtime = self._object("Runtime", engine_host_code_allowed=False, logger=logger)
-        itself = weakref.ref(runtime)
-        runtime.__dict__["_behaviour"]["deserialize_cuda_engine"] = lambda plan: self._load(itself(), plan)
+        itself, device = weakref.ref(runtime), self.bench.device
+        behaviour = runtime.__dict__["_behaviour"]
+        behaviour["deserialize_cuda_engine"] = lambda plan: self._load(itself(), plan, device)
+        if "get_engine_validity" in self.names["Runtime"]:
+            valid = self.EngineValidity
+            behaviour["get_engine_validity"] = lambda plan: (valid.INVALID, 2) if self._foreign else (valid.VALID, 0)
         return runtime
 
-    def _load(self, runtime: Any, plan: bytes) -> Strict | None:
+    @property
+    def _foreign(self) -> bool:
+        """Whether TensorRT-RTX has no kernels for the GPU."""
+        return "get_engine_validity" in self.names["Runtime"] and self.architecture not in RTX_ARCHITECTURES
+
+    def _load(self, runtime: Any, plan: bytes, device: int) -> Strict | None:
+        if device != self.bench.device:
+            self.bench.fault(f"wrong device: an engine is loaded by a runtime of device {device}, another is current")
+        if self._foreign:
+            self.report(UNKNOWN_GPU.format(digits=".".join(self.architecture[2:])))
+            return None
         if self.fail == "load" or (self.version_compatible and not runtime.engine_host_code_allowed):
             self.report("IRuntime::deserializeCudaEngine: the plan cannot be deserialized here")
             return None
@@ -143,7 +167,7 @@ class Engine:
     _itself: Callable[[], Strict | None]
 
     def __init__(self, binding: CudaTensorRT, session: Any) -> None:
-        self._binding, self._session = binding, session
+        self._binding, self._session, self._device = binding, session, binding.bench.device
         self._tensors: dict[str, Tensor] = {}
         for is_input, values in ((True, session.get_inputs()), (False, session.get_outputs())):
             for value in values:
@@ -188,7 +212,7 @@ class Engine:
                 binding.report("IExecutionContext::IExecutionContext: the context does not fit in memory")
                 return None
         scratch = None if memory is None else Span(memory, 0, memory.size)
-        context = Context(binding, self._session, self._tensors, scratch)
+        context = Context(binding, self._session, self._tensors, scratch, self._device)
         return binding.owned("IExecutionContext", context, memory, engine=self._itself())  # which keeps it alive
 
     def create_execution_context_without_device_memory(self) -> Strict | None:
@@ -198,7 +222,10 @@ class Engine:
 class Context:
     """The members of IExecutionContext."""
 
-    def __init__(self, binding: CudaTensorRT, session: Any, tensors: dict[str, Tensor], scratch: Span | None) -> None:
+    def __init__(
+        self, binding: CudaTensorRT, session: Any, tensors: dict[str, Tensor], scratch: Span | None, device: int
+    ) -> None:
+        self._device = device
         self._binding, self._session, self._tensors, self._scratch = binding, session, tensors, scratch
         self._addresses: dict[str, int] = {}
         self._batches = {t.name: t.shape[0] if min(t.shape) >= 0 else -1 for t in tensors.values() if t.is_input}
@@ -260,7 +287,10 @@ class Context:
         missing = self.infer_shapes() + [name for name in self._tensors if not self._addresses.get(name)]
         if missing or self._scratch is None:
             return self._refused(f"IExecutionContext::enqueueV3: not set: {', '.join(missing) or 'device memory'}")
-        error = self._binding.bench.submit(stream_handle, capturable=self._flushed, work=self._work)
+        bench = self._binding.bench
+        if self._device != bench.device:
+            bench.fault(f"wrong device: an engine of device {self._device} is executed, but {bench.device} is current")
+        error = bench.submit(stream_handle, capturable=self._flushed, work=self._work)
         if error:
             return self._refused(f"IExecutionContext::enqueueV3: Cuda Runtime ({error.text})")
         self._flushed = True

@@ -23,6 +23,8 @@ Bytes = NDArray[np.uint8]
 POISON = 0xFF  # NaN in every floating-point format
 GUARD = 4096
 ALIGNMENT = 256
+ANY = -1
+"""In place of a device: CUDA has a legacy stream for each, the bench one for all."""
 
 
 class CudaFault(AssertionError):  # noqa: N818 - of the program, not an error of the bench
@@ -41,8 +43,8 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an error of the bench
 class Memory:
     """One allocation. `content` is what the GPU sees; the host sees it too if it is pinned, else poison."""
 
-    def __init__(self, label: str, size: int, side: str) -> None:
-        self.label, self.size, self.side = label, size, side
+    def __init__(self, label: str, size: int, side: str, device: int) -> None:
+        self.label, self.size, self.side, self.device = label, size, side, device
         self._whole: Bytes = np.full(size + 2 * GUARD + ALIGNMENT, POISON, np.uint8)
         self._offset = GUARD + -(self._whole.ctypes.data + GUARD) % ALIGNMENT
         self.address = self._whole.ctypes.data + self._offset
@@ -141,6 +143,7 @@ class Handle:
 
     value: int
     label: str
+    device: int = field(default=0, kw_only=True)
 
     def __index__(self) -> int:
         return self.value
@@ -200,7 +203,8 @@ class Gpu:
 
     Args:
         schedule: when operations run.
-        memory: bytes of the device.
+        devices: how many; each thread has a current one, the first until it chooses another.
+        memory: bytes of each device.
         milliseconds: how long a work takes, by its name (H2D, D2H, D2D, memset, execute) and amount.
 
     Attributes:
@@ -213,6 +217,7 @@ class Gpu:
         self,
         schedule: Literal["late", "eager"] = "late",
         *,
+        devices: int = 1,
         memory: int = 1 << 30,
         milliseconds: Callable[[str, int], float] = lambda name, amount: 1.0,
     ) -> None:
@@ -224,15 +229,38 @@ class Gpu:
         self._now = 0.0
         self._lock = threading.RLock()
         self._memory: list[Memory] = []
-        self._legacy = cudaStream_t(0, "the legacy stream", 0, blocking=True)
+        self._legacy = cudaStream_t(0, "the legacy stream", 0, blocking=True, device=ANY)
         self._handles: dict[int, Handle] = {0: self._legacy}
         self._streams = [self._legacy]
         self._host: dict[cudaStream_t, int] = {}
         self._planned: list[tuple[str, cudaError_t, int]] = []
-        self._sticky = self._last = cudaError_t.cudaSuccess
+        self._sticky = cudaError_t.cudaSuccess
+        self._devices = devices
+        self._thread = threading.local()
         self._told = False
         self._given_up: set[int] = set()
         self._created = 0
+
+    @property
+    def device(self) -> int:
+        """The current device of this thread."""
+        return int(getattr(self._thread, "device", 0))
+
+    @property
+    def _last(self) -> cudaError_t:
+        """The last error of this thread, until it is asked for."""
+        last: cudaError_t = getattr(self._thread, "last", cudaError_t.cudaSuccess)
+        return last
+
+    @_last.setter
+    def _last(self, error: cudaError_t) -> None:
+        self._thread.last = error
+
+    def expect_current(self, device: int, what: object) -> None:
+        """Refuse what belongs to a device other than this thread's current one."""
+        if device not in (ANY, self.device):
+            reason = f"wrong device: {what} is of device {device}, but device {self.device} is current"
+            raise Refusal(cudaError_t.cudaErrorInvalidResourceHandle, reason)
 
     def fail(self, name: str, error: cudaError_t, *, call: int = 1) -> None:
         """Let a call of a function, or a work on the GPU, fail: the next for 1."""
@@ -317,6 +345,7 @@ class Gpu:
         self, stream: cudaStream_t, name: str, works: Sequence[Work], after: Iterable[Operation | None] = ()
     ) -> Any:
         """Put works into a stream, or into the graph that it is captured into."""
+        self.expect_current(stream.device, stream)
         if stream.capture:
             if stream.capture.broken:
                 raise Refusal(cudaError_t.cudaErrorStreamCaptureInvalidated)
@@ -433,13 +462,17 @@ class Gpu:
     # Memory
 
     def reserve(self, label: str, size: int, *, side: str = "device") -> Memory:
-        used = sum(memory.size for memory in self._memory if memory.side == "device" and not memory.freed)
-        if side == "device" and used + size > self._total:
+        if side == "device" and self._used() + size > self._total:
             raise Refusal(cudaError_t.cudaErrorMemoryAllocation)
         if size <= 0:
             raise Refusal(cudaError_t.cudaErrorInvalidValue, f"allocates {size} bytes")
-        self._memory.append(Memory(f"{label} {len(self._memory) + 1}", size, side))
+        self._memory.append(Memory(f"{label} {len(self._memory) + 1}", size, side, self.device))
         return self._memory[-1]
+
+    def _used(self) -> int:
+        """Bytes of this thread's device."""
+        there = (memory for memory in self._memory if memory.side == "device" and memory.device == self.device)
+        return sum(memory.size for memory in there if not memory.freed)
 
     def release(self, memory: Memory) -> None:
         with self._lock:
@@ -474,6 +507,8 @@ class Gpu:
             raise Refusal(invalid, f"out of bounds: {span}")
         if side not in ("", memory.side):
             raise Refusal(invalid, f"wrong kind: {memory} is not {side} memory")
+        if memory.side == "device":  # stricter than CUDA, which copies from one device to the other
+            self.expect_current(memory.device, memory)
         return span
 
 

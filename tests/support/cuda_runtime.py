@@ -11,10 +11,12 @@ Whatever a correct program does not do is a fault, and a fault fails the test wh
   way the operations happen to run, as is memory that is freed, or a stream destroyed, while the GPU may still use it.
 - The ranges of pinned memory that a copy reads or fills are hashed when it is enqueued and when it runs; a range that
   is to be filled is poisoned at once.
+- Memory, streams, events, graphs and engines belong to the device that was the thread's current one when they were
+  made, and may only be used where it is current.
 - Freed memory stays mapped, poisoned and watched. A leak, and work that nothing waited for, are faults as well.
 
 Time is virtual: it follows from durations and dependencies, so overlap in `trace` is the same in each run and schedule.
-What is left out: more than one device, captures of several streams, races inside one graph, and limits on how many
+What is left out: copies between devices, captures of several streams, races inside one graph, and limits on how many
 copies run at once. The host has one clock, whatever its threads, so they are taken to be ordered among each other.
 """
 
@@ -26,12 +28,14 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cached_property, partial
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
 
 from tests.support.cuda_gpu import (
+    ANY,
     Capture,
     Gpu,
     Handle,
@@ -95,6 +99,7 @@ class CudaBench(Gpu):
         package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
         vars(package)["bindings"], vars(bindings)["runtime"] = bindings, self.runtime
         for module in (package, bindings, self.runtime):
+            vars(module)["__spec__"] = ModuleSpec(module.__name__, None)
             patch.setitem(sys.modules, module.__name__, module)
 
     @property
@@ -151,7 +156,7 @@ class CudaBench(Gpu):
     def _new(self, kind: type[Kind], *values: Any) -> Kind:
         self._created += 1
         name = kind.__name__.removeprefix("cuda").removesuffix("_t")
-        handle = kind(0x5EED0000 + 16 * self._created, f"{name} {self._created}", *values)
+        handle = kind(0x5EED0000 + 16 * self._created, f"{name} {self._created}", *values, device=self.device)
         self._handles[handle.value] = handle
         return handle
 
@@ -188,8 +193,7 @@ class CudaBench(Gpu):
         return self._free(ptr, "host")
 
     def cudaMemGetInfo(self) -> tuple[int, int]:
-        used = sum(memory.size for memory in self._memory if memory.side == "device" and not memory.freed)
-        return self._total - used, self._total
+        return self._total - self._used(), self._total
 
     def cudaMemcpyAsync(self, dst: Any, src: Any, count: int, kind: cudaMemcpyKind, stream: Any) -> tuple[()]:
         return self._copy(dst, src, count, kind, self._find(cudaStream_t, stream))
@@ -257,7 +261,8 @@ class CudaBench(Gpu):
 
     def cudaDeviceSynchronize(self) -> tuple[()]:
         for stream in self._streams:
-            self._wait(self._uncaptured(stream))
+            if stream.device in (ANY, self.device):
+                self._wait(self._uncaptured(stream))
         return ()
 
     def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> tuple[()]:
@@ -282,6 +287,7 @@ class CudaBench(Gpu):
 
     def cudaEventRecord(self, event: Any, stream: Any) -> tuple[()]:
         found, recorded = self._find(cudaEvent_t, event), self._find(cudaStream_t, stream)
+        self.expect_current(found.device, found)
         found.capture = recorded.capture
         found.last = self._enqueue(recorded, "record", [])
         return ()
@@ -307,6 +313,7 @@ class CudaBench(Gpu):
         if found is self._legacy or found.capture:
             reason = "uncapturable: the legacy stream, or one that is captured already"
             raise Refusal(cudaError_t.cudaErrorIllegalState, reason)
+        self.expect_current(found.device, found)
         found.capture = Capture(cudaStreamCaptureMode(mode))
         return ()
 
@@ -331,6 +338,7 @@ class CudaBench(Gpu):
 
     def cudaGraphLaunch(self, graphExec: Any, stream: Any) -> tuple[()]:
         found, target = self._find(cudaGraphExec_t, graphExec), self._find(cudaStream_t, stream)
+        self.expect_current(found.device, found)
         if target.capture:  # stricter than CUDA, where it becomes a child graph
             self._break_capture(target.capture, "launches a graph while a stream is captured")
         for work in found.works:
@@ -348,14 +356,15 @@ class CudaBench(Gpu):
     # Device and errors
 
     def cudaGetDeviceCount(self) -> tuple[int]:
-        return (1,)
+        return (self._devices,)
 
     def cudaGetDevice(self) -> tuple[int]:
-        return (0,)
+        return (self.device,)
 
     def cudaSetDevice(self, device: int) -> tuple[()]:
-        if device:
+        if not 0 <= device < self._devices:
             raise Refusal(cudaError_t.cudaErrorInvalidDevice, f"there is no device {device}")
+        self._thread.device = device
         return ()
 
     def cudaPeekAtLastError(self) -> tuple[()]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,6 +24,7 @@ def gpu(
     version: str = "tensorrt_rtx-1.7",
     *,
     schedule: Literal["late", "eager"] = "late",
+    devices: int = 1,
     cache: Path | None = None,
     milliseconds: Callable[[str, int], float] = lambda name, amount: 1.0,
     **options: Any,
@@ -35,6 +34,7 @@ def gpu(
     Args:
         version: of the binding.
         schedule: when the GPU does what it is told.
+        devices: how many such GPUs there are.
         cache: the user's cache directory; by default one that is removed.
         milliseconds: how long a work takes; see `CudaBench`.
         options: of `CudaTensorRT`.
@@ -42,7 +42,7 @@ def gpu(
     with (
         TemporaryDirectory() as folder,
         pytest.MonkeyPatch.context() as patch,
-        CudaBench(schedule, milliseconds=milliseconds) as bench,
+        CudaBench(schedule, devices=devices, milliseconds=milliseconds) as bench,
     ):
 
         def binding(manifest: EngineManifest) -> CudaTensorRT:
@@ -50,8 +50,6 @@ def gpu(
             return CudaTensorRT(version, bench, (profile.min, profile.opt, profile.max), **options)
 
         bench.install(patch)
-        for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
-            vars(sys.modules[name])["__spec__"] = ModuleSpec(name, None)
         patch.setattr(tensorrt, "_binding", binding)
         patch.setattr(tensorrt, "find_gpu", lambda: L4)
         patch.setattr(tensorrt, "user_cache_path", lambda _: cache or Path(folder))

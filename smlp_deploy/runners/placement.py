@@ -1,0 +1,95 @@
+"""Where a model runs: what the options --device and --provider mean for each kind of file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from smlp_deploy.dependencies import GpuDevice, find_gpu
+from smlp_deploy.errors import UsageError
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model runs. By default engines run on the first GPU, and everything else on the CPU.
+
+    Attributes:
+        provider: what ONNX Runtime runs ONNX files on: "cpu", "cuda" or "tensorrt"; None for "cuda" if a GPU was
+            chosen, otherwise "cpu".
+        gpu: the GPU that was chosen.
+        only_cpu: the CPU was chosen.
+    """
+
+    provider: str | None = None
+    gpu: GpuDevice | None = None
+    only_cpu: bool = False
+
+    @classmethod
+    def of(cls, *, device: str | None = None, provider: str | None = None) -> Self:
+        """The placement that two options give.
+
+        Args:
+            device: "cpu", or a GPU as `find_gpu` takes it; None for each kind of file's default.
+            provider: see the attribute.
+
+        Raises:
+            UsageError: there is no such GPU, or the two contradict each other.
+        """
+        device = device if device is None else device.strip()
+        is_cpu = device is not None and device.lower() == CPU
+        if device is not None and provider is not None and is_cpu != (provider == CPU):
+            raise UsageError(
+                f"--provider {provider} contradicts --device {device}", fix="give one of them, or two that agree"
+            )
+        gpu = None if device is None or is_cpu else find_gpu(device)
+        return cls(provider=provider, gpu=gpu, only_cpu=is_cpu)
+
+    @property
+    def onnx_provider(self) -> str:
+        """What ONNX Runtime runs ONNX files on."""
+        return self.provider or ("cuda" if self.gpu else CPU)
+
+    def check(self, path: Path) -> None:
+        """Check that a file can run there.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        suffix = path.suffix.lower()
+        if self.provider is not None and suffix != ".onnx":
+            raise UsageError("only ONNX files take a provider", where=path, fix="use --device in place of --provider")
+        if self.only_cpu and suffix == ".engine":
+            raise UsageError(
+                "an engine runs only on a GPU", where=path, fix="leave out --device cpu, or use the ONNX file"
+            )
+
+    def for_file(self, path: Path) -> Self:
+        """The same without the provider, unless it is an ONNX file: for commands that take files of several kinds."""
+        return self if path.suffix.lower() == ".onnx" else replace(self, provider=None)
+
+    def gpu_of(self, path: Path) -> GpuDevice | None:
+        """The GPU that a file runs on, or None for the CPU; also None if there is no GPU."""
+        if self.gpu is not None:
+            return self.gpu
+        suffix = path.suffix.lower()
+        on_gpu = suffix == ".engine" or (suffix == ".onnx" and self.onnx_provider != CPU)
+        return find_gpu() if on_gpu and not self.only_cpu else None
+
+    def kind_of(self, path: Path) -> str:
+        """What a file's results depend on: "cpu", "cuda" or "tensorrt". Of an engine "cpu", since it has no choice."""
+        if path.suffix.lower() == ".onnx":
+            return self.onnx_provider
+        return "cuda" if self.gpu is not None and path.suffix.lower() != ".engine" else CPU
+
+
+ANYWHERE = Placement()
+"""Each kind of file where it runs by default."""
+
+
+def on_gpu(backend: str, gpu: GpuDevice | None) -> str:
+    """A backend and where it runs, for a runner's name: `pytorch (CPU)`, `pytorch (CUDA)`, `pytorch (CUDA:1)`."""
+    place = "CPU" if gpu is None else "CUDA" if not gpu.index else f"CUDA:{gpu.index}"
+    return f"{backend} ({place})"
