@@ -134,6 +134,7 @@ class Execution:
 
     def allocate(self, images: int) -> NDArray[Any]:
         """Pinned memory for so many images, which `submit` copies to the GPU without a detour; valid until `close`."""
+        self._cuda.use()
         memory = self._cuda.pinned((images, *self._input.shape), self._input.dtype)
         self._pinned.append(memory)
         return memory

@@ -60,6 +60,7 @@ class OnnxRuntimeRunner(Closing):
 
     Attributes:
         arithmetic: what products are computed in; see `arithmetic_of`.
+        on_gpu: whether it runs on a GPU.
 
     Raises:
         ArtifactError: ONNX Runtime cannot load the graph.
@@ -69,6 +70,7 @@ class OnnxRuntimeRunner(Closing):
     def __init__(self, graph: Graph, *, provider: str = "cpu", gpu: GpuDevice | None = None) -> None:
         self._provider = _available(provider)
         _load_libraries(provider)
+        self.on_gpu = provider != "cpu"
         self._gpu = gpu
         self.metadata = graph.metadata
         self.arithmetic = _arithmetic(provider, graph.metadata.precision)

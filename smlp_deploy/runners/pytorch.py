@@ -37,6 +37,9 @@ class PyTorchRunner(Closing):
         metadata: labels and preprocessing to go with them; may be that of an artifact, but the input is float32.
         gpu: where to run; None for the CPU. TF32 is then switched off for the whole process.
 
+    Attributes:
+        on_gpu: whether it runs on a GPU.
+
     Raises:
         ArtifactError: the GPU's memory is full.
         GpuError: the GPU fails.
@@ -49,6 +52,7 @@ class PyTorchRunner(Closing):
         self.name = f"{on_gpu(self._label, gpu)} {checkpoint.path.name}"
         self.metadata = replace(metadata, input="float32")
         self._gpu, self._device = gpu, device_of(gpu)
+        self.on_gpu = gpu is not None
         with _errors():
             network = self._prepared(checkpoint.network())
             self._network: nn.Module | None = network.to(self._device)
