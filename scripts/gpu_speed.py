@@ -227,9 +227,9 @@ BOTTLENECK_END = """
   processes {process_rates}. Split a large folder among several `smlp predict` processes. Whether the
   interpreter's lock or memory allocation is the reason was not measured. Single figures vary: one thread prepared 196
   images/s in another run.
-- Decoding is {share:.0%} of the CPU's work on such files; most of the rest is the resize. With decoding moved to the GPU
-  preparing is at most {gain:.1f} times as fast. nvJPEG decoded a baseline file in {baseline} ms, one at a time, and a
-  progressive one in {progressive} ms.
+- Decoding is {share:.0%} of the CPU's work on such files; most of the rest is the resize. With decoding moved to the
+  GPU preparing is at most {gain:.1f} times as fast. nvJPEG decoded a baseline file in {baseline} ms, one at a time, and
+  a progressive one in {progressive} ms.
 """
 
 MEASUREMENTS = """
