@@ -23,12 +23,12 @@ from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets
-from smlp_deploy.inference.classify import DEFAULT_BATCH_SIZE, infer_each
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
+from smlp_deploy.inference.stream import infer_each
 from smlp_deploy.interrupts import Progress, StopRequest, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.base import DEFAULT_BATCH_SIZE, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -325,23 +325,19 @@ def _measured(
     """The records of each batch."""
     remaining = iter(samples)
     paths = (sample.path for sample in samples)
-    preprocessing = runners[0].metadata.preprocessing
-    for contents in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
-        batch = [
-            (sample, content) for sample, (_, content) in zip(islice(remaining, len(contents)), contents, strict=True)
-        ]
-        images = [content for _, content in batch if not isinstance(content, str)]
-        labels = [sample.label for sample, content in batch if not isinstance(content, str)]
-        answers = zip(*(list(_answers(runner, images, labels)) for runner in runners), strict=True)
+    for batch in decoded_batches(paths, runners[0].metadata, batch_size=batch_size, workers=workers):
+        of_batch = list(islice(remaining, len(batch.paths)))
+        labels = [sample.label for row, sample in enumerate(of_batch) if row not in batch.errors]
+        answers = zip(*(list(_answers(runner, batch.inputs, labels)) for runner in runners), strict=True)
         yield [
-            ImageRecord(os.fspath(sample.path), sample.label, error=content)
-            if isinstance(content, str)
-            else ImageRecord(os.fspath(sample.path), sample.label, next(answers))
-            for sample, content in batch
+            ImageRecord(path, sample.label, error=found)
+            if isinstance(found, str)
+            else ImageRecord(path, sample.label, found)
+            for sample, (path, found) in zip(of_batch, batch.with_each(answers), strict=True)
         ]
 
 
-def _answers(runner: Runner, images: list[FloatArray], labels: Sequence[int]) -> Iterator[Answer]:
+def _answers(runner: Runner, images: FloatArray, labels: Sequence[int]) -> Iterator[Answer]:
     """One model's answer to each image: a few numbers instead of its logits."""
     for logits, label in zip(infer_each(runner, images), labels, strict=True):
         if isinstance(logits, str):

@@ -157,14 +157,12 @@ def find_divergence(
     unreadable: list[str] = []
     totals: dict[str, _Total] = {}
     noise: dict[str, _Noise] = {}
-    preprocessing = candidate.metadata.preprocessing
-    for contents in decoded_batches(image_paths, preprocessing, batch_size=_BATCH, workers=available_cores()):
-        names += [Path(path).name for path, content in contents if not isinstance(content, str)]
-        unreadable += [f"{path}: {content}" for path, content in contents if isinstance(content, str)]
-        samples = [content for _, content in contents if not isinstance(content, str)]
-        if not samples:
+    for images in decoded_batches(image_paths, candidate.metadata, batch_size=_BATCH, workers=available_cores()):
+        names += [Path(path).name for row, path in enumerate(images.paths) if row not in images.errors]
+        unreadable += [f"{images.paths[row]}: {error}" for row, error in images.errors.items()]
+        batch = images.inputs
+        if not len(batch):
             continue
-        batch = np.stack(samples)
         found = candidate.trace(batch)
         for name, values in reference.trace(batch).items():
             totals.setdefault(name, _Total()).add(values, found[name])

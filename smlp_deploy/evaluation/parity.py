@@ -273,14 +273,14 @@ class _Samples:
         self.unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[_Sample]:
-        preprocessing = self._metadata.preprocessing
-        batches = decoded_batches(self._paths, preprocessing, batch_size=LARGEST_BATCH, workers=available_cores())
-        for path, content in itertools.chain.from_iterable(batches):
-            if isinstance(content, str):
-                self.unreadable.append(f"{path}: {content}")
-                continue
-            self.images += 1
-            yield Path(path).name, content
+        batches = decoded_batches(self._paths, self._metadata, batch_size=LARGEST_BATCH, workers=available_cores())
+        for batch in batches:
+            for path, image in batch.with_each(batch.inputs.copy()):
+                if isinstance(image, str):
+                    self.unreadable.append(f"{path}: {image}")
+                    continue
+                self.images += 1
+                yield Path(path).name, image
         rng = np.random.default_rng(NOISE_SEED)
         size = self._metadata.config.image_size
         for _ in range(max(MIN_NOISE, self.largest_batch - self.images)):

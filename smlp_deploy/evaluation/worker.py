@@ -241,7 +241,7 @@ class _Session:
 
     def _decode(self, paths: Sequence[Path], batch: int, workers: int) -> float:
         start = time.perf_counter()
-        for _ in decoded_batches(paths, self.runner.metadata.preprocessing, batch_size=batch, workers=workers):
+        for _ in decoded_batches(paths, self.runner.metadata, batch_size=batch, workers=workers):
             pass
         return time.perf_counter() - start
 

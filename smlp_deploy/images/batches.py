@@ -1,57 +1,145 @@
-"""Image files to batches of network inputs, decoded by threads, in order; an unreadable file yields its reason."""
+"""Image files to batches of network inputs, decoded by threads, in order; an unreadable file has its reason instead."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError
 from smlp_deploy.images.preprocessing import load_image
-from smlp_deploy.metadata import Preprocessing
+from smlp_deploy.metadata import ModelMetadata
 
 FloatArray = NDArray[np.float32]
+
+_Result = TypeVar("_Result")
 
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def decoded_batches(
-    paths: Iterable[str | Path], preprocessing: Preprocessing, *, batch_size: int, workers: int
-) -> Iterator[list[tuple[str, FloatArray | str]]]:
-    """Batches of paths, each with the network's input or the reason it could not be read; decoded two batches ahead."""
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive image files.
 
-    def load(path: str | Path) -> FloatArray | str:
+    Attributes:
+        paths: of all of them.
+        inputs: what the network takes, of the readable ones in order; see `ModelMetadata.input`. Other images are
+            written to this memory once the next batch is requested.
+        errors: why a file could not be read, by its position in `paths`.
+    """
+
+    paths: Sequence[str]
+    inputs: NDArray[Any]
+    errors: Mapping[int, str]
+
+    def with_each(self, results: Iterable[_Result]) -> Iterator[tuple[str, _Result | str]]:
+        """Each path with its result, of which the readable images have one each, or with its error."""
+        result = iter(results)
+        for position, path in enumerate(self.paths):
+            yield path, self.errors[position] if position in self.errors else next(result)
+
+
+def decoded_batches(
+    paths: Iterable[str | Path],
+    metadata: ModelMetadata,
+    *,
+    batch_size: int,
+    workers: int,
+    allocate: Callable[[int], NDArray[Any]] | None = None,
+) -> Generator[Batch]:
+    """Batches of images, decoded ahead: at most two batches, or two images per thread if that is more.
+
+    The images are decoded straight into the memory of their batch. There are as many of these as are decoded ahead,
+    three as a rule, and they are used again and again.
+
+    Args:
+        paths: image files; read no further than images are decoded.
+        metadata: of the network, which says how images are prepared and what it takes.
+        batch_size: images per batch; the last one may be smaller.
+        workers: decoding threads.
+        allocate: returns memory for the inputs of that many images; by default ordinary memory.
+    """
+    reader = _Reader(metadata, batch_size, workers, allocate or _ordinary(metadata))
+    try:
+        yield from reader.read(iter(paths))
+    finally:
+        reader.close()
+
+
+def _ordinary(metadata: ModelMetadata) -> Callable[[int], NDArray[Any]]:
+    return lambda images: np.empty((images, *metadata.input_shape), metadata.input)
+
+
+class _Reader:
+    """The decoding threads and the memory of `decoded_batches`."""
+
+    def __init__(
+        self, metadata: ModelMetadata, batch_size: int, workers: int, allocate: Callable[[int], NDArray[Any]]
+    ) -> None:
+        self._preprocessing = metadata.preprocessing
+        self._batch_size = batch_size
+        self._ahead = math.ceil(max(2 * batch_size, 2 * workers) / batch_size)  # batches
+        self._allocate = allocate
+        self._memory: list[NDArray[Any]] = []  # one more than `_ahead`: the batch that was handed out
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._queue: deque[tuple[str, Future[str | None]]] = deque()
+        self._started = 0  # images, since the beginning
+
+    def read(self, paths: Iterator[str | Path]) -> Iterator[Batch]:
+        self._decode_ahead(paths)
+        for number in itertools.count():
+            if not self._queue:
+                return
+            files = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
+            reasons = [decoded.result() for _, decoded in files]
+            self._decode_ahead(paths)  # before the network runs, so that decoding continues meanwhile
+            yield _batch([path for path, _ in files], reasons, self._memory_of(number))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decode_ahead(self, paths: Iterator[str | Path]) -> None:
+        for path in itertools.islice(paths, self._ahead * self._batch_size - len(self._queue)):
+            number, row = divmod(self._started, self._batch_size)
+            decoded = self._pool.submit(self._decode, path, self._memory_of(number)[row])
+            self._queue.append((os.fspath(path), decoded))
+            self._started += 1
+
+    def _memory_of(self, number: int) -> NDArray[Any]:
+        """The memory of a batch, which is that of an earlier one if there are enough."""
+        position = number % (self._ahead + 1)
+        if position == len(self._memory):
+            self._memory.append(self._allocate(self._batch_size))
+        return self._memory[position]
+
+    def _decode(self, path: str | Path, row: NDArray[Any]) -> str | None:
+        """Decode an image; returns the reason if it cannot be read."""
         try:
-            return load_image(Path(path), preprocessing)
+            load_image(Path(path), self._preprocessing, row)
         except ImageError as error:
             return str(error)
+        return None
 
-    remaining = iter(paths)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    queue: deque[tuple[str, Future[FloatArray | str]]] = deque()
 
-    def fill() -> None:
-        for path in islice(remaining, 2 * batch_size - len(queue)):
-            queue.append((os.fspath(path), pool.submit(load, path)))
-
-    try:
-        fill()
-        while queue:
-            batch = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
-            loaded = [(path, future.result()) for path, future in batch]
-            fill()  # before the network runs, so that decoding continues meanwhile
-            yield loaded
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _batch(paths: Sequence[str], reasons: Sequence[str | None], memory: NDArray[Any]) -> Batch:
+    """A batch whose readable images lie together at the beginning of its memory."""
+    readable = [row for row, reason in enumerate(reasons) if reason is None]
+    for target, row in enumerate(readable):
+        if target != row:
+            np.copyto(memory[target], memory[row])
+    errors = {position: reason for position, reason in enumerate(reasons) if reason is not None}
+    return Batch(paths, memory[: len(readable)], errors)
 
 
 def available_cores() -> int:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smlp_deploy.errors import GpuError, UsageError
-from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
+from smlp_deploy.errors import UsageError
+from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
+from smlp_deploy.inference.stream import Outcome, allocator_of, in_background, infer_stream
+from smlp_deploy.metadata import MAX_BATCH
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.base import Runner, batch_size_of
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_BATCH_SIZE = 32
 DEFAULT_TOPK = 5
 
 
@@ -50,6 +49,7 @@ class Classifier:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self._running: WeakSet[Generator[Prediction]] = WeakSet()
 
     @classmethod
     def open(cls, path: str | Path, *, provider: str | None = None) -> Self:
@@ -70,24 +70,28 @@ class Classifier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for predictions in list(self._running):  # whose threads write to the runner's memory
+            predictions.close()
         self.runner.__exit__(kind, error, traceback)
 
     def classify(
         self,
         paths: Iterable[str | Path],
         *,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
         topk: int | None = None,
         workers: int | None = None,
     ) -> Iterator[Prediction]:
         """One prediction per path, in the order of the paths.
 
-        Worker threads decode up to two batches ahead of the network, and `paths` is read no further, so memory is
-        bounded by three batches for any number of paths.
+        Worker threads decode up to two batches ahead of the network, or two images each if that is more, and `paths` is
+        read no further, so memory is bounded for any number of paths. The network runs in a thread of its own. The
+        iterator ends when the classifier is closed.
 
         Args:
             paths: image files.
-            batch_size: images per run of the network.
+            batch_size: images per run of the network, at most as many as an engine takes; by default what it is fastest
+                with, 32 on a CPU.
             topk: classes per prediction; by default 5, or all if there are fewer.
             workers: decoding threads; by default one per core.
 
@@ -95,14 +99,16 @@ class Classifier:
             UsageError: a number is out of range.
         """
         topk = self.resolve_topk(topk)
-        if batch_size < 1 or (workers is not None and workers < 1):
+        if (batch_size is not None and batch_size < 1) or (workers is not None and workers < 1):
             raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
-        return self._stream(
+        predictions = self._stream(
             paths,
-            batch_size=batch_size,
+            batch_size=min(batch_size or batch_size_of(self.runner), getattr(self.runner, "largest", MAX_BATCH)),
             topk=topk,
             workers=workers or available_cores(),
         )
+        self._running.add(predictions)
+        return predictions
 
     def resolve_topk(self, topk: int | None) -> int:
         """`topk`, or its default if None.
@@ -117,46 +123,38 @@ class Classifier:
             raise UsageError(f"topk {topk} is not between 1 and the model's {classes} classes", where="--topk")
         return topk
 
-    def _stream(self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int) -> Iterator[Prediction]:
-        preprocessing = self.runner.metadata.preprocessing
-        for batch in decoded_batches(paths, preprocessing, batch_size=batch_size, workers=workers):
-            outputs = infer_each(self.runner, [content for _, content in batch if not isinstance(content, str)])
-            for path, content in batch:
-                result = content if isinstance(content, str) else next(outputs)
-                if isinstance(result, str):
-                    yield Prediction(path, error=result)
-                else:
-                    yield self._prediction(path, result, topk)
+    def _stream(
+        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int
+    ) -> Generator[Prediction]:
+        batches = decoded_batches(
+            paths,
+            self.runner.metadata,
+            batch_size=batch_size,
+            workers=workers,
+            allocate=allocator_of(self.runner),
+        )
+        results = infer_stream(self.runner, batches)
+        with closing(batches), closing(in_background(results, name="network")) as done:
+            for batch, outcomes in done:
+                yield from self._predictions(batch, outcomes, topk)
 
-    def _prediction(self, path: str, logits: NDArray[np.float32], topk: int) -> Prediction:
-        exponentials = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = exponentials / exponentials.sum()
-        best = np.argsort(-logits, kind="stable")[:topk]
+    def _predictions(self, batch: Batch, outcomes: list[Outcome], topk: int) -> Iterator[Prediction]:
+        logits = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+        best = iter(self._best(np.stack(logits), topk) if logits else ())
+        each = [outcome if isinstance(outcome, str) else next(best) for outcome in outcomes]
+        for path, found in batch.with_each(each):
+            yield Prediction(path, error=found) if isinstance(found, str) else Prediction(path, found)
+
+    def _best(self, logits: FloatArray, topk: int) -> Iterator[tuple[Score, ...]]:
+        """The best classes of each image, best first, equal ones by index; from finite logits N, classes."""
+        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        worst = np.partition(logits, -topk, axis=1)[:, -topk, None]
+        rows, columns = np.nonzero(logits >= worst)  # by row, then by column
+        order = np.lexsort((-logits[rows, columns], rows))  # stable
+        starts = np.searchsorted(rows, np.arange(len(logits)))
         labels = self.runner.metadata.labels
-        return Prediction(path, tuple(Score(int(i), labels[i], float(probabilities[i])) for i in best))
-
-
-def infer_each(runner: Runner, images: list[FloatArray]) -> Iterator[FloatArray | str]:
-    """Finite logits of each image, or an error message; the images of a failed batch are run again one by one.
-
-    Raises:
-        GpuError: the GPU cannot go on.
-    """
-    if not images:
-        return
-    try:
-        outputs = runner.infer(np.stack(images))
-    except GpuError:  # no image's fault: all the others would fail too
-        raise
-    # A backend may raise anything, and one bad image must not cost the others in its batch their results.
-    except Exception as error:
-        reason = f"the network failed on it: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        if len(images) == 1:
-            yield reason
-            return
-        logger.warning("a batch of %d failed (%s); its images are run one by one", len(images), reason)
-        for image in images:
-            yield from infer_each(runner, [image])
-        return
-    for logits in outputs:
-        yield logits if np.isfinite(logits).all() else "the network's output has NaN or infinite values"
+        for row, start in enumerate(starts):
+            chosen = columns[order[start : start + topk]].tolist()
+            values = probabilities[row, chosen].tolist()
+            yield tuple(Score(i, labels[i], value) for i, value in zip(chosen, values, strict=True))

@@ -182,8 +182,8 @@ def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, 
 
 
 def _decoded(images: Sequence[Path], metadata: ModelMetadata) -> Iterator[tuple[Path, FloatArray | str]]:
-    batches = decoded_batches(images, metadata.preprocessing, batch_size=_BATCH, workers=available_cores())
-    contents = (content for batch in batches for _, content in batch)
+    batches = decoded_batches(images, metadata, batch_size=_BATCH, workers=available_cores())
+    contents = (content for batch in batches for _, content in batch.with_each(batch.inputs.copy()))
     return zip(images, contents, strict=True)
 
 

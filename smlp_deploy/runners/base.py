@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile, ModelMetadata
@@ -41,6 +42,43 @@ class Runner(Protocol):
 def arithmetic_of(runner: Runner) -> str:
     """What a runner's products are computed in, which selects the gates: its precision, or "tf32"."""
     return str(getattr(runner, "arithmetic", runner.metadata.precision))
+
+
+@runtime_checkable
+class StreamingRunner(Runner, Protocol):
+    """A runner that computes one batch while the next is copied to it.
+
+    Attributes:
+        slots: batches that may be under way.
+        largest: images in the largest batch.
+    """
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def largest(self) -> int: ...
+
+    def allocate(self, images: int) -> NDArray[Any]:
+        """Memory for a batch of so many images, which `submit` copies from fastest; valid until the runner closes."""
+        ...
+
+    def submit(self, batch: NDArray[Any]) -> None:
+        """Start a batch, as `infer` takes it; it may be changed once this returns."""
+        ...
+
+    def collect(self) -> FloatArray:
+        """Wait for the oldest batch under way; its logits, valid until `slots` more are started."""
+        ...
+
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def batch_size_of(runner: Runner) -> int:
+    """Images per batch, if nothing else is asked for: what the runner is fastest with, as far as it says."""
+    fixed = runner.metadata.batch or 1
+    return int(getattr(runner, "batch_size", max(1, DEFAULT_BATCH_SIZE // fixed) * fixed))
 
 
 class TracingRunner(Runner, Protocol):
@@ -100,7 +138,7 @@ class Closing(ABC):
         self.close()
 
 
-def in_batches(batch: FloatArray, profile: BatchProfile, run: Callable[[FloatArray], FloatArray]) -> FloatArray:
+def in_batches(batch: NDArray[Any], profile: BatchProfile, run: Callable[[NDArray[Any]], FloatArray]) -> FloatArray:
     """Run a batch of any size on a network limited to `profile`: split it, and pad a short rest with zeros.
 
     Returns:
@@ -109,8 +147,13 @@ def in_batches(batch: FloatArray, profile: BatchProfile, run: Callable[[FloatArr
     results = []
     for start in range(0, len(batch), profile.max):
         part = batch[start : start + profile.max]
-        missing = max(0, profile.min - len(part))
-        if missing:
-            part = np.concatenate([part, np.zeros((missing, *part.shape[1:]), dtype=part.dtype)])
-        results.append(run(part)[: len(part) - missing].copy())
+        results.append(run(padded(part, profile.min))[: len(part)].copy())
     return np.concatenate(results)
+
+
+def padded(batch: NDArray[Any], smallest: int) -> NDArray[Any]:
+    """A batch, filled up with zeros if it has fewer images than the smallest that a network takes."""
+    missing = smallest - len(batch)
+    if missing <= 0:
+        return batch
+    return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), dtype=batch.dtype)])

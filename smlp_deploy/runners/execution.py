@@ -50,11 +50,11 @@ class _Tensor:
 class _Slot:
     """The memory of one batch under way, and the events that tell how far it is."""
 
-    images: NDArray[Any]
     staging: int
     outputs: Mapping[str, NDArray[Any]]
     uploaded: Any
     done: Any
+    images: NDArray[Any] | None = None  # for what is not in pinned memory already
     batch: int = 0
 
 
@@ -109,6 +109,8 @@ class Execution:
         self._free = deque(self._slot(largest) for _ in range(SLOTS))
         self._under_way: deque[_Slot] = deque()
         self._sizes: OrderedDict[int, _Size] = OrderedDict()
+        self._largest = largest
+        self._pinned: list[NDArray[Any]] = []
 
     @property
     def device_bytes(self) -> int:
@@ -120,11 +122,20 @@ class Execution:
         """The batch sizes that run as CUDA graphs."""
         return frozenset(size for size, of_size in self._sizes.items() if of_size.graph is not None)
 
-    def submit(self, images: NDArray[Any]) -> None:
+    def allocate(self, images: int) -> NDArray[Any]:
+        """Pinned memory for so many images, which `submit` copies to the GPU without a detour; valid until `close`."""
+        memory = self._cuda.pinned((images, *self._input.shape), self._input.dtype)
+        self._pinned.append(memory)
+        return memory
+
+    def submit(self, images: NDArray[Any], *, reuse: bool = False) -> None:
         """Start a batch; at most `SLOTS` may be under way.
 
         Args:
-            images: N, 3, S, S; copied before this returns.
+            images: N images, of the shape and type of the engine's input; copied before this returns.
+            reuse: run a batch that is up to a quarter smaller than an earlier one at the size of that, with old images
+                in the other rows: an unreadable image makes a batch smaller, and a size of its own takes a context and
+                a graph.
 
         Raises:
             ArtifactError: TensorRT cannot run it.
@@ -132,7 +143,7 @@ class Execution:
         """
         slot = self._free.popleft()
         try:
-            self._start(slot, images)
+            self._start(slot, images, self._size_for(len(images)) if reuse else len(images))
         except BaseException:
             self._settle()  # what was enqueued may still use the slot
             self._free.append(slot)
@@ -173,19 +184,22 @@ class Execution:
     def _slot(self, largest: int) -> _Slot:
         cuda = self._cuda
         return _Slot(
-            images=cuda.pinned((largest, *self._input.shape), self._input.dtype),
             staging=cuda.device(self._input.bytes_of(largest)),
             outputs={output.name: cuda.pinned((largest, *output.shape), output.dtype) for output in self._outputs},
             uploaded=cuda.event(),
             done=cuda.event(),
         )
 
-    def _start(self, slot: _Slot, images: NDArray[Any]) -> None:
+    def _size_for(self, batch: int) -> int:
+        """The smallest size with a context that may run a batch, or the batch's own."""
+        return min((size for size in self._sizes if 0.75 * size <= batch <= size), default=batch)
+
+    def _start(self, slot: _Slot, images: NDArray[Any], batch: int) -> None:
         cuda, compute, count = self._cuda, self._compute, len(images)
         nbytes = self._input.bytes_of(count)
-        size = self._size(count)
-        np.copyto(slot.images[:count], images, casting="no")
-        cuda.copy(slot.staging, slot.images, nbytes, "HostToDevice", self._upload)
+        size = self._size(batch)
+        source, is_given = self._source(slot, images)
+        cuda.copy(slot.staging, source, nbytes, "HostToDevice", self._upload)
         cuda.call("cudaEventRecord", slot.uploaded, self._upload)
         cuda.wait(compute, slot.uploaded)
         cuda.copy(self._input.address, slot.staging, nbytes, "DeviceToDevice", compute)
@@ -195,6 +209,17 @@ class Execution:
             cuda.copy(target, output.address, output.bytes_of(count), "DeviceToHost", compute)
         cuda.call("cudaEventRecord", slot.done, compute)
         slot.batch = count
+        if is_given:
+            cuda.call("cudaEventSynchronize", slot.uploaded)  # while the batch before is computed
+
+    def _source(self, slot: _Slot, images: NDArray[Any]) -> tuple[NDArray[Any], bool]:
+        """Images in pinned memory: those given, or a copy; and which of the two."""
+        if any(np.may_share_memory(images, memory) for memory in self._pinned) and images.flags.c_contiguous:
+            return images, True
+        if slot.images is None:
+            slot.images = self._cuda.pinned((self._largest, *self._input.shape), self._input.dtype)
+        np.copyto(slot.images[: len(images)], images, casting="no")
+        return slot.images, False
 
     def _size(self, batch: int) -> _Size:
         """The state of a batch size, which becomes the latest used."""

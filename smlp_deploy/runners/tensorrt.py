@@ -11,12 +11,14 @@ import importlib
 import logging
 import platform
 import re
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import engine_manifest_path
@@ -34,9 +36,9 @@ from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
 from smlp_deploy.files import check_regular, read_file, read_text, sha256_of, write_bytes
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import EngineManifest, trace_points
-from smlp_deploy.runners.base import Closing, in_batches
+from smlp_deploy.runners.base import Closing, in_batches, padded
 from smlp_deploy.runners.cuda import Cuda
-from smlp_deploy.runners.execution import Execution
+from smlp_deploy.runners.execution import SLOTS, Execution
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class TensorRTRunner(Closing):
         self.arithmetic = manifest.arithmetic
         self._profile = manifest.profile
         self._execution: Execution | None = execution
+        self._submitted: deque[int] = deque()  # images of each batch under way
         self._stack = ExitStack()
 
     @property
@@ -103,8 +106,31 @@ class TensorRTRunner(Closing):
             runner._stack = stack.pop_all()
         return runner
 
-    def infer(self, batch: FloatArray) -> FloatArray:
+    @property
+    def slots(self) -> int:
+        return SLOTS
+
+    @property
+    def largest(self) -> int:
+        return self._profile.max
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch that it is fastest with."""
+        return self._profile.opt
+
+    def infer(self, batch: NDArray[Any]) -> FloatArray:
         return in_batches(batch, self._profile, self._run)
+
+    def allocate(self, images: int) -> NDArray[Any]:
+        return self._opened.allocate(images)
+
+    def submit(self, batch: NDArray[Any]) -> None:
+        self._submit(batch, reuse=True)
+
+    def collect(self) -> FloatArray:
+        logits: FloatArray = self._opened.collect()[_OUTPUT]
+        return logits[: self._submitted.popleft()]
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         if not self._profile.min <= len(batch) <= self._profile.max:
@@ -117,10 +143,13 @@ class TensorRTRunner(Closing):
         assert self._execution is not None, "the runner is closed"
         return self._execution
 
-    def _run(self, batch: FloatArray) -> FloatArray:
-        self._opened.submit(batch)
-        logits: FloatArray = self._opened.collect()[_OUTPUT]
-        return logits
+    def _run(self, batch: NDArray[Any]) -> FloatArray:
+        self._submit(batch, reuse=False)
+        return self.collect()
+
+    def _submit(self, batch: NDArray[Any], *, reuse: bool) -> None:
+        self._opened.submit(padded(batch, self._profile.min), reuse=reuse)
+        self._submitted.append(len(batch))
 
     def close(self) -> None:
         self._execution = None

@@ -107,7 +107,7 @@ def test_no_paths_give_no_records() -> None:
     assert list(Classifier(FakeRunner(quadrant_means)).classify([])) == []
 
 
-def test_paths_are_read_no_further_ahead_than_two_batches(tmp_path: Path) -> None:
+def test_paths_are_read_no_further_than_three_batches_beyond_that_of_the_records(tmp_path: Path) -> None:
     path, read = quadrant_image(tmp_path / "a.png", 0), 0
 
     def endless() -> Iterator[Path]:
@@ -119,17 +119,17 @@ def test_paths_are_read_no_further_ahead_than_two_batches(tmp_path: Path) -> Non
     predictions = Classifier(FakeRunner(quadrant_means)).classify(endless(), batch_size=4)
     for _ in range(9):
         next(predictions)
-    assert read <= 3 * 4 + 8
+    assert read <= 3 * 4 + 3 * 4
     predictions.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "network"))]
 
 
 def test_decoding_goes_on_while_the_network_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [quadrant_image(tmp_path / f"{index}.png", 0) for index in range(8)]
     decoded = threading.Semaphore(0)
 
-    def counted(path: Path, preprocessing: Preprocessing) -> FloatArray:
-        image = load_image(path, preprocessing)
+    def counted(path: Path, preprocessing: Preprocessing, out: FloatArray) -> FloatArray:
+        image = load_image(path, preprocessing, out)
         decoded.release()
         return image
 

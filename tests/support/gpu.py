@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -27,6 +27,7 @@ def gpu(
     *,
     schedule: Literal["late", "eager"] = "late",
     cache: Path | None = None,
+    milliseconds: Callable[[str, int], float] = lambda name, amount: 1.0,
     **options: Any,
 ) -> Iterator[CudaBench]:
     """An L4 whose engines are ONNX files; leaving it fails the test if the program did something wrong.
@@ -35,9 +36,14 @@ def gpu(
         version: of the binding.
         schedule: when the GPU does what it is told.
         cache: the user's cache directory; by default one that is removed.
+        milliseconds: how long a work takes; see `CudaBench`.
         options: of `CudaTensorRT`.
     """
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch, CudaBench(schedule) as bench:
+    with (
+        TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        CudaBench(schedule, milliseconds=milliseconds) as bench,
+    ):
 
         def binding(manifest: EngineManifest) -> CudaTensorRT:
             profile = manifest.profile
