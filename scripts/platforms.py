@@ -243,8 +243,8 @@ FAMILIES = (
 HARDWARE = """
 **Bold** was seen on a GPU here: on an H100 80GB, `onnxruntime-gpu` 1.31.1 with its CUDA provider ran the network, as
 did PyTorch 2.11 ([Speed on a GPU](gpu-speed.md#beside-measurements)), and TensorRT-RTX 1.7.1 refused: "The engine
-cannot run on this GPU, which has compute capability 9.0". Everything else comes from the vendor's documents or from what the
-packages name; it was not checked against the libraries, and no engine has run
+cannot run on this GPU, which has compute capability 9.0". Everything else comes from the vendor's documents or from
+what the packages name; it was not checked against the libraries, and no engine has run
 ([TensorRT engines](engines.md#not-tested-on-a-gpu)). "Unknown" means that neither says so. bf16 and TF32 need compute
 capability 8.0 or later.
 
