@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ import numpy as np
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.preprocessing import Decoder
 from smlp_deploy.inference.stream import Outcome, allocator_of, in_background, infer_stream
 from smlp_deploy.metadata import MAX_BATCH
 from smlp_deploy.runners import open_runner
@@ -33,11 +34,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The result of one input: its best classes, best first, or a one-line error."""
+    """The result of one input: its best classes, best first, or a one-line error.
+
+    `decode` is "gpu" if ordinary JPEG files of its run were decoded on a GPU.
+    """
 
     path: str
     scores: tuple[Score, ...] = ()
     error: str | None = None
+    decode: str | None = None
 
 
 class Classifier:
@@ -81,6 +86,7 @@ class Classifier:
         batch_size: int | None = None,
         topk: int | None = None,
         workers: int | None = None,
+        decoder: Decoder | None = None,
     ) -> Iterator[Prediction]:
         """One prediction per path, in the order of the paths.
 
@@ -94,6 +100,7 @@ class Classifier:
                 with, 32 on a CPU.
             topk: classes per prediction; by default 5, or all if there are fewer.
             workers: decoding threads; by default one per core.
+            decoder: asked first, a `GpuDecoder` for example; by default Pillow decodes everything.
 
         Raises:
             UsageError: a number is out of range.
@@ -106,6 +113,7 @@ class Classifier:
             batch_size=min(batch_size or batch_size_of(self.runner), getattr(self.runner, "largest", MAX_BATCH)),
             topk=topk,
             workers=workers or available_cores(),
+            decoder=decoder,
         )
         self._running.add(predictions)
         return predictions
@@ -124,7 +132,7 @@ class Classifier:
         return topk
 
     def _stream(
-        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int
+        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int, decoder: Decoder | None
     ) -> Generator[Prediction]:
         batches = decoded_batches(
             paths,
@@ -132,11 +140,13 @@ class Classifier:
             batch_size=batch_size,
             workers=workers,
             allocate=allocator_of(self.runner),
+            decoder=decoder,
         )
         results = infer_stream(self.runner, batches)
         with closing(batches), closing(in_background(results, name="network")) as done:
             for batch, outcomes in done:
-                yield from self._predictions(batch, outcomes, topk)
+                for prediction in self._predictions(batch, outcomes, topk):
+                    yield prediction if decoder is None else replace(prediction, decode="gpu")
 
     def _predictions(self, batch: Batch, outcomes: list[Outcome], topk: int) -> Iterator[Prediction]:
         logits = [outcome for outcome in outcomes if not isinstance(outcome, str)]
