@@ -223,9 +223,9 @@ class TestGate:
     def test_the_real_library_passes_on_the_cpu(self) -> None:
         assert check_pixels(real_library(), PREPROCESSING) == 0
 
-    @pytest.mark.parametrize(("shift", "largest"), [(0, {0}), (1, {1, 2}), (2, {2, 3, 4})])
-    def test_small_differences_pass(self, shift: int, largest: set[int]) -> None:
-        assert check_pixels(GpuDecoder(FakeLibrary(shift=shift)), PREPROCESSING) in largest
+    def test_small_differences_pass(self) -> None:
+        assert check_pixels(GpuDecoder(FakeLibrary()), PREPROCESSING) == 0
+        assert 0 < check_pixels(GpuDecoder(FakeLibrary(shift=1)), PREPROCESSING) <= 4
 
     def test_larger_ones_do_not(self) -> None:
         with pytest.raises(GpuError, match=r"differs from Pillow by \d+ of 255 levels, more than 4"):
