@@ -228,7 +228,8 @@ BOTTLENECK_END = """
   interpreter's lock or memory allocation is the reason was not measured. Single figures vary: one thread prepared 196
   images/s in another run.
 - Decoding is {share:.0%} of the CPU's work on such files; most of the rest is the resize. With decoding moved to the
-  GPU preparing is at most {gain:.1f} times as fast. nvJPEG took, with the copy back and one at a time, {nvjpeg}.
+  GPU preparing is at most {gain:.1f} times as fast. nvJPEG took, with the copy back and one at a time:
+  {nvjpeg}.
   So [`--decode gpu`](images.md#decoding-on-a-gpu) gains little.
 """
 
@@ -367,7 +368,7 @@ def _about_the_cpu() -> dict[str, Any]:
         "decoding": alone,
         "share": alone / whole,
         "gain": whole / (whole - alone),
-        "nvjpeg": "; ".join(
+        "nvjpeg": ";\n  ".join(
             f"{row['with_copy_back']:g} ms for {row['image']} (Pillow: {row['pillow']:g})"
             for row in MEASURED["nvjpeg"]["rows"]
         ),
