@@ -17,7 +17,8 @@ comma := ,
 GPU_EXTRA ?= gpu
 GPU_ENV := .venv/with-$(GPU_EXTRA)
 # onnxruntime and onnxruntime-gpu exclude each other, and only the extras `gpu` bring the latter.
-GPU_EXTRAS := $(GPU_EXTRA),export$(if $(filter gpu gpu-%,$(GPU_EXTRA)),,$(comma)cpu)
+GPU_DECODE := decode-gpu$(if $(filter gpu-cu12 rtx,$(GPU_EXTRA)),-cu12)
+GPU_EXTRAS := $(GPU_EXTRA),$(GPU_DECODE),export$(if $(filter gpu gpu-%,$(GPU_EXTRA)),,$(comma)cpu)
 
 .PHONY: demo test test-gpu coverage docs fuzz clean
 

@@ -70,7 +70,7 @@ def first_steps(folder: Path) -> Iterator[Step]:
     yield Step("packages", (sys.executable, "-m", "pip", "freeze"))
     yield Step("doctor", (*SMLP, "doctor"))
     tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-ra", f"--junit-xml={folder / 'tests.xml'}")
-    yield Step("tests", (*tests, "tests/test_gpu.py"))
+    yield Step("tests", (*tests, "tests/test_gpu.py", "tests/images/test_gpu_decode.py"))
 
 
 def engine_steps(folder: Path, backends: Sequence[str]) -> Iterator[Step]:

@@ -89,11 +89,20 @@ def test_a_run_without_a_passed_test_is_not_a_success(tmp_path: Path, monkeypatc
     assert gpu_report.main([str(tmp_path / "report")]) == 1
 
 
-@pytest.mark.parametrize(("extra", "cpu"), [("gpu", False), ("gpu-cu12", False), ("tensorrt", True), ("rtx", True)])
-def test_make_installs_one_onnx_runtime(extra: str, cpu: bool) -> None:
+@pytest.mark.parametrize(
+    ("extra", "others"),
+    [
+        ("gpu", "decode-gpu,export"),
+        ("gpu-cu12", "decode-gpu-cu12,export"),
+        ("tensorrt", "decode-gpu,export,cpu"),
+        ("rtx", "decode-gpu-cu12,export,cpu"),
+        ("rtx-cu13", "decode-gpu,export,cpu"),
+    ],
+)
+def test_make_installs_one_onnx_runtime_and_packages_of_one_cuda(extra: str, others: str) -> None:
     import subprocess
 
     command = ["make", "--dry-run", "--always-make", "test-gpu", f"GPU_EXTRA={extra}"]
     plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f'".[{extra},export{",cpu" if cpu else ""}]" pytest' in plan
+    assert f'".[{extra},{others}]" pytest' in plan
     assert "-m scripts.gpu_report" in plan
