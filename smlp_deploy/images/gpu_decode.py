@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from smlp_deploy.dependencies import find_gpu
 from smlp_deploy.errors import GpuError, MissingDependencyError
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.images.preprocessing import load_image
@@ -78,6 +79,10 @@ class GpuDecoder:
                 where="--decode gpu",
                 fix='pip install "smlp-deploy[decode-gpu]", or decode-gpu-cu12 for CUDA 12',
             ) from None
+        if find_gpu() is None:  # the library would print a line for each thing that it does not find
+            raise MissingDependencyError(
+                "needs an NVIDIA GPU and driver; none was found", where="--decode gpu", fix="omit --decode gpu"
+            )
         return cls(library)
 
     def decode(self, image: Image.Image) -> Image.Image | None:
