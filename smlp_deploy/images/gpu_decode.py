@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from smlp_deploy.dependencies import find_gpu
+from smlp_deploy.dependencies import find_gpu, require
 from smlp_deploy.errors import GpuError, MissingDependencyError
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.images.preprocessing import load_image
@@ -71,6 +71,11 @@ class GpuDecoder:
         Raises:
             MissingDependencyError: nvImageCodec is not installed, or does not start here.
         """
+        require(MODULE, purpose="to decode on a GPU", extra="decode-gpu")
+        if find_gpu() is None:  # the library's import prints a line for each thing that it does not find
+            raise MissingDependencyError(
+                "needs an NVIDIA GPU and driver; none was found", where="--decode gpu", fix="omit --decode gpu"
+            )
         try:
             library = importlib.import_module(MODULE)
         except (ImportError, OSError) as error:
@@ -79,10 +84,6 @@ class GpuDecoder:
                 where="--decode gpu",
                 fix='pip install "smlp-deploy[decode-gpu]", or decode-gpu-cu12 for CUDA 12',
             ) from None
-        if find_gpu() is None:  # the library would print a line for each thing that it does not find
-            raise MissingDependencyError(
-                "needs an NVIDIA GPU and driver; none was found", where="--decode gpu", fix="omit --decode gpu"
-            )
         return cls(library)
 
     def decode(self, image: Image.Image) -> Image.Image | None:

@@ -318,4 +318,4 @@ class TestPredict:
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.count("\n") == 1
-        assert "--decode gpu" in captured.err
+        assert "decode" in captured.err
