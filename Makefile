@@ -2,6 +2,8 @@
 #             engine, classify images/*.jpg
 # make test   what CI runs: ruff, mypy --strict, pytest on every core
 # make coverage   the tests again with the lines that none of them runs; Python 3.11 is twice as slow while it counts
+# make test-gpu   on a machine with an NVIDIA GPU: doctor, the tests that need one, engines and timings, in
+#             build/gpu-report; GPU_EXTRA=gpu-cu12, tensorrt, rtx or rtx-cu13 takes another backend (docs/gpu-testing.md)
 # make docs   the documentation as a site in site/, built offline; a broken link or reference is an error
 # make fuzz   mutated images, model files and metadata for twenty minutes; any traceback, crash or hang is a finding
 
@@ -11,7 +13,14 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
 
-.PHONY: demo test coverage docs fuzz clean
+comma := ,
+GPU_EXTRA ?= gpu
+GPU_ENV := .venv/with-$(GPU_EXTRA)
+# onnxruntime and onnxruntime-gpu exclude each other, and only the extras `gpu` bring the latter.
+GPU_DECODE := decode-gpu$(if $(filter gpu-cu12 rtx,$(GPU_EXTRA)),-cu12)
+GPU_EXTRAS := $(GPU_EXTRA),$(GPU_DECODE),export$(if $(filter gpu gpu-%,$(GPU_EXTRA)),,$(comma)cpu)
+
+.PHONY: demo test test-gpu coverage docs fuzz clean
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
@@ -36,6 +45,15 @@ coverage: .venv/test
 	$(PYTHON) -m venv .venv
 	$(INSTALL) ".[cpu,export,rtx,test]"
 	touch .venv/demo $@
+
+test-gpu: $(GPU_ENV)/installed
+	$(GPU_ENV)/bin/python -m scripts.gpu_report
+
+# Without constraints.txt, whose versions are those of machines without a GPU.
+$(GPU_ENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_ENV)
+	$(GPU_ENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(GPU_EXTRAS)]" pytest
+	touch $@
 
 # Copied as they lie, so that links between them are the same in the repository and on the site.
 PAGES := README.md CHANGELOG.md docs benchmarks/README.md smlp_deploy/data/README.md

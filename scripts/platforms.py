@@ -202,23 +202,52 @@ What `pip install "smlp-deploy[EXTRA]"` brings on which platform, and which GPUs
 
 """
 
-HARDWARE = """## GPUs
 
-| GPU | `onnxruntime-gpu` | `tensorrt` | `tensorrt-rtx` |
-|---|---|---|---|
-| Turing, sm75: T4, RTX 2080 | yes | yes | yes, in an engine of its own, FP16 |
-| Ampere, sm80: A100, A30 | yes | yes | yes |
-| Ampere, sm86: A10, RTX 3090 | yes | yes | yes |
-| Ada, sm89: L4, L40S, RTX 4090 | yes | yes | yes |
-| Hopper, sm90: H100, H200 | yes | yes | no: use `tensorrt` |
-| Blackwell, sm100: B200 | yes | yes | no: use `tensorrt` |
-| Blackwell, sm120: RTX 5090 | yes | yes | yes |
-| Jetson, JetPack 6 | not from pip | no: its TensorRT, 10.3, is older than 10.12 | no |
-| older than sm75: V100, P100 | not supported | not supported | no |
+@dataclass(frozen=True)
+class Family:
+    """GPUs of one compute capability, or of several that are served alike, and what each backend does on them.
 
-- The architectures of TensorRT-RTX are those that its binding names; it also names sm121. The other columns were
-  not checked against the libraries. Nothing in this table has run on a GPU here
-  ([TensorRT engines](engines.md#not-tested-on-a-gpu)).
+    Attributes:
+        name: of the generation.
+        capability: as NVIDIA writes it.
+        examples: products.
+        onnxruntime: with its CUDA provider.
+        tensorrt10: the backend `tensorrt` with TensorRT 10.12 or later.
+        tensorrt11: with TensorRT 11.
+        rtx: TensorRT-RTX; whether its binding names the architecture is tested.
+    """
+
+    name: str
+    capability: str
+    examples: str
+    onnxruntime: str
+    tensorrt10: str
+    tensorrt11: str
+    rtx: str
+
+
+FAMILIES = (
+    Family("Turing", "7.5", "T4, RTX 2080", "yes", "yes", "yes", "yes, in an engine of its own, FP16"),
+    Family("Ampere", "8.0", "A100, A30", "yes", "yes", "yes", "yes"),
+    Family("Ampere", "8.6", "A10, RTX 3090", "yes", "yes", "yes", "yes"),
+    Family("Ada", "8.9", "L4, L40S, RTX 4090", "yes", "yes", "yes", "yes"),
+    Family("Hopper", "9.0", "H100, H200", "**ran**", "yes", "yes", "**no**: refuses to load; use `tensorrt`"),
+    Family("Blackwell", "10.0", "B200", "yes", "yes", "yes", "no: use `tensorrt`"),
+    Family("Blackwell", "12.0", "RTX 5090", "yes", "yes", "yes", "yes"),
+    Family("Blackwell", "12.1", "GB10 (DGX Spark)", "unknown", "unknown", "unknown", "unknown: its binding names it"),
+    Family("Jetson Orin, JetPack 6", "8.7", "AGX Orin", "not from pip", "no: JetPack has 10.3", "no JetPack", "no"),
+    Family("Jetson Thor, JetPack 7", "11.0", "AGX Thor", "unknown", "unknown", "unknown", "unknown"),
+    Family("Volta and older", "below 7.5", "V100, P100", "not supported", "not supported", "not supported", "no"),
+)
+
+HARDWARE = """
+**Bold** was seen on a GPU here: on an H100 80GB, `onnxruntime-gpu` 1.31.1 with its CUDA provider ran the network, as
+did PyTorch 2.11 ([Speed on a GPU](gpu-speed.md#beside-measurements)), and TensorRT-RTX 1.7.1 refused: "The engine
+cannot run on this GPU, which has compute capability 9.0". Everything else comes from the vendor's documents or from
+what the packages name; it was not checked against the libraries, and no engine has run
+([TensorRT engines](engines.md#not-tested-on-a-gpu)). "Unknown" means that neither says so. bf16 and TF32 need compute
+capability 8.0 or later.
+
 - ONNX Runtime's TensorRT provider is linked against TensorRT 10, so `gpu` and `gpu-cu12` stay below 11. `tensorrt`
   installs TensorRT 11 without ONNX Runtime; add `cpu`. TensorRT 11 has no JetPack.
 - CUDA 13 needs a driver of the 580 series or later. For older ones there are `gpu-cu12` and `rtx`, for CUDA 12.
@@ -240,8 +269,19 @@ def main() -> None:
         for where in PLATFORMS
         if not print(extra, where.name, flush=True)
     }
-    page = [HEADING, *_summary(resolved), "\n", *_versions(resolved), "\n", *_libraries(resolved), "\n", HARDWARE]
+    page = [HEADING, *_summary(resolved), "\n", *_versions(resolved), "\n", *_libraries(resolved), "\n", *hardware()]
     TARGET.write_text("".join(page))
+
+
+def hardware() -> Iterator[str]:
+    """The section on GPUs."""
+    yield "## GPUs\n\n"
+    yield "| GPU | compute capability | `onnxruntime-gpu`, CUDA | TensorRT 10 | TensorRT 11 | TensorRT-RTX |\n"
+    yield "|---|---|---|---|---|---|\n"
+    for family in FAMILIES:
+        served = (family.onnxruntime, family.tensorrt10, family.tensorrt11, family.rtx)
+        yield f"| {family.name}: {family.examples} | {family.capability} | {' | '.join(served)} |\n"
+    yield HARDWARE
 
 
 Resolved = Mapping[tuple[str, str], Resolution]

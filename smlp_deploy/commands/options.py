@@ -51,6 +51,11 @@ class Provider(StrEnum):
     tensorrt = "tensorrt"
 
 
+class DecodeOn(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 class EngineTarget(StrEnum):
     auto = "auto"
     tensorrt = "tensorrt"
@@ -400,6 +405,10 @@ ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run with the same -o, or start one.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")]
+DecodeOption = Annotated[
+    DecodeOn,
+    typer.Option("--decode", help="Where ordinary JPEG files are decoded; gpu changes pixels slightly (nvImageCodec)."),
+]
 AllowErrorsOption = Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")]
 BatchSizesOption = Annotated[str, typer.Option(metavar="N,N", help="Batch sizes to time.")]
 RoundsOption = Annotated[

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError
-from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.images.preprocessing import Decoder, load_image
 from smlp_deploy.metadata import ModelMetadata
 
 FloatArray = NDArray[np.float32]
@@ -59,6 +59,7 @@ def decoded_batches(
     batch_size: int,
     workers: int,
     allocate: Callable[[int], NDArray[Any]] | None = None,
+    decoder: Decoder | None = None,
 ) -> Generator[Batch]:
     """Batches of images, decoded ahead: at most two batches, or two images per thread if that is more.
 
@@ -71,8 +72,9 @@ def decoded_batches(
         batch_size: images per batch; the last one may be smaller.
         workers: decoding threads.
         allocate: returns memory for the inputs of that many images; by default ordinary memory.
+        decoder: asked first; by default Pillow decodes everything.
     """
-    reader = _Reader(metadata, batch_size, workers, allocate or _ordinary(metadata))
+    reader = _Reader(metadata, batch_size, workers, allocate or _ordinary(metadata), decoder)
     try:
         yield from reader.read(iter(paths))
     finally:
@@ -87,8 +89,14 @@ class _Reader:
     """The decoding threads and the memory of `decoded_batches`."""
 
     def __init__(
-        self, metadata: ModelMetadata, batch_size: int, workers: int, allocate: Callable[[int], NDArray[Any]]
+        self,
+        metadata: ModelMetadata,
+        batch_size: int,
+        workers: int,
+        allocate: Callable[[int], NDArray[Any]],
+        decoder: Decoder | None,
     ) -> None:
+        self._decoder = decoder
         self._preprocessing = metadata.preprocessing
         self._batch_size = batch_size
         self._ahead = math.ceil(max(2 * batch_size, 2 * workers) / batch_size)  # batches
@@ -128,7 +136,7 @@ class _Reader:
     def _decode(self, path: str | Path, row: NDArray[Any]) -> str | None:
         """Decode an image; returns the reason if it cannot be read."""
         try:
-            load_image(Path(path), self._preprocessing, row)
+            load_image(Path(path), self._preprocessing, row, self._decoder)
         except ImageError as error:
             return str(error)
         return None

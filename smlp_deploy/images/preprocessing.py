@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from smlp_deploy.errors import ImageError
+from smlp_deploy.errors import GpuError, ImageError
 from smlp_deploy.images.decode import open_image, reason_of
 from smlp_deploy.metadata import Preprocessing
 
@@ -50,16 +50,34 @@ _TURNS: dict[int, tuple[Image.Transpose | None, bool, bool, bool]] = {
 }
 
 
-def load_image(path: Path, preprocessing: Preprocessing, out: NDArray[Any] | None = None) -> NDArray[Any]:
+class Decoder(Protocol):
+    """Decodes some kinds of images in place of Pillow."""
+
+    def decode(self, image: Image.Image) -> Image.Image | None:
+        """The decoded form of an image that Pillow has opened, with its `info`; None to leave it to Pillow."""
+        ...
+
+
+def load_image(
+    path: Path, preprocessing: Preprocessing, out: NDArray[Any] | None = None, decoder: Decoder | None = None
+) -> NDArray[Any]:
     """The network's input for one image file; see `prepare`. After an error, `out` may have any values.
+
+    Args:
+        path: the file.
+        preprocessing: how to prepare it.
+        out: where to write it.
+        decoder: asked first; by default Pillow decodes everything.
 
     Raises:
         ImageError: the file cannot be read as an image; the message is a one-line reason.
+        GpuError: the decoder cannot go on.
     """
     try:
         with open_image(path) as image:
-            return prepare(image, preprocessing, out)
-    except ImageError:
+            decoded = None if decoder is None else decoder.decode(image)
+            return prepare(image if decoded is None else decoded, preprocessing, out)
+    except (GpuError, ImageError):
         raise
     # Pillow's decoders raise almost anything on damaged files; only this one image is affected.
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ import numpy as np
 
 from smlp_deploy.errors import UsageError
 from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
+from smlp_deploy.images.preprocessing import Decoder
 from smlp_deploy.inference.stream import Outcome, allocator_of, infer_stream
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
@@ -33,11 +34,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The result of one input: its best classes, best first, or a one-line error."""
+    """The result of one input: its best classes, best first, or a one-line error.
+
+    `decode` is "gpu" if ordinary JPEG files of its run were decoded on a GPU.
+    """
 
     path: str
     scores: tuple[Score, ...] = ()
     error: str | None = None
+    decode: str | None = None
 
 
 class Classifier:
@@ -92,6 +97,7 @@ class Classifier:
         batch_size: int | None = None,
         topk: int | None = None,
         workers: int | None = None,
+        decoder: Decoder | None = None,
     ) -> Iterator[Prediction]:
         """One prediction per path, in the order of the paths.
 
@@ -104,6 +110,7 @@ class Classifier:
                 with, 32 on a CPU.
             topk: classes per prediction; by default 5, or all if there are fewer.
             workers: decoding threads; by default one per core.
+            decoder: asked first, a `GpuDecoder` for example; by default Pillow decodes everything.
 
         Raises:
             UsageError: a number is out of range.
@@ -115,6 +122,7 @@ class Classifier:
             batch_size=self.resolve_batch_size(batch_size),
             topk=self.resolve_topk(topk),
             workers=workers or available_cores(),
+            decoder=decoder,
         )
         self._running.add(predictions)
         return predictions
@@ -145,7 +153,7 @@ class Classifier:
         return topk
 
     def _stream(
-        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int
+        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int, decoder: Decoder | None
     ) -> Generator[Prediction]:
         batches = decoded_batches(
             paths,
@@ -153,10 +161,12 @@ class Classifier:
             batch_size=batch_size,
             workers=workers,
             allocate=allocator_of(self.runner),
+            decoder=decoder,
         )
         with closing(batches):
             for batch, outcomes in infer_stream(self.runner, batches):
-                yield from self._predictions(batch, outcomes, topk)
+                for prediction in self._predictions(batch, outcomes, topk):
+                    yield prediction if decoder is None else replace(prediction, decode="gpu")
 
     def _predictions(self, batch: Batch, outcomes: list[Outcome], topk: int) -> Iterator[Prediction]:
         logits = [outcome for outcome in outcomes if not isinstance(outcome, str)]

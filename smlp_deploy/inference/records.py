@@ -23,7 +23,10 @@ Write = Callable[[Prediction], None]
 
 
 def jsonl_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
-    """Writes `{"path", "predictions": [{"index", "label", "probability"}]}` or `{"path", "error"}`, one per line."""
+    """Writes `{"path", "predictions": [{"index", "label", "probability"}]}` or `{"path", "error"}`, one per line.
+
+    Those of a run with `--decode gpu` also have `"decode": "gpu"`.
+    """
 
     def write(prediction: Prediction) -> None:
         record: dict[str, object] = {"path": prediction.path}
@@ -31,6 +34,8 @@ def jsonl_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:
             record["predictions"] = [vars(score) for score in prediction.scores]
         else:
             record["error"] = prediction.error
+        if prediction.decode is not None:
+            record["decode"] = prediction.decode
         stream.write(json.dumps(record) + "\n")
 
     return write
@@ -114,6 +119,7 @@ class RunIdentity:
         labels: sha256 of its class names.
         preprocessing: from image to network input.
         provider: what the model runs on.
+        decode: the library that decodes ordinary JPEG files on a GPU, with its version; None for Pillow.
         format: "jsonl" or "csv".
         topk: classes per record.
         batch_size: images per run of the network.
@@ -127,10 +133,19 @@ class RunIdentity:
     format: str
     topk: int
     batch_size: int
+    decode: str | None = None
 
     @classmethod
     def of(
-        cls, model: Path, metadata: ModelMetadata, *, provider: str, kind: str, topk: int, batch_size: int
+        cls,
+        model: Path,
+        metadata: ModelMetadata,
+        *,
+        provider: str,
+        kind: str,
+        topk: int,
+        batch_size: int,
+        decode: str | None = None,
     ) -> RunIdentity:
         """The identity of a run of the model file `model`, which is read for its hash."""
         return cls(
@@ -142,6 +157,7 @@ class RunIdentity:
             format=kind,
             topk=topk,
             batch_size=batch_size,
+            decode=decode,
         )
 
     def writer(self, stream: TextIO, *, header: bool) -> Callable[[Prediction], None]:

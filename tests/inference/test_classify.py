@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from smlp_deploy import Classifier
 from smlp_deploy.errors import GpuError, UsageError
 from smlp_deploy.images import batches
 from smlp_deploy.images.batches import FloatArray
-from smlp_deploy.images.preprocessing import load_image
+from smlp_deploy.images.preprocessing import Decoder, load_image
 from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.metadata import Preprocessing
 from smlp_deploy.pipeline.export import Export
@@ -128,8 +129,8 @@ def test_decoding_goes_on_while_the_network_runs(tmp_path: Path, monkeypatch: py
     paths = [quadrant_image(tmp_path / f"{index}.png", 0) for index in range(8)]
     decoded = threading.Semaphore(0)
 
-    def counted(path: Path, preprocessing: Preprocessing, out: FloatArray) -> FloatArray:
-        image = load_image(path, preprocessing, out)
+    def counted(path: Path, preprocessing: Preprocessing, out: FloatArray, decoder: Decoder | None) -> FloatArray:
+        image = load_image(path, preprocessing, out, decoder)
         decoded.release()
         return image
 
@@ -158,7 +159,7 @@ def test_topk_is_5_or_all_classes_of_fewer() -> None:
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}])
-def test_impossible_numbers_are_refused(options: dict[str, int]) -> None:
+def test_impossible_numbers_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         Classifier(FakeRunner(quadrant_means)).classify([], **options)
 
