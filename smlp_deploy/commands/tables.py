@@ -172,6 +172,8 @@ def _gpu_lines(report: Benchmark) -> Iterator[str]:
             if timing.gpu_median is not None:
                 found = f"{four_digits(1000 * timing.gpu_median)} ms by CUDA events, without transfers"
                 yield f"{number} at batch {timing.batch}: {found}"
+        if model.gpu_memory is not None:
+            yield f"{number}: {model.gpu_memory / 1e6:.0f} MB of GPU memory for buffers and scratch, beside the weights"
     if any(model.gpu for model in report.models):
         facts = report.environment.items()
         yield from (f"{name}: {value}" for name, value in facts if name.startswith("GPU"))

@@ -141,6 +141,7 @@ class ModelTiming:
         batches: by batch size.
         end_to_end: files to records, if requested.
         gpu: name of the GPU that it ran on; None for the CPU.
+        gpu_memory: bytes of it that an engine's buffers and scratch take, beside its weights; None for other models.
         gpu_clock: of that GPU; None if NVML does not tell it.
     """
 
@@ -152,6 +153,7 @@ class ModelTiming:
     batches: tuple[BatchTiming, ...]
     end_to_end: EndToEnd | None = None
     gpu: str | None = None
+    gpu_memory: int | None = None
     gpu_clock: Clock | None = None
 
 
@@ -264,6 +266,7 @@ def _model_timing(model: _Model, batches: tuple[BatchTiming, ...], end: EndToEnd
         batches=batches,
         end_to_end=end,
         gpu=model.gpu.name if model.gpu else None,
+        gpu_memory=model.process.gpu_memory(),
         gpu_clock=Clock(median=median(model.clocks), low=min(model.clocks), high=max(model.clocks), most=most)
         if model.clocks
         else None,

@@ -9,8 +9,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.records import FORMATS
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners import open_compiled, open_graph, open_runner
-from smlp_deploy.runners.base import GpuTimer, Runner
+from smlp_deploy.runners.base import GpuTimer, Runner, StreamingRunner
 from smlp_deploy.runners.placement import ANYWHERE, Placement
 
 if TYPE_CHECKING:
@@ -131,6 +131,11 @@ class TimedProcess:
     def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
         """Run image files to records, which are discarded."""
         answer: Run = self._ask("end_to_end", paths, batch, workers)
+        return answer
+
+    def gpu_memory(self) -> int | None:
+        """Bytes of GPU memory of an engine's buffers and scratch; None for other models."""
+        answer: int | None = self._ask("gpu_memory")
         return answer
 
     def peak_memory(self) -> int | None:
@@ -247,7 +252,7 @@ class _Session:
 
     def end_to_end(self, paths: Sequence[Path], batch: int, workers: int) -> Run:
         decode = self._decode(paths, batch, workers)
-        clocked = _Clocked(self.runner)
+        clocked = _ClockedStream(self.runner) if isinstance(self.runner, StreamingRunner) else _Clocked(self.runner)
         classifier = Classifier(clocked)
         failed = 0
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -264,6 +269,9 @@ class _Session:
         for _ in decoded_batches(paths, self.runner.metadata, batch_size=batch, workers=workers):
             pass
         return time.perf_counter() - start
+
+    def gpu_memory(self) -> int | None:
+        return getattr(self.runner, "device_bytes", None)
 
     def peak_memory(self) -> int | None:
         # psutil 7 reports a peak only on Windows; elsewhere its `rss` is the current value.
@@ -305,9 +313,14 @@ class _Clocked:
         self._runner = runner
 
     def infer(self, batch: ImageArray) -> FloatArray:
+        with self._clocked():
+            return self._runner.infer(batch)
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            return self._runner.infer(batch)
+            yield
         finally:
             self.seconds += time.perf_counter() - start
 
@@ -318,3 +331,26 @@ class _Clocked:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Does nothing; the code that opened the runner closes it."""
+
+
+class _ClockedStream(_Clocked):
+    """The same of a `StreamingRunner`: the seconds in which batches are started or waited for."""
+
+    def __init__(self, runner: StreamingRunner) -> None:
+        super().__init__(runner)
+        self._stream = runner
+        self.slots, self.largest = runner.slots, runner.largest
+
+    def allocate(self, images: int) -> ImageArray:
+        return self._stream.allocate(images)
+
+    def release(self, memory: ImageArray) -> None:
+        self._stream.release(memory)
+
+    def submit(self, batch: ImageArray) -> None:
+        with self._clocked():
+            self._stream.submit(batch)
+
+    def collect(self) -> FloatArray:
+        with self._clocked():
+            return self._stream.collect()

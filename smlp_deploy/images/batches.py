@@ -6,12 +6,12 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,18 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
+class BatchMemory(Protocol):
+    """Where the inputs of batches lie."""
+
+    def allocate(self, images: int) -> ImageArray:
+        """Memory for the inputs of that many images."""
+        ...
+
+    def release(self, memory: ImageArray) -> None:
+        """Take back memory that nobody uses any more."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Consecutive image files.
@@ -42,7 +54,7 @@ class Batch:
     """
 
     paths: Sequence[str]
-    inputs: NDArray[Any]
+    inputs: ImageArray
     errors: Mapping[int, str]
 
     def with_each(self, results: Iterable[_Result]) -> Iterator[tuple[str, _Result | str]]:
@@ -58,7 +70,7 @@ def decoded_batches(
     *,
     batch_size: int,
     workers: int,
-    allocate: Callable[[int], NDArray[Any]] | None = None,
+    memory: BatchMemory | None = None,
     decoder: Decoder | None = None,
 ) -> Generator[Batch]:
     """Batches of images, decoded ahead: at most two batches, or two images per thread if that is more.
@@ -71,18 +83,25 @@ def decoded_batches(
         metadata: of the network, which says how images are prepared and what it takes.
         batch_size: images per batch; the last one may be smaller.
         workers: decoding threads.
-        allocate: returns memory for the inputs of that many images; by default ordinary memory.
+        memory: where batches lie; by default ordinary memory.
         decoder: asked first; by default Pillow decodes everything.
     """
-    reader = _Reader(metadata, batch_size, workers, allocate or _ordinary(metadata), decoder)
+    reader = _Reader(metadata, batch_size, workers, memory or _OrdinaryMemory(metadata), decoder)
     try:
         yield from reader.read(iter(paths))
     finally:
         reader.close()
 
 
-def _ordinary(metadata: ModelMetadata) -> Callable[[int], NDArray[Any]]:
-    return lambda images: np.empty((images, *metadata.input_shape), metadata.input)
+class _OrdinaryMemory:
+    def __init__(self, metadata: ModelMetadata) -> None:
+        self._shape, self._dtype = metadata.input_shape, metadata.input
+
+    def allocate(self, images: int) -> ImageArray:
+        return np.empty((images, *self._shape), self._dtype)
+
+    def release(self, memory: ImageArray) -> None:
+        """Does nothing: it is freed when nobody has it any more."""
 
 
 class _Reader:
@@ -93,15 +112,15 @@ class _Reader:
         metadata: ModelMetadata,
         batch_size: int,
         workers: int,
-        allocate: Callable[[int], NDArray[Any]],
+        memory: BatchMemory,
         decoder: Decoder | None,
     ) -> None:
         self._decoder = decoder
         self._preprocessing = metadata.preprocessing
         self._batch_size = batch_size
         self._ahead = math.ceil(max(2 * batch_size, 2 * workers) / batch_size)  # batches
-        self._allocate = allocate
-        self._memory: list[NDArray[Any]] = []  # one more than `_ahead`: the batch that was handed out
+        self._source = memory
+        self._memory: list[ImageArray] = []  # one more than `_ahead`: the batch that was handed out
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._queue: deque[tuple[str, Future[str | None]]] = deque()
         self._started = 0  # images, since the beginning
@@ -118,6 +137,8 @@ class _Reader:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        while self._memory:
+            self._source.release(self._memory.pop())
 
     def _decode_ahead(self, paths: Iterator[str | Path]) -> None:
         for path in itertools.islice(paths, self._ahead * self._batch_size - len(self._queue)):
@@ -126,14 +147,14 @@ class _Reader:
             self._queue.append((os.fspath(path), decoded))
             self._started += 1
 
-    def _memory_of(self, number: int) -> NDArray[Any]:
+    def _memory_of(self, number: int) -> ImageArray:
         """The memory of a batch, which is that of an earlier one if there are enough."""
         position = number % (self._ahead + 1)
         if position == len(self._memory):
-            self._memory.append(self._allocate(self._batch_size))
+            self._memory.append(self._source.allocate(self._batch_size))
         return self._memory[position]
 
-    def _decode(self, path: str | Path, row: NDArray[Any]) -> str | None:
+    def _decode(self, path: str | Path, row: ImageArray) -> str | None:
         """Decode an image; returns the reason if it cannot be read."""
         try:
             load_image(Path(path), self._preprocessing, row, self._decoder)
@@ -142,7 +163,7 @@ class _Reader:
         return None
 
 
-def _batch(paths: Sequence[str], reasons: Sequence[str | None], memory: NDArray[Any]) -> Batch:
+def _batch(paths: Sequence[str], reasons: Sequence[str | None], memory: ImageArray) -> Batch:
     """A batch whose readable images lie together at the beginning of its memory."""
     readable = [row for row, reason in enumerate(reasons) if reason is None]
     for target, row in enumerate(readable):

@@ -15,7 +15,7 @@ import numpy as np
 from smlp_deploy.errors import UsageError
 from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.preprocessing import Decoder
-from smlp_deploy.inference.stream import Outcome, allocator_of, infer_stream
+from smlp_deploy.inference.stream import Outcome, infer_stream, memory_of
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
 from smlp_deploy.runners.placement import Placement
@@ -160,7 +160,7 @@ class Classifier:
             self.runner.metadata,
             batch_size=batch_size,
             workers=workers,
-            allocate=allocator_of(self.runner),
+            memory=memory_of(self.runner),
             decoder=decoder,
         )
         with closing(batches):

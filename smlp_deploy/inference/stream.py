@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import GpuError
-from smlp_deploy.images.batches import Batch, FloatArray
+from smlp_deploy.images.batches import Batch, BatchMemory, FloatArray
 from smlp_deploy.runners.base import Runner, StreamingRunner
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,6 @@ class _Unstreamed:
         return self._done.popleft()
 
 
-def allocator_of(runner: Runner) -> Callable[[int], NDArray[Any]] | None:
-    """What allocates the memory of batches, if the runner has a better kind than ordinary memory."""
-    return runner.allocate if isinstance(runner, StreamingRunner) else None
+def memory_of(runner: Runner) -> BatchMemory | None:
+    """The memory that the runner copies batches from fastest, if it has some."""
+    return runner if isinstance(runner, StreamingRunner) else None

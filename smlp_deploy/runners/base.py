@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.preprocessing import normalize
@@ -63,11 +62,15 @@ class StreamingRunner(Runner, Protocol):
     @property
     def largest(self) -> int: ...
 
-    def allocate(self, images: int) -> NDArray[Any]:
+    def allocate(self, images: int) -> ImageArray:
         """Memory for a batch of so many images, which `submit` copies from fastest; valid until the runner closes."""
         ...
 
-    def submit(self, batch: NDArray[Any]) -> None:
+    def release(self, memory: ImageArray) -> None:
+        """Take back memory from `allocate` that nobody uses any more."""
+        ...
+
+    def submit(self, batch: ImageArray) -> None:
         """Start a batch, as `infer` takes it; it may be changed once this returns."""
         ...
 
@@ -173,7 +176,7 @@ class Closing(ABC):
         self.close()
 
 
-def in_batches(batch: NDArray[Any], profile: BatchProfile, run: Callable[[NDArray[Any]], FloatArray]) -> FloatArray:
+def in_batches(batch: ImageArray, profile: BatchProfile, run: Callable[[ImageArray], FloatArray]) -> FloatArray:
     """Run a batch of any size on a network limited to `profile`: split it, and pad a short rest with zeros.
 
     Returns:
@@ -186,7 +189,7 @@ def in_batches(batch: NDArray[Any], profile: BatchProfile, run: Callable[[NDArra
     return np.concatenate(results)
 
 
-def padded(batch: NDArray[Any], smallest: int) -> NDArray[Any]:
+def padded(batch: ImageArray, smallest: int) -> ImageArray:
     """A batch, filled up with zeros if it has fewer images than the smallest that a network takes."""
     missing = smallest - len(batch)
     if missing <= 0:

@@ -110,7 +110,8 @@ class Execution:
         self._under_way: deque[_Slot] = deque()
         self._sizes: OrderedDict[int, _Size] = OrderedDict()
         self._largest = largest
-        self._pinned: list[NDArray[Any]] = []
+        self._pinned: list[NDArray[Any]] = []  # allocated for callers
+        self._released: list[NDArray[Any]] = []  # those of them that nobody uses
 
     @property
     def device_bytes(self) -> int:
@@ -134,10 +135,17 @@ class Execution:
 
     def allocate(self, images: int) -> NDArray[Any]:
         """Pinned memory for so many images, which `submit` copies to the GPU without a detour; valid until `close`."""
+        for position, memory in enumerate(self._released):
+            if len(memory) == images:
+                return self._released.pop(position)
         self._cuda.use()
         memory = self._cuda.pinned((images, *self._input.shape), self._input.dtype)
         self._pinned.append(memory)
         return memory
+
+    def release(self, memory: NDArray[Any]) -> None:
+        """Keep memory from `allocate` for the next who needs as much."""
+        self._released.append(memory)
 
     def submit(self, images: NDArray[Any], *, reuse: bool = False) -> None:
         """Start a batch; at most `SLOTS` may be under way.

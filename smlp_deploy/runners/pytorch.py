@@ -6,6 +6,7 @@ CPU, not in TF32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -150,6 +151,8 @@ class CompiledRunner(PyTorchRunner):
     _label = "torch.compile"
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
+        # TF32 is off because the network was trained, and is compared, in fp32.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         return cast(nn.Module, torch.compile(network, dynamic=False))
 
 

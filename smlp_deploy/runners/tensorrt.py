@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import engine_manifest_path
@@ -122,13 +121,21 @@ class TensorRTRunner(Closing):
         """Images per batch that it is fastest with."""
         return self._profile.opt
 
-    def infer(self, batch: NDArray[Any]) -> FloatArray:
+    @property
+    def device_bytes(self) -> int:
+        """The GPU memory of buffers and scratch, without the engine's weights."""
+        return self._opened.device_bytes
+
+    def infer(self, batch: ImageArray) -> FloatArray:
         return in_batches(batch, self._profile, self._run)
 
-    def allocate(self, images: int) -> NDArray[Any]:
+    def allocate(self, images: int) -> ImageArray:
         return self._opened.allocate(images)
 
-    def submit(self, batch: NDArray[Any]) -> None:
+    def release(self, memory: ImageArray) -> None:
+        self._opened.release(memory)
+
+    def submit(self, batch: ImageArray) -> None:
         self._submit(batch, reuse=True)
 
     def collect(self) -> FloatArray:
@@ -146,11 +153,11 @@ class TensorRTRunner(Closing):
         assert self._execution is not None, "the runner is closed"
         return self._execution
 
-    def _run(self, batch: NDArray[Any]) -> FloatArray:
+    def _run(self, batch: ImageArray) -> FloatArray:
         self._submit(batch, reuse=False)
         return self.collect()
 
-    def _submit(self, batch: NDArray[Any], *, reuse: bool) -> None:
+    def _submit(self, batch: ImageArray, *, reuse: bool) -> None:
         self._opened.submit(padded(batch, self._profile.min), reuse=reuse)
         self._submitted.append(len(batch))
 

@@ -31,7 +31,14 @@ def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.Captu
     times = {"median": 0.002, "p90": 0.002, "p95": 0.002, "p99": 0.003, "spread": 0.01, "images_per_second": 500.0}
     timing = BatchTiming(batch=1, stable=False, rounds=((0.002,),), ratio=None, gpu_median=0.0005, **times)
     model = ModelTiming(
-        name="x", precision="fp16", load=1, first=0.1, peak_memory=None, batches=(timing,), gpu="NVIDIA L4"
+        name="x",
+        precision="fp16",
+        load=1,
+        first=0.1,
+        peak_memory=None,
+        batches=(timing,),
+        gpu="NVIDIA L4",
+        gpu_memory=30_200_000,
     )
     environment = {"CPU": "a CPU", "GPU": "NVIDIA L4, sm89", "GPU clock, MHz": "1980 (1755 to 1980)"}
     show_benchmark(Benchmark(environment=environment, models=(model,), left_out=("torch.compile: no compiler",)))
@@ -39,6 +46,7 @@ def test_times_of_a_gpu_are_shown_beside_those_of_the_clock(capsys: pytest.Captu
     assert "GPU: NVIDIA L4, sm89\nGPU clock, MHz: 1980 (1755 to 1980)\n" in out
     assert "a CPU" not in out
     assert "1 at batch 1: 0.5 ms by CUDA events, without transfers" in out
+    assert "1: 30 MB of GPU memory for buffers and scratch, beside the weights" in out
     assert "not stable when timing began: 1 at batch 1" in out
     assert "left out: torch.compile: no compiler" in out
 

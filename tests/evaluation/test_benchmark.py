@@ -175,6 +175,9 @@ class TestTheClockOfAGpu:
             def peak_memory(self) -> None:
                 return None
 
+            def gpu_memory(self) -> int:
+                return 30_000_000
+
         monkeypatch.setattr(GpuClock, "most", lambda self: most)
         loaded = Loaded(name="tensorrt x.engine", metadata=metadata(), seconds=0)
         model = _Model(process=cast(TimedProcess, Process(0.1, 0)), loaded=loaded, first=0, gpu=L4)

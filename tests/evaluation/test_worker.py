@@ -15,9 +15,12 @@ from smlp_deploy.errors import SmlpError
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Target, TimedProcess, _Session
 from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.pipeline.precision import to_input
+from smlp_deploy.runners import open_runner
 from tests.support.fakes import FakeRunner, quadrant_means
+from tests.support.gpu import engine_in, gpu
 
 
 @pytest.fixture
@@ -143,6 +146,24 @@ def test_a_model_of_pixels_is_timed_on_pixels(digits_export: Export, digit_image
     assert batch.std() == pytest.approx(73.9, abs=2)  # of numbers from 0 to 255
     assert session.end_to_end(digit_images, 5, 2).failed == 0
     session.close()
+
+
+def test_files_go_through_an_engine_while_it_computes(
+    digits_export: Export, digit_images: list[Path], tmp_path: Path
+) -> None:
+    engine = engine_in(tmp_path, digits_export, BatchProfile(min=1, opt=4, max=4))
+    with gpu() as bench:
+        session = _Session(Target(path=engine), 0)
+        session._runner = open_runner(engine)
+        found = session.end_to_end(digit_images, 4, 2)
+        memory = session.gpu_memory()
+        session.close()
+        assert found.failed == 0
+        assert 0 < found.inference < found.seconds
+        assert memory is not None
+        assert memory > 2 * 4 * 3 * 32 * 32 * 4  # two batches of images
+        runs, uploads = ([work for work in bench.trace if work.name == name] for name in ("execute", "H2D"))
+        assert uploads[2].overlaps(runs[1])
 
 
 class TestPeakMemory:

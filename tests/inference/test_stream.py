@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,20 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smlp_deploy import Classifier
-from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
 from smlp_deploy.errors import GpuError
-from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import Batch, FloatArray
 from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.inference.stream import infer_stream
-from smlp_deploy.metadata import BatchProfile, EngineManifest
+from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.pipeline.export import Export
 from tests.support.cuda_gpu import Traced
 from tests.support.cuda_names import cudaError_t
 from tests.support.cuda_runtime import CudaBench
 from tests.support.fakes import FakeRunner, quadrant_means
-from tests.support.gpu import gpu
+from tests.support.gpu import engine_in, gpu
 
 IMAGES = 2000
 BROKEN = (70, 130, 131, 700, 1999)
@@ -49,26 +45,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory, digit_images: list[Path]) -
     for number in BROKEN:
         (folder / f"{number:04}.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no image")
     return folder
-
-
-def engine_in(folder: Path, export: Export, profile: BatchProfile, **changes: Any) -> Path:
-    """An engine that the GPU in host memory runs: the bytes of an ONNX file."""
-    path = folder / "x.engine"
-    graph = Graph.read(export.path)
-    path.write_bytes(graph.content)
-    manifest = EngineManifest(
-        engine_sha256=hashlib.sha256(graph.content).hexdigest(),
-        metadata=graph.metadata,
-        onnx_file=export.path.name,
-        onnx_sha256=graph.sha256,
-        backend="tensorrt-rtx",
-        version="1.7.1.116",
-        profile=profile,
-        architectures=("sm89",),
-        ran_here=False,
-    )
-    engine_manifest_path(path).write_text(replace(manifest, **changes).to_json())
-    return path
 
 
 @pytest.fixture
@@ -141,7 +117,9 @@ def test_images_are_decoded_into_memory_that_is_copied_from_as_it_is(
     with gpu() as bench:
         with Classifier.open(engine) as classifier:
             found = list(classifier.classify(digit_images * 20, batch_size=BATCH))
+            again = list(classifier.classify(digit_images * 20, batch_size=BATCH))
         assert [prediction.error for prediction in found] == [None] * 240
+        assert again == found
         assert bench.calls["cudaHostAlloc"] == 3 + 2  # three batches of images, two of logits
         assert not of(bench, "H2D pageable")
 

@@ -112,12 +112,14 @@ class Machine:
         dies: the GPU fails in every run.
         driver_too_old: no session can be created on the GPU.
         sessions: provider and options of each session of the bundled model.
+        batches: the sizes that it ran.
         events: what happened, in order.
     """
 
     dies: bool = False
     driver_too_old: bool = False
     sessions: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
     def preload(self, *, directory: str) -> None:
@@ -145,6 +147,10 @@ class Machine:
                     machine.sessions.append((self._first, given))
                     if machine.dies:
                         self._sess = DeadGpu(self._sess)
+
+            def run(self, outputs: Any, inputs: dict[str, Any], *arguments: Any) -> Any:
+                machine.batches += [len(batch) for batch in inputs.values()]
+                return super().run(outputs, inputs, *arguments)
 
             def get_providers(self) -> list[str]:
                 return [self._first, PROVIDERS["cpu"]]
@@ -180,6 +186,17 @@ def images(number: int) -> Any:
 
 
 class TestGpuProviders:
+    def test_with_cuda_a_last_short_batch_runs_at_a_size_that_ran_before(
+        self, digits_export: Export, machine: Machine
+    ) -> None:
+        with OnnxRuntimeRunner.open(digits_export.path) as on_cpu:
+            expected = on_cpu.infer(images(16))
+        machine.batches.clear()
+        with OnnxRuntimeRunner.open(digits_export.path, provider="cuda") as runner:
+            for number in (16, 7, 4, 3, 7, 16):
+                np.testing.assert_allclose(runner.infer(images(16)[:number]), expected[:number], rtol=1e-4, atol=1e-5)
+        assert machine.batches[-6:] == [16, 16, 16, 3, 16, 16]
+
     def test_libraries_are_loaded_first_and_what_that_prints_is_not_on_stdout(
         self, digits_export: Export, machine: Machine, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -110,6 +110,7 @@ class TestOnAGpu:
             (TracingPyTorchRunner, "pytorch (CUDA)"),
         ],
     )
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
     def test_its_name_says_so(
         self, digits: Checkpoint, current: list[torch.device], make: Callable[..., PyTorchRunner], name: str
     ) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pytest
 
+from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
-from smlp_deploy.metadata import EngineManifest
+from smlp_deploy.graphs.file import Graph
+from smlp_deploy.metadata import BatchProfile, EngineManifest
+from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners import tensorrt
 from tests.support.cuda_engine import CudaTensorRT
 from tests.support.cuda_runtime import CudaBench
@@ -54,3 +59,23 @@ def gpu(
         patch.setattr(tensorrt, "find_gpu", lambda: L4)
         patch.setattr(tensorrt, "user_cache_path", lambda _: cache or Path(folder))
         yield bench
+
+
+def engine_in(folder: Path, export: Export, profile: BatchProfile, **changes: Any) -> Path:
+    """An engine that the GPU in host memory runs: the bytes of an ONNX file."""
+    path = folder / "x.engine"
+    graph = Graph.read(export.path)
+    path.write_bytes(graph.content)
+    manifest = EngineManifest(
+        engine_sha256=hashlib.sha256(graph.content).hexdigest(),
+        metadata=graph.metadata,
+        onnx_file=export.path.name,
+        onnx_sha256=graph.sha256,
+        backend="tensorrt-rtx",
+        version="1.7.1.116",
+        profile=profile,
+        architectures=("sm89",),
+        ran_here=False,
+    )
+    engine_manifest_path(path).write_text(replace(manifest, **changes).to_json())
+    return path
