@@ -224,9 +224,11 @@ BOTTLENECK_END = """
   with float32 it allows at least {closest:.1f} times the network's bound (least on the {closest_gpu}).
 - uint8 helps on the CPU first: {threads} threads prepared {as_uint8} images/s as uint8 and {as_float32} as float32.
 - Threads of one process stop scaling: 1, 2, 4, 8 and 16 prepared {threads_rates} images/s, and as many
-  processes {process_rates}. Split a large folder among several `smlp predict` processes. Whether the
-  interpreter's lock or memory allocation is the reason was not measured. Single figures vary: one thread prepared 196
-  images/s in another run.
+  processes {process_rates}. Single figures vary: one thread prepared 196 images/s in another run. These were measured
+  before freed memory was kept for the next image; that saves 264 of 281 page faults per image, for which the threads of
+  a process wait for each other, and made two threads on two cores 1.3 times as fast
+  ([benchmarks](../benchmarks/README.md)). What it does on 16 cores was not measured. If the CPU limits you, split the
+  folder among several `smlp predict` processes.
 - Decoding is {share:.0%} of the CPU's work on such files; most of the rest is the resize. With decoding moved to the
   GPU preparing is at most {gain:.1f} times as fast. nvJPEG took, with the copy back and one at a time:
   {nvjpeg}.
@@ -253,6 +255,17 @@ MEASUREMENTS_END = """
 - ONNX Runtime adds {host_low:.1f} to {host_high:.1f} ms for arrays in ordinary host memory; the same {megabytes:.1f} MB
   from pinned memory took {pinned:.2f} ms.
 - In PyTorch the lowered form is faster than the trained network only if it is channels last.
+
+The loop that runs engines (`runners/execution.py`: pinned memory, a stream for uploads, CUDA graphs) ran on the same
+machine with PyTorch in TensorRT's place: {streamed_network}, lowered, fp16, uint8 input, batch {streamed_batch}, images
+already in pinned memory.
+
+| how | ms per batch | images/s | GPU alone, ms |
+|---|---|---|---|
+{streamed}
+- With batches in flight a batch takes {streamed_share:.1%} of the GPU's own time: the GPU is what limits it.
+- A batch of 1 took {streamed_one:g} ms with its CUDA graph and {unstreamed_one:g} ms without, one of 8
+  {streamed_eight:g} and {unstreamed_eight:g} ms.
 
 No TensorRT engine was timed: TensorRT could not be installed on that machine, and TensorRT-RTX 1.7.1 refuses the GPU
 ("The engine cannot run on this GPU, which has compute capability 9.0").
@@ -345,6 +358,26 @@ def _conclusions() -> dict[str, Any]:
         "host_high": max(host),
         "megabytes": MEASURED["copy"]["bytes"] / 1e6,
         "pinned": MEASURED["copy"]["milliseconds"],
+        **_about_the_loop(),
+    }
+
+
+def _about_the_loop() -> dict[str, Any]:
+    """What the text about the loop that runs engines says in figures."""
+    loop = MEASURED["execution"]
+    rows = "".join(
+        f"| {row['how']} | {row['milliseconds']:g} | {row['images_per_second']:,} | {loop['gpu_milliseconds']:g} |\n"
+        for row in loop["rows"]
+    )
+    return {
+        "streamed_network": loop["variant"],
+        "streamed_batch": loop["batch"],
+        "streamed": rows,
+        "streamed_share": loop["rows"][0]["milliseconds"] / loop["gpu_milliseconds"],
+        "streamed_one": loop["graphs"]["1"],
+        "streamed_eight": loop["graphs"]["8"],
+        "unstreamed_one": loop["no_graphs"]["1"],
+        "unstreamed_eight": loop["no_graphs"]["8"],
     }
 
 

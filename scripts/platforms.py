@@ -245,8 +245,8 @@ HARDWARE = """
 did PyTorch 2.11 ([Speed on a GPU](gpu-speed.md#beside-measurements)), and TensorRT-RTX 1.7.1 refused: "The engine
 cannot run on this GPU, which has compute capability 9.0". Everything else comes from the vendor's documents or from
 what the packages name; it was not checked against the libraries, and no engine has run
-([TensorRT engines](engines.md#not-tested-on-a-gpu)). "Unknown" means that neither says so. bf16 and TF32 need compute
-capability 8.0 or later.
+([TensorRT engines](engines.md#what-was-tested-on-a-gpu)). "Unknown" means that neither says so. bf16 and TF32 need
+compute capability 8.0 or later.
 
 - ONNX Runtime's TensorRT provider is linked against TensorRT 10, so `gpu` and `gpu-cu12` stay below 11. `tensorrt`
   installs TensorRT 11 without ONNX Runtime; add `cpu`. TensorRT 11 has no JetPack.
