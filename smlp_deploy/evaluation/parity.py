@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import Runner, arithmetic_of, common_input, input_of
+from smlp_deploy.runners.base import Runner, arithmetic_of, batch_size_of, common_input, input_of
 
 LARGEST_BATCH = 32
 ODD_BATCH = 7
@@ -165,9 +165,10 @@ def prove(
 ) -> ParityReport:
     """Run real images, then seeded noise, through both runners and judge the difference.
 
-    The candidate runs every input at its largest batch size (the one its file fixes, or 32), and the first ones again
-    alone and in an odd batch. Images are read with the candidate's preprocessing. If one runner takes pixels, noise is
-    of pixels too, and a runner that takes float32 gets the same pixels normalized. Memory holds one batch at a time.
+    The candidate runs every input at a large batch size (the one its file fixes, or 32, or more if it is used with
+    more), and the first ones again alone and in an odd batch. Images are read with the candidate's preprocessing. If
+    one runner takes pixels, noise is of pixels too, and a runner that takes float32 gets the same pixels normalized.
+    Memory holds one batch at a time.
 
     Args:
         reference: the truth.
@@ -180,7 +181,7 @@ def prove(
     arithmetic = arithmetic_of(candidate)
     gates = replace(GATES[arithmetic], **(bounds or {}))
     common = replace(metadata, input=common_input(reference, candidate))
-    samples = _Samples(image_paths, common, fill=metadata.batch or LARGEST_BATCH)
+    samples = _Samples(image_paths, common, fill=metadata.batch or max(LARGEST_BATCH, batch_size_of(candidate)))
     parts = list(_run(reference, candidate, samples))
     mismatch = _shape_mismatch(parts)
     spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)

@@ -58,6 +58,17 @@ def test_the_candidate_runs_alone_in_an_odd_batch_and_in_the_largest() -> None:
     assert fixed.batch_sizes == [1, 1, 1, 1, 4, 4, 3]
 
 
+def test_an_engine_runs_at_the_size_that_predict_uses() -> None:
+    class Engine(FakeRunner):
+        batch_size = 64
+
+    candidate = Engine(quadrant_means)
+    report = prove(FakeRunner(quadrant_means), candidate, IMAGES)
+    assert report.batch_sizes == (1, 7, 64)
+    assert candidate.batch_sizes[-1] == 64
+    assert report.images + report.noise == 64
+
+
 class TestPixels:
     """Runners that take uint8 pixels, float32 or one of each."""
 

@@ -124,7 +124,8 @@ def test_an_invalid_graph_is_one_clear_error(
         export_onnx(digits.network(), describe(digits), path=tmp_path / "x.onnx").save()
 
 
-@pytest.mark.parametrize(("name", "batch"), [("smlpnet_tiny", None), ("smlpnet_small", 8), ("smlpnet_base", None)])
+# Any batch size for one of them; a fixed one is cheaper to trace and to compare.
+@pytest.mark.parametrize(("name", "batch"), [("smlpnet_tiny", None), ("smlpnet_small", 4), ("smlpnet_base", 2)])
 def test_full_size_networks_export_and_pass_parity(name: str, batch: int | None, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.pth"
     torch.save({"model": recipe_weights(config_of(CASES[name]), CASES[name]["seed"])}, path)
