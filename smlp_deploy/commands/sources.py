@@ -32,7 +32,9 @@ def load_source(source: str | None, *, ema: bool) -> Checkpoint:
 
 
 def source_graph(source: str | None) -> Graph:
-    """The graph to build from: the given file, the newest one, or a new export."""
+    """The graph to build from: the given file, the newest one, or a new export in the form for GPUs."""
+    from dataclasses import replace
+
     from smlp_deploy.artifacts import default_path, newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.dependencies import require_torch
@@ -49,7 +51,7 @@ def source_graph(source: str | None) -> Graph:
     from smlp_deploy.models.description import describe
 
     checkpoint = load_source(source, ema=False)
-    metadata = describe(checkpoint)
+    metadata = replace(describe(checkpoint), form="gpu")
     note(f"exporting {default_path(metadata)} first")
     return export_and_show(checkpoint, metadata, None).graph
 

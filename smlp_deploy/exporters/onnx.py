@@ -17,7 +17,7 @@ from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.graphs.file import INPUT_NAME, OUTPUT_NAME, Graph
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.models.lowering import Target, lower
+from smlp_deploy.models.lowering import lower
 from smlp_deploy.models.smlpnet import SMLPNet
 
 DEFAULT_OPSET = 20
@@ -38,9 +38,7 @@ def export_unlowered(network: SMLPNet, metadata: ModelMetadata, *, path: Path) -
     return Graph.of(model, metadata, path=path)
 
 
-def export_onnx(
-    network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset: int = DEFAULT_OPSET, target: Target = "cpu"
-) -> Graph:
+def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset: int = DEFAULT_OPSET) -> Graph:
     """The lowered form of `network` as an fp32 graph: `images` N, 3, S, S float32 to `logits` N, classes.
 
     The same weights and metadata give the same bytes. N is any number, unless `metadata.batch` fixes it.
@@ -48,10 +46,9 @@ def export_onnx(
     Args:
         network: the trained network, float32.
         metadata: what to store in the graph; its precision becomes fp32 and its input float32, and the versions of the
-            exporting libraries are added.
+            exporting libraries are added. Its `form` is that of the graph.
         path: the file that it is to become; nothing is written.
         opset: version of ONNX's default operator set.
-        target: what the graph is for, which decides its form but not its results.
 
     Raises:
         ArtifactError: a weight is not finite after folding.
@@ -61,7 +58,7 @@ def export_onnx(
     libraries = {**metadata.libraries, **libraries}
     metadata = replace(metadata, precision="fp32", input="float32", libraries=libraries)
     try:
-        lowered = lower(network, target)
+        lowered = lower(network, metadata.form)
         model = _trace(lowered, image_size=network.config.image_size, batch=metadata.batch, opset=opset)
         _clean(model)
         return Graph.of(model, metadata, path=path)

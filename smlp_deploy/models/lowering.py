@@ -7,7 +7,7 @@ the other has more of them in fewer and larger products, for GPUs (`docs/lowerin
 
 from __future__ import annotations
 
-from typing import Literal, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from torch.nn import functional
 
 from smlp_deploy.metadata import SMLPNetConfig
 from smlp_deploy.models.smlpnet import ChannelMLP, DepthwiseConv, SMLPNet, SparseMLP
-
-Target = Literal["cpu", "gpu"]
-"""What a lowered network is for."""
 
 LARGEST_DENSE_GRID = 14
 """Tokens per side up to which the form for GPUs mixes them along both axes in one product.
@@ -261,13 +258,13 @@ class GpuBlock(LoweredBlock):
         return mixed.permute(0, 3, 1, 2)
 
 
-BLOCKS: dict[Target, type[LoweredBlock]] = {"cpu": CpuBlock, "gpu": GpuBlock}
+_BLOCKS: dict[str, type[LoweredBlock]] = {"cpu": CpuBlock, "gpu": GpuBlock}
 
 
 class LoweredSMLPNet(nn.Module):
     """The deployed network: images N, 3, S, S to logits N, classes; the same numbers as the trained one."""
 
-    def __init__(self, network: SMLPNet, target: Target) -> None:
+    def __init__(self, network: SMLPNet, form: str) -> None:
         super().__init__()
         self.config: SMLPNetConfig = network.config
         self.embeddings = nn.ModuleList()
@@ -275,7 +272,7 @@ class LoweredSMLPNet(nn.Module):
             conv = cast(nn.Conv2d, cast(nn.Sequential, embedding)[0])
             self.embeddings.append(_convolution(conv.weight.double(), None, stride=conv.stride[0]))
         self.blocks = nn.ModuleList(
-            BLOCKS[target](*cast(nn.Sequential, token_mix), *cast(nn.Sequential, channel_mix))
+            _BLOCKS[form](*cast(nn.Sequential, token_mix), *cast(nn.Sequential, channel_mix))
             for token_mix, channel_mix in zip(network.token_mix, network.channel_mix, strict=True)
         )
         # The final BatchNorm is affine and so commutes with the mean over tokens that follows it.
@@ -310,11 +307,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def lower(network: SMLPNet, target: Target = "cpu") -> LoweredSMLPNet:
-    """The deployed form of `network` for a target, in its dtype; the algebra itself is done in float64.
+def lower(network: SMLPNet, form: str = "cpu") -> LoweredSMLPNet:
+    """The deployed form of `network` for CPUs or for GPUs ("cpu", "gpu"), in its dtype; the algebra is done in float64.
 
     The network's weights are copied, not shared, and the result is in evaluation mode.
     """
     dtype = network.batch_norm.weight.dtype
     with torch.no_grad():
-        return LoweredSMLPNet(network, target).to(dtype).eval()
+        return LoweredSMLPNet(network, form).to(dtype).eval()
