@@ -15,8 +15,8 @@ from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.onnx import OPSETS, export_onnx
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
-from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models import lowering
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.fakes import Exported

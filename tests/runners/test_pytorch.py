@@ -136,32 +136,7 @@ class TestOnAGpu:
             (TracingPyTorchRunner, "pytorch (CUDA)"),
         ],
     )
-    @pytest.mark.parametrize("largest_dense_grid", [0, 14])
-def test_inspection_runs_the_form_of_the_artifact(
-    digits: Checkpoint, batch: FloatArray, largest_dense_grid: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lowering, "LARGEST_DENSE_GRID", largest_dense_grid)
-    metadata = replace(describe(digits), form="gpu")
-    with (
-        PyTorchRunner(digits, metadata) as trained,
-        HalfRunner(digits, metadata) as half,
-        RecordingRunner(digits, metadata) as recorder,
-    ):
-        expected = trained.infer(batch)
-        assert 1e-5 < np.abs(half.infer(batch) - expected).max() / expected.std() < 1e-2
-        assert np.abs(recorder.infer(batch) - expected).max() < 1e-4
-        products = {"width", "height", "fuse_width", "fuse_height"} if largest_dense_grid == 0 else {"tokens", "fuse"}
-        assert {f"blocks.5.mixing.{name}" for name in products} | {"blocks.5.mixing"} <= recorder._largest.keys()
-    with (
-        TracingPyTorchRunner(digits, metadata) as trained_values,
-        TracingPyTorchRunner(digits, metadata, lowered=True) as lowered_values,
-    ):
-        found = lowered_values.trace(batch)
-        for name, values in trained_values.trace(batch).items():
-            assert np.abs(found[name] - values).max() < 1e-4 * np.abs(values).max(), name
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
     def test_its_name_says_so(
         self, digits: Checkpoint, current: list[torch.device], make: Callable[..., PyTorchRunner], name: str
     ) -> None:
