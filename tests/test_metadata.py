@@ -120,7 +120,7 @@ def test_the_same_metadata_give_the_same_text() -> None:
         ({"labels": None}, r"metadata is damaged: Expected `array`, got `null` - at `\$\.labels`"),
         ({"batch": 0}, "batch 0 is not a positive integer"),
         ({"precision": "fp3"}, "precision 'fp3' is unknown"),
-        ({"form": "tpu"}, "form 'tpu' is unknown · x · one of cpu, gpu"),
+        ({"form": "tpu"}, "form 'tpu' is unknown · model.onnx · one of cpu, gpu"),
         ({"config": {"dim": 4}}, "metadata is damaged: Object missing required field `depths`"),
         ({"surprise": 1}, "metadata is damaged: unknown field 'surprise'"),
         ({"preprocessing": {"image_size": 16}}, "makes images of 16 pixels, the network takes 8"),
