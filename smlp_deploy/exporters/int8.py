@@ -4,8 +4,8 @@ Rules:
 
 1. The convolutions that are not depthwise and the axial products are quantized: in each the weight, and the value it is
    multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases are left as
-   they are. So are the products of the form for GPUs, whose results are not concatenated: TensorRT-RTX runs an int8
-   product as a kernel more, and what it saves in bytes is less than what that kernel moves.
+   they are. So are the products of the form for GPUs, whose results are not concatenated: in int8 they take more
+   kernels and move more bytes (`docs/int8.md` has the figures).
 2. A pair is placed on the value that the layer reads, after any transpose or reshape, because ONNX Runtime 1.32
    mishandles pairs that it has to move through a reshape. TensorRT moves them correctly.
 3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
