@@ -13,8 +13,9 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def default_path(metadata: ModelMetadata) -> Path:
-    """Where an ONNX file goes when no path is given; its name says if it takes uint8."""
-    return ARTIFACTS_FOLDER / f"{_stem(metadata, usual_input='float32')}.onnx"
+    """Where an ONNX file goes when no path is given; its name says if it takes uint8, and if it is for GPUs."""
+    form = f"-{metadata.form}" if metadata.form != "cpu" else ""
+    return ARTIFACTS_FOLDER / f"{_stem(metadata, usual_input='float32')}{form}.onnx"
 
 
 def engine_path(metadata: ModelMetadata) -> Path:

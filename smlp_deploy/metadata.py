@@ -25,6 +25,7 @@ MANIFEST_SCHEMA = 2
 """Of an engine's manifest; in schema 1, `backend` had another name."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 INPUTS = ("float32", "uint8")
+FORMS = ("cpu", "gpu")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_NUMBER = 1 << 20
 """The largest number in a configuration, far above that of any real network."""
@@ -240,6 +241,7 @@ class ModelMetadata:
         batch: the only batch size it accepts, or None for any.
         input: what it takes: "float32", normalized images N, 3, S, S, or "uint8", pixels N, S, S, 3, which the graph
             normalizes itself; S is the image size.
+        form: what the lowered network was made for, "cpu" or "gpu"; both compute the same.
         variant: the paper's variant with this configuration, if any.
         checkpoint: file name of the source weights.
         checkpoint_sha256: of that file.
@@ -258,6 +260,7 @@ class ModelMetadata:
     precision: Text = "fp32"
     batch: int | None = None
     input: Text = "float32"
+    form: Text = "cpu"
     variant: Text | None = None
     checkpoint: Text = ""
     checkpoint_sha256: Text = ""
@@ -282,6 +285,8 @@ class ModelMetadata:
             raise ConfigError(f"batch {self.batch} is not a positive integer up to {MAX_BATCH}")
         if self.input not in INPUTS:
             raise ConfigError(f"input {self.input!r} is unknown", fix=f"one of {', '.join(INPUTS)}")
+        if self.form not in FORMS:
+            raise ConfigError(f"form {self.form!r} is unknown", fix=f"one of {', '.join(FORMS)}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -290,7 +295,11 @@ class ModelMetadata:
         return (3, size, size) if self.input == "float32" else (size, size, 3)
 
     def to_json(self) -> str:
-        return _dump({"schema": SCHEMA_VERSION, **asdict(self)})
+        """The JSON form; it leaves out the form "cpu", so that files keep the bytes they had when that was the only."""
+        facts = asdict(self)
+        if self.form == "cpu":
+            del facts["form"]
+        return _dump({"schema": SCHEMA_VERSION, **facts})
 
     @classmethod
     def from_json(cls, text: str, *, where: object) -> ModelMetadata:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -73,9 +74,10 @@ def exported(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Ex
     folder = tmp_path_factory.mktemp("exported")
 
     @cache
-    def export(precision: str = "fp32", batch: int | None = None) -> Export:
-        target = folder / f"digits-{precision}{f'-batch{batch}' if batch else ''}.onnx"
-        result = export_checkpoint(digits, describe(digits, precision=precision, batch=batch), target)
+    def export(precision: str = "fp32", batch: int | None = None, form: str = "cpu") -> Export:
+        named = f"digits-{precision}{f'-batch{batch}' if batch else ''}{'-gpu' if form == 'gpu' else ''}"
+        metadata = replace(describe(digits, precision=precision, batch=batch), form=form)
+        result = export_checkpoint(digits, metadata, folder / f"{named}.onnx")
         assert result.report.passed, result.report.failures
         return result
 

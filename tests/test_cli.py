@@ -230,6 +230,13 @@ class TestExport:
         assert "the graph takes uint8 and cannot be converted to fp16 · " in one_error(refused)
         assert one_error(refused).endswith("give the float32-input file")
 
+    def test_a_file_for_gpus_has_a_name_of_its_own(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth, "--for", "gpu", "--fp16")
+        assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16-gpu.onnx\n")
+        assert json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"]["form"] == "gpu"
+        assert smlp("verify", outcome.out.strip(), "--reference", micro_pth).code == 0
+        assert smlp("export", micro_pth, "--for", "tpu").code == 2
+
     def test_options_reach_the_file(self, smlp: Smlp, micro_pth: Path) -> None:
         Path("labels.txt").write_text("\n".join("abcdefghij"))
         options = ["--labels", "labels.txt", "--mean", "0.1,0.2,0.3", "--std", "1,2,3", "--crop-pct", "0.9"]
@@ -315,8 +322,17 @@ class TestBuildEngine:
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")
         assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16.engine\n")
-        assert "exporting artifacts/micro-fp32.onnx first" in outcome.err
+        assert "exporting artifacts/micro-fp32-gpu.onnx first" in outcome.err
+        exported = json.loads(smlp("inspect", "--json", "artifacts/micro-fp32-gpu.onnx").out)
+        assert exported["metadata"]["form"] == "gpu"
+        assert not Path("artifacts/micro-fp32.onnx").exists()
         assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["profile"]["max"] == 2
+
+    def test_in_int8_for_sm75_the_form_with_products_in_int8_is_exported(self, smlp: Smlp) -> None:
+        outcome = smlp("build-engine", "--int8", "--gpu-arch", "sm75", "--batch", "1")
+        assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-int8.engine\n")
+        assert "exporting artifacts/smlpnet_digits-fp32.onnx first" in outcome.err
+        assert " in Int8" in outcome.err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from smlp_deploy.errors import ConfigError
 from smlp_deploy.metadata import (
+    FORMS,
     INTERPOLATIONS,
     MAX_BATCH,
     MAX_BLOCKS,
@@ -29,6 +30,13 @@ from tests.support.fakes import metadata
 def test_metadata_survive_json() -> None:
     original = replace(metadata(classes=2, batch=7), labels=("Straße", 'a"b\n'), libraries={"torch": "2"})
     assert ModelMetadata.from_json(original.to_json(), where="x") == original
+
+
+def test_the_form_for_cpus_leaves_no_trace() -> None:
+    assert "form" not in json.loads(metadata().to_json())
+    for_gpus = replace(metadata(), form="gpu")
+    assert json.loads(for_gpus.to_json())["form"] == "gpu"
+    assert ModelMetadata.from_json(for_gpus.to_json(), where="x") == for_gpus
 
 
 def test_checkpoint_metadata_survive_json() -> None:
@@ -112,6 +120,7 @@ def test_the_same_metadata_give_the_same_text() -> None:
         ({"labels": None}, r"metadata is damaged: Expected `array`, got `null` - at `\$\.labels`"),
         ({"batch": 0}, "batch 0 is not a positive integer"),
         ({"precision": "fp3"}, "precision 'fp3' is unknown"),
+        ({"form": "tpu"}, "form 'tpu' is unknown · model.onnx · one of cpu, gpu"),
         ({"config": {"dim": 4}}, "metadata is damaged: Object missing required field `depths`"),
         ({"surprise": 1}, "metadata is damaged: unknown field 'surprise'"),
         ({"preprocessing": {"image_size": 16}}, "makes images of 16 pixels, the network takes 8"),
@@ -268,6 +277,7 @@ def any_metadata(draw: st.DrawFn) -> ModelMetadata:
         preprocessing=draw(preprocessings(config.image_size)),
         precision=draw(st.sampled_from(PRECISIONS)),
         batch=draw(st.none() | st.integers(1, MAX_BATCH)),
+        form=draw(st.sampled_from(FORMS)),
         variant=draw(st.none() | texts),
         checkpoint=draw(texts),
         checkpoint_sha256=draw(texts),

@@ -15,6 +15,7 @@ def export(
     source: o.CheckpointArgument = None,
     format_: o.FormatOption = o.ExportFormat.onnx,
     output: o.OnnxOutputOption = None,
+    form: o.FormOption = o.Form.cpu,
     batch: o.FixedBatchOption = None,
     uint8_input: o.Uint8InputOption = False,
     precision: o.PrecisionOption = None,
@@ -59,7 +60,7 @@ def export(
     metadata = describe(checkpoint, labels=names, preprocessing=prepared, batch=batch, precision=wanted)
     result = export_and_show(
         checkpoint,
-        replace(metadata, input="uint8") if uint8_input else metadata,
+        replace(metadata, form=form.value, input="uint8" if uint8_input else "float32"),
         output,
         opset=opset,
         images=o.find_given_images(parity_images) if parity_images else None,

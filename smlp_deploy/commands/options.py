@@ -32,6 +32,11 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
 
 
+class Form(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
@@ -293,6 +298,9 @@ EngineOutputOption = Annotated[
 ]
 Uint8InputOption = Annotated[
     bool, typer.Option("--uint8-input", help="Take uint8 pixels N x H x W x 3, normalized inside the graph.")
+]
+FormOption = Annotated[
+    Form, typer.Option("--for", metavar="cpu|gpu", help="The form of the graph: fewest operations, or fewest kernels.")
 ]
 FloatInputOption = Annotated[
     bool, typer.Option("--float-input", help="Take normalized float32 images. Default: uint8 pixels.")

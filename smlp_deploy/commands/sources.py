@@ -31,8 +31,10 @@ def load_source(source: str | None, *, ema: bool) -> Checkpoint:
     return load_checkpoint(path, ema=ema)
 
 
-def source_graph(source: str | None) -> Graph:
-    """The graph to build from: the given file, the newest one, or a new export."""
+def source_graph(source: str | None, *, form: str) -> Graph:
+    """The graph to build from: the given file, the newest one, or a new export in the form "cpu" or "gpu"."""
+    from dataclasses import replace
+
     from smlp_deploy.artifacts import default_path, newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.dependencies import require_torch
@@ -49,7 +51,7 @@ def source_graph(source: str | None) -> Graph:
     from smlp_deploy.models.description import describe
 
     checkpoint = load_source(source, ema=False)
-    metadata = describe(checkpoint)
+    metadata = replace(describe(checkpoint), form=form)
     note(f"exporting {default_path(metadata)} first")
     return export_and_show(checkpoint, metadata, None).graph
 

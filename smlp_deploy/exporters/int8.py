@@ -4,7 +4,8 @@ Rules:
 
 1. The convolutions that are not depthwise and the axial products are quantized: in each the weight, and the value it is
    multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases are left as
-   they are.
+   they are. So are the products of the form for GPUs, whose results are not concatenated: in int8 they take more
+   kernels and move more bytes (`docs/int8.md` has the figures).
 2. A pair is placed on the value that the layer reads, after any transpose or reshape, because ONNX Runtime 1.32
    mishandles pairs that it has to move through a reshape. TensorRT moves them correctly.
 3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
@@ -170,9 +171,19 @@ def _layers(graph: ir.Graph) -> list[_Layer]:
             continue
         weight_at = 1 if node.op_type == "Conv" else 0
         weight, reads = node.inputs[weight_at], node.inputs[1 - weight_at]
+        if node.op_type == "MatMul" and not _is_concatenated(node.outputs[0]):
+            continue
         if weight is not None and reads is not None and weight.is_initializer():
             layers.append(_Layer(node, weight_at, weight, reads))
     return layers
+
+
+def _is_concatenated(value: ir.Value) -> bool:
+    """Whether a value is concatenated with others, after a bias and moves."""
+    readers = [use.node for use in value.uses()]
+    while len(readers) == 1 and readers[0].op_type in ("Add", *_MOVES):
+        readers = [use.node for use in readers[0].outputs[0].uses()]
+    return any(reader.op_type == "Concat" for reader in readers)
 
 
 def _source(value: ir.Value) -> ir.Value:

@@ -46,7 +46,7 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
     Args:
         network: the trained network, float32.
         metadata: what to store in the graph; its precision becomes fp32 and its input float32, and the versions of the
-            exporting libraries are added.
+            exporting libraries are added. Its `form` is that of the graph.
         path: the file that it is to become; nothing is written.
         opset: version of ONNX's default operator set.
 
@@ -58,7 +58,8 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
     libraries = {**metadata.libraries, **libraries}
     metadata = replace(metadata, precision="fp32", input="float32", libraries=libraries)
     try:
-        model = _trace(lower(network), image_size=network.config.image_size, batch=metadata.batch, opset=opset)
+        lowered = lower(network, metadata.form)
+        model = _trace(lowered, image_size=network.config.image_size, batch=metadata.batch, opset=opset)
         _clean(model)
         return Graph.of(model, metadata, path=path)
     except (

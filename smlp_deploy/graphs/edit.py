@@ -10,8 +10,8 @@ Rules of the emulation:
 Rules of the outputs:
 
 4. Every value comes out in float32, whatever its precision.
-5. An embedding's value is that of its only convolution. A block's two residual sums are the additions whose operands
-   are both computed; a bias addition has a weight among its operands.
+5. An embedding's value is that of its only convolution. A block's two residual sums are the additions of its own,
+   outside the modules in it, whose operands are both computed; a bias addition has a weight among its operands.
 6. An int8 layer is a node that reads two dequantized values, exactly one of them a constant.
 7. A copy of such a layer computes in fp32 with the int8 weight, and quantizes what it reads by the layer's own scale.
 

@@ -1,7 +1,8 @@
 """sMLPNet as deployed: the trained network rewritten by exact algebra into fewer, faster operations.
 
 Each identity is one small function; `lower` applies them all. Nothing is approximated: in float64 both networks
-agree to rounding. The forms are those that TensorRT fuses best (`docs/lowering.md` has the kernel counts).
+agree to rounding. There are two forms, which differ in the mixing of tokens: one has the fewest operations, for CPUs;
+the other has more of them in fewer and larger products, for GPUs (`docs/lowering.md` has the kernel counts).
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from torch.nn import functional
 
 from smlp_deploy.metadata import SMLPNetConfig
 from smlp_deploy.models.smlpnet import ChannelMLP, DepthwiseConv, SMLPNet, SparseMLP
+
+LARGEST_DENSE_GRID = 14
+"""Tokens per side up to which the form for GPUs mixes them along both axes in one product.
+
+That product has `3 * G**2 / (2 * G)` times the arithmetic of the two axial ones, 21 at 14 and 84 at 56.
+"""
 
 
 def batch_norm_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -45,6 +52,33 @@ def axial_matrix(projection: nn.Conv2d) -> tuple[Tensor, Tensor]:
     return projection.weight.double()[:, :, 0, 0], cast(Tensor, projection.bias).double()[:, None]
 
 
+def token_matrix(width: Tensor, height: Tensor) -> Tensor:
+    """Matrix (3*G*G, G*G) of both axial products of G*G tokens, interleaved with the tokens themselves.
+
+    `width` and `height` are axial matrices (G, G). Its rows 3p, 3p + 1 and 3p + 2 give token p, its mix along the width
+    and its mix along the height, so that for x of N, G*G, C `token_matrix(...) @ x`, reshaped to N, G*G, 3C, is their
+    concatenation over the channels.
+    """
+    one = torch.eye(len(width), dtype=width.dtype)
+    rows = torch.stack([torch.kron(one, one), torch.kron(one, width), torch.kron(height, one)], dim=1)
+    return rows.flatten(0, 1)
+
+
+def width_matrix_with_identity(width: Tensor) -> Tensor:
+    """Matrix (2G, G) of the axial product along the width, interleaved with the tokens themselves.
+
+    For x of N, G, G, C the product `... @ x`, reshaped to N, G, G, 2C, is the concatenation of x and its mix.
+    """
+    one = torch.eye(len(width), dtype=width.dtype)
+    return torch.stack([one, width], dim=1).flatten(0, 1)
+
+
+def biases_behind_fuse(fuse: Tensor, width_bias: Tensor, height_bias: Tensor) -> Tensor:
+    """What the axial biases (G, 1) add to each token's channels behind the fuse layer (C, 3C): a map (G, G, C)."""
+    _, along_width, along_height = fuse.chunk(3, dim=1)
+    return width_bias * along_width.sum(dim=1) + height_bias[:, :, None] * along_height.sum(dim=1)
+
+
 def pointwise_convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """The 1x1 convolution over N, I, H, W that equals a linear map (O, I) over channels.
 
@@ -73,15 +107,74 @@ def _convolution(
     return conv
 
 
+class Product(nn.Module):
+    """A matrix product with a constant (rows, columns), on the left or on the right."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, *, on_left: bool) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.contiguous())
+        self.on_left = on_left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix @ x if self.on_left else x @ self.matrix
+
+
+class DenseMixing(nn.Module):
+    """sMLP in two products, from x of N, G, G, C to the same shape."""
+
+    biases: Tensor
+
+    def __init__(self, sparse: SparseMLP) -> None:
+        super().__init__()
+        width, width_bias = axial_matrix(sparse.proj_h)
+        height, height_bias = axial_matrix(sparse.proh_w)
+        fuse = sparse.fuse.weight.double()[:, :, 0, 0]
+        self.tokens = Product(token_matrix(width, height), on_left=True)
+        self.fuse = Product(fuse.T, on_left=False)
+        self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias).flatten(0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, grid, _, channels = x.shape
+        x = self.tokens(x.reshape(-1, grid * grid, channels)).reshape(-1, grid * grid, 3 * channels)
+        x = self.fuse(x) + self.biases
+        return x.reshape(-1, grid, grid, channels)
+
+
+class PairedMixing(nn.Module):
+    """sMLP in two products for each axis, from x of N, G, G, C to the same shape.
+
+    The fuse layer is a sum of two: over x and its mix along the width, and over its mix along the height.
+    """
+
+    biases: Tensor
+
+    def __init__(self, sparse: SparseMLP) -> None:
+        super().__init__()
+        width, width_bias = axial_matrix(sparse.proj_h)
+        height, height_bias = axial_matrix(sparse.proh_w)
+        fuse = sparse.fuse.weight.double()[:, :, 0, 0]
+        channels = len(fuse)
+        self.width = Product(width_matrix_with_identity(width), on_left=True)
+        self.height = Product(height, on_left=True)
+        self.fuse_width = Product(fuse[:, : 2 * channels].T, on_left=False)
+        self.fuse_height = Product(fuse[:, 2 * channels :].T, on_left=False)
+        self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, grid, _, channels = x.shape
+        along_width = self.width(x).reshape(-1, grid, grid, 2 * channels)
+        along_height = self.height(x.reshape(-1, grid, grid * channels)).reshape(-1, grid, grid, channels)
+        fused: Tensor = self.fuse_width(along_width) + self.fuse_height(along_height) + self.biases
+        return fused
+
+
 class LoweredBlock(nn.Module):
     """One block of the deployed network: N, C, G, G to the same shape."""
 
     scale: Tensor
     shift: Tensor
-    width_matrix: Tensor
-    width_bias: Tensor
-    height_matrix: Tensor
-    height_bias: Tensor
 
     def __init__(self, depthwise: DepthwiseConv, sparse: SparseMLP, norm: nn.LayerNorm, mlp: ChannelMLP) -> None:
         super().__init__()
@@ -91,11 +184,7 @@ class LoweredBlock(nn.Module):
         self.register_buffer("shift", shift[:, None, None])
         weight, bias = fold_into_convolution_before(cast(nn.Conv2d, merge.Conv).weight, *batch_norm_affine(sparse.BN))
         self.depthwise = _convolution(weight, bias, padding=1, groups=len(weight))
-        for name, projection in (("width", sparse.proj_h), ("height", sparse.proh_w)):
-            matrix, axial_bias = axial_matrix(projection)
-            self.register_buffer(f"{name}_matrix", matrix)
-            self.register_buffer(f"{name}_bias", axial_bias)
-        self.fuse = _convolution(sparse.fuse.weight.double(), None)
+        self._take(sparse)
         self.eps = norm.eps
         first, second = cast(nn.Linear, mlp.net[0]), cast(nn.Linear, mlp.net[2])
         self.hidden = pointwise_convolution(
@@ -103,16 +192,18 @@ class LoweredBlock(nn.Module):
         )
         self.out = pointwise_convolution(second.weight.double(), second.bias.double())
 
+    def _take(self, sparse: SparseMLP) -> None:
+        """Take over the weights of the sMLP."""
+        raise NotImplementedError
+
+    def _mix_along_axes(self, x: Tensor) -> Tensor:
+        """sMLP of x, N, G, G, C, to N, C, G, G."""
+        raise NotImplementedError
+
     def mix_tokens(self, x: Tensor) -> Tensor:
         """Depth-wise convolution and sMLP."""
-        _, channels, grid, _ = x.shape
         x = functional.gelu(x * self.scale + self.shift)
-        x = functional.gelu(self.depthwise(x)).permute(0, 2, 3, 1)
-        along_width = self.width_matrix @ x + self.width_bias
-        along_height = self.height_matrix @ x.reshape(-1, grid, grid * channels) + self.height_bias
-        along_height = along_height.reshape(-1, grid, grid, channels)
-        fused: Tensor = self.fuse(torch.cat([x, along_width, along_height], dim=3).permute(0, 3, 1, 2))
-        return fused
+        return self._mix_along_axes(functional.gelu(self.depthwise(x)).permute(0, 2, 3, 1))
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """LayerNorm over the channels without its affine, then the two-layer MLP."""
@@ -128,10 +219,52 @@ class LoweredBlock(nn.Module):
         return x + self.mix_channels(x)
 
 
+class CpuBlock(LoweredBlock):
+    """A block with the fewest operations: each axis is one small product, and fuse a convolution."""
+
+    width_matrix: Tensor
+    width_bias: Tensor
+    height_matrix: Tensor
+    height_bias: Tensor
+
+    def _take(self, sparse: SparseMLP) -> None:
+        for name, projection in (("width", sparse.proj_h), ("height", sparse.proh_w)):
+            matrix, axial_bias = axial_matrix(projection)
+            self.register_buffer(f"{name}_matrix", matrix)
+            self.register_buffer(f"{name}_bias", axial_bias)
+        self.fuse = _convolution(sparse.fuse.weight.double(), None)
+
+    def _mix_along_axes(self, x: Tensor) -> Tensor:
+        _, grid, _, channels = x.shape
+        along_width = self.width_matrix @ x + self.width_bias
+        along_height = self.height_matrix @ x.reshape(-1, grid, grid * channels) + self.height_bias
+        along_height = along_height.reshape(-1, grid, grid, channels)
+        fused: Tensor = self.fuse(torch.cat([x, along_width, along_height], dim=3).permute(0, 3, 1, 2))
+        return fused
+
+
+class GpuBlock(LoweredBlock):
+    """A block with the fewest kernels: products whose results need neither a concatenation nor a transpose.
+
+    The mixing is a module of its own, so that a graph's node names tell its sum from the block's residual sums.
+    """
+
+    def _take(self, sparse: SparseMLP) -> None:
+        dense = sparse.proj_h.out_channels <= LARGEST_DENSE_GRID
+        self.mixing = DenseMixing(sparse) if dense else PairedMixing(sparse)
+
+    def _mix_along_axes(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.mixing(x)
+        return mixed.permute(0, 3, 1, 2)
+
+
+_BLOCKS: dict[str, type[LoweredBlock]] = {"cpu": CpuBlock, "gpu": GpuBlock}
+
+
 class LoweredSMLPNet(nn.Module):
     """The deployed network: images N, 3, S, S to logits N, classes; the same numbers as the trained one."""
 
-    def __init__(self, network: SMLPNet) -> None:
+    def __init__(self, network: SMLPNet, form: str) -> None:
         super().__init__()
         self.config: SMLPNetConfig = network.config
         self.embeddings = nn.ModuleList()
@@ -139,7 +272,7 @@ class LoweredSMLPNet(nn.Module):
             conv = cast(nn.Conv2d, cast(nn.Sequential, embedding)[0])
             self.embeddings.append(_convolution(conv.weight.double(), None, stride=conv.stride[0]))
         self.blocks = nn.ModuleList(
-            LoweredBlock(*cast(nn.Sequential, token_mix), *cast(nn.Sequential, channel_mix))
+            _BLOCKS[form](*cast(nn.Sequential, token_mix), *cast(nn.Sequential, channel_mix))
             for token_mix, channel_mix in zip(network.token_mix, network.channel_mix, strict=True)
         )
         # The final BatchNorm is affine and so commutes with the mean over tokens that follows it.
@@ -174,11 +307,11 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def lower(network: SMLPNet) -> LoweredSMLPNet:
-    """The deployed form of `network`, in its dtype; the algebra itself is done in float64.
+def lower(network: SMLPNet, form: str = "cpu") -> LoweredSMLPNet:
+    """The deployed form of `network` for CPUs or for GPUs ("cpu", "gpu"), in its dtype; the algebra is done in float64.
 
     The network's weights are copied, not shared, and the result is in evaluation mode.
     """
     dtype = network.batch_norm.weight.dtype
     with torch.no_grad():
-        return LoweredSMLPNet(network).to(dtype).eval()
+        return LoweredSMLPNet(network, form).to(dtype).eval()

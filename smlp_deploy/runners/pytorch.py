@@ -21,7 +21,7 @@ from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
-from smlp_deploy.models.lowering import LoweredBlock, lower
+from smlp_deploy.models.lowering import DenseMixing, LoweredBlock, PairedMixing, Product, lower
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.runners.base import Closing
 from smlp_deploy.runners.placement import on_gpu
@@ -164,17 +164,20 @@ class HalfRunner(PyTorchRunner):
         self.name = self.name.replace(")", ", lowered, fp16)", 1)
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
-        return lower(network).narrow(torch.float16)
+        return lower(network, self.metadata.form).narrow(torch.float16)
 
     def _input(self, batch: FloatArray) -> Tensor:
         return super()._input(batch).half()
 
 
+_WATCHED = (nn.Conv2d, Product, DenseMixing, PairedMixing, LoweredBlock)
+
+
 class RecordingRunner(PyTorchRunner):
     """Runs a checkpoint's lowered network in float32 and records its largest activation.
 
-    It watches the values that are fp16 in an fp16 graph: the inputs and outputs of every convolution, including the
-    axial products, and the output of every block.
+    It watches the values that are fp16 in an fp16 graph: the inputs and outputs of every convolution and, in the form
+    for GPUs, of every product and of token mixing; and the output of every block.
     """
 
     def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
@@ -183,9 +186,9 @@ class RecordingRunner(PyTorchRunner):
         self.name = self.name.replace(")", ", lowered)", 1)
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
-        lowered = lower(network)
+        lowered = lower(network, self.metadata.form)
         for name, module in lowered.named_modules():
-            if isinstance(module, nn.Conv2d | LoweredBlock):
+            if isinstance(module, _WATCHED):
                 module.register_forward_hook(self._recorder(name))
         return lowered
 
@@ -239,7 +242,7 @@ class TracingPyTorchRunner(PyTorchRunner):
             self._watch(network.channel_mix, "tokens", lambda x, _: x.permute(0, 3, 1, 2))
             self._watch(network.channel_mix, "block", lambda x, output: (x + output).permute(0, 3, 1, 2))
             return network
-        deployed = lower(network)
+        deployed = lower(network, self.metadata.form)
         self._watch(deployed.embeddings, "embedding", lambda _, output: output)
         self._watch(deployed.blocks, "block", lambda _, output: output)
         for index, block in enumerate(deployed.blocks):
@@ -255,13 +258,15 @@ class TracingPyTorchRunner(PyTorchRunner):
             module.register_forward_hook(see)
 
     def _watch_token_mixing(self, block: nn.Module, index: int) -> None:
-        """A lowered block adds the output of its `fuse` to its input."""
+        """A lowered block adds the output of its `fuse`, or of the `mixing` that holds it, to its input."""
+        mixing = getattr(block, "mixing", None)
 
         def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._seen["tokens", index] = inputs[0]
 
         def leave(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen["tokens", index] = self._seen["tokens", index] + output
+            mixed = output if mixing is None else output.permute(0, 3, 1, 2)
+            self._seen["tokens", index] = self._seen["tokens", index] + mixed
 
         block.register_forward_pre_hook(enter)
-        cast(nn.Module, block.fuse).register_forward_hook(leave)
+        cast(nn.Module, block.fuse if mixing is None else mixing).register_forward_hook(leave)

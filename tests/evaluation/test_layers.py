@@ -194,6 +194,16 @@ class TestRealNetworks:
         same = verify_layers(digits_export.path, reference=digits_export.path)
         assert [point.error for point in same.points] == [0] * 15
 
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+    def test_the_form_for_gpus_agrees(self, exported: Exported, digits_export: Export, precision: str) -> None:
+        artifact = exported(precision, form="gpu").path
+        for reference in (None, digits_export.path):
+            report = verify_layers(artifact, reference=reference)
+            assert report.first_over is None
+            assert len(report.points) == 3 + 2 * 6
+            # An embedding per stage and the two layers of each MLP.
+            assert len(report.layers) == (3 + 2 * 6 if precision == "int8" else 0)
+
     @pytest.mark.parametrize(
         ("weight", "where"),
         [

@@ -25,6 +25,7 @@ from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export
+from tests.support.fakes import Exported
 
 SCALINGS = pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
 
@@ -147,6 +148,23 @@ def test_convolutions_and_axial_products_are_quantized(model: ModelProto, digits
     assert len(layers) == 5 * sum(digits.config.depths) + len(digits.config.depths)
     assert not [name for name in layers if "depthwise" in name or "head" in name]
     assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
+
+
+def test_of_the_form_for_gpus_the_same_convolutions_but_no_products(
+    model: ModelProto, training: FloatArray, exported: Exported
+) -> None:
+    for_gpus = onnx.load(exported(form="gpu").path)
+    assert quantized_layers(for_gpus)
+    kinds = {node.name: node.op_type for node in for_gpus.graph.node}
+    assert {kinds[name] for name in quantized_layers(for_gpus)} == {"Conv"}
+
+    def scopes(graph: ModelProto) -> set[str]:
+        return {name.split("/")[0] for name in quantized_layers(graph)}
+
+    left = {f"blocks.{block}{of}" for block in range(6) for of in ("", ".fuse")}
+    assert scopes(for_gpus) == scopes(model) - left
+    quantized = quantize(for_gpus, calibrate(for_gpus, batches(training)), per_channel=False)
+    assert cosines(run(to_half(quantized, "fp16"), training), run(for_gpus, training)).min() >= 0.99
 
 
 def test_only_what_enters_those_layers_is_quantized(model: ModelProto, table: CalibrationTable) -> None:

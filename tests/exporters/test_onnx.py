@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.onnx import OPSETS, export_onnx
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
+from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
+from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -68,6 +71,37 @@ def test_axial_mlps_are_products_with_the_constant_on_the_left(model: onnx.Model
     # Into channels-last and back, once per block; the axial products need none of their own.
     assert counts["Transpose"] == 2 * blocks
     assert counts["BatchNormalization"] == counts["LayerNormalization"] == 0
+
+
+def test_the_form_for_gpus_has_products_without_a_concatenation(exported: Exported, digits: Checkpoint) -> None:
+    graph = onnx.load(exported(form="gpu").path).graph
+    blocks = sum(digits.config.depths)
+    counts = Counter(node.op_type for node in graph.node)
+    assert counts["MatMul"] == counts["Transpose"] == 2 * blocks
+    assert counts["Conv"] == len(digits.config.depths) + 3 * blocks
+    assert counts["Concat"] == 0
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    tokens = [node for node in graph.node if "mixing.tokens" in node.name]
+    assert len(tokens) == blocks
+    for node, stage in zip(tokens, digits.config.stages(), strict=True):
+        area = digits.config.grid(stage) ** 2
+        assert list(weights[node.input[0]].dims) == [3 * area, area]
+    # No transpose of a constant is left to compute.
+    assert not [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]
+
+
+def test_a_grid_too_large_for_one_product_has_a_pair(
+    digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "LARGEST_DENSE_GRID", digits.config.grid(1))
+    metadata = replace(describe(digits), form="gpu")
+    result = export_checkpoint(digits, metadata, tmp_path / "x.onnx")
+    assert result.report.passed
+    scopes = [node.name.split("/")[0] for node in result.graph.model().graph.node if node.op_type == "MatMul"]
+    paired = ["width", "fuse_width", "height", "fuse_height"]
+    for stage, block in zip(digits.config.stages(), range(len(digits.config.stages())), strict=True):
+        products = {scope.split(".")[-1] for scope in scopes if scope.startswith(f"blocks.{block}.")}
+        assert products == set(paired if stage == 0 else ["tokens", "fuse"])
 
 
 def test_everything_needed_is_inside(model: onnx.ModelProto, digits: Checkpoint, digits_export: Export) -> None:
@@ -125,11 +159,20 @@ def test_an_invalid_graph_is_one_clear_error(
 
 
 # Any batch size for one of them; a fixed one is cheaper to trace and to compare.
-@pytest.mark.parametrize(("name", "batch"), [("smlpnet_tiny", None), ("smlpnet_small", 4), ("smlpnet_base", 2)])
-def test_full_size_networks_export_and_pass_parity(name: str, batch: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "batch", "form"),
+    [
+        ("smlpnet_tiny", None, "cpu"),
+        ("smlpnet_tiny", 2, "gpu"),
+        ("smlpnet_small", 4, "cpu"),
+        ("smlpnet_base", 2, "cpu"),
+    ],
+)
+def test_full_size_networks_export_and_pass_parity(name: str, batch: int | None, form: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.pth"
     torch.save({"model": recipe_weights(config_of(CASES[name]), CASES[name]["seed"])}, path)
     checkpoint = load_checkpoint(path)
-    result = export_checkpoint(checkpoint, describe(checkpoint, batch=batch), tmp_path / f"{name}.onnx")
+    metadata = replace(describe(checkpoint, batch=batch), form=form)
+    result = export_checkpoint(checkpoint, metadata, tmp_path / f"{name}.onnx")
     assert result.report.passed, result.report.failures
     assert describe(checkpoint).variant == name

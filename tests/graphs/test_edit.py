@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -15,10 +16,13 @@ from smlp_deploy.errors import ArtifactError
 from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import quantize, quantized_layers
+from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.graphs.edit import add_int8_copy, add_output, add_trace_outputs, emulate_bf16, int8_layers
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import trace_points
+from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.models.description import describe
 from smlp_deploy.models.lowering import lower
 from smlp_deploy.pipeline.export import Export
 
@@ -125,6 +129,23 @@ def test_rule_5_the_residual_sums_are_in_their_order(model: ModelProto, digits: 
         if point.kind != "embedding":
             layer = made_by[node.input[1]].name
             assert layer.startswith(f"blocks.{point.index}.{'fuse' if point.kind == 'tokens' else 'out'}/")
+
+
+def test_rule_5_the_residual_sums_of_the_form_for_gpus(
+    digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both kinds of token mixing: one of them adds two products."""
+    monkeypatch.setattr(lowering, "LARGEST_DENSE_GRID", digits.config.grid(1))
+    metadata = replace(describe(digits), form="gpu")
+    graph = export_onnx(digits.network(), metadata, path=tmp_path / "x.onnx").model().graph
+    add_trace_outputs(graph, digits.config, PATH)
+    made_by = {node.output[0]: node for node in graph.node}
+    sums = [made_by[made_by[p.name].input[0]] for p in trace_points(digits.config) if p.kind != "embedding"]
+    assert [node.name.split("/")[0] for node in sums] == [f"blocks.{i // 2}" for i in range(12)]
+    assert [node.op_type for node in sums] == ["Add"] * 12
+    # The first operand is the residual stream, the second what the block adds to it.
+    assert [made_by[node.input[1]].op_type for node in sums] == ["Transpose", "Conv"] * 6
+    assert [node.input[0] for node in sums[1::2]] == [node.output[0] for node in sums[::2]]
 
 
 def test_a_graph_without_the_names_of_smlp_export_is_an_error(model: ModelProto, digits: Checkpoint) -> None:

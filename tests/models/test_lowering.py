@@ -6,14 +6,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smlp_deploy.models import lowering
 from smlp_deploy.models.lowering import (
+    DenseMixing,
+    GpuBlock,
+    PairedMixing,
     axial_matrix,
     batch_norm_affine,
+    biases_behind_fuse,
     fold_into_convolution_before,
     fold_into_linear_after,
     lower,
     pointwise_convolution,
+    token_matrix,
+    width_matrix_with_identity,
 )
+from smlp_deploy.models.smlpnet import SparseMLP
 from tests.support.recipe import recipe_input, recipe_network
 
 SIX_TOKENS_PER_SIDE = (2, 10, 6, 6)
@@ -90,6 +98,40 @@ def test_axial_convolutions_are_matrices_on_the_left() -> None:
     assert_equal_to_rounding(product.reshape(n, grid, grid, channels).permute(0, 3, 1, 2), along_height)
 
 
+def test_both_axial_products_and_their_concatenation_are_one_product() -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE).permute(0, 2, 3, 1)
+    n, grid, _, channels = x.shape
+    width, height = normal(grid, grid, seed=1), normal(grid, grid, seed=2)
+    along_height = (height @ x.reshape(n, grid, grid * channels)).reshape(x.shape)
+    product = token_matrix(width, height) @ x.reshape(n, grid * grid, channels)
+    expected = torch.cat([x, width @ x, along_height], dim=3)
+    assert_equal_to_rounding(product.reshape(expected.shape), expected)
+
+
+def test_tokens_and_their_mix_along_the_width_are_one_product() -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE).permute(0, 2, 3, 1)
+    width = normal(6, 6, seed=1)
+    expected = torch.cat([x, width @ x], dim=3)
+    assert_equal_to_rounding((width_matrix_with_identity(width) @ x).reshape(expected.shape), expected)
+
+
+def test_axial_biases_are_a_map_behind_the_fuse_layer() -> None:
+    grid, channels = 6, 10
+    fuse, width_bias, height_bias = normal(channels, 3 * channels), normal(grid, 1, seed=1), normal(grid, 1, seed=2)
+    zeros = torch.zeros(grid, grid, channels, dtype=torch.float64)
+    before = torch.cat([zeros, zeros + width_bias, zeros + height_bias[:, :, None]], dim=2)
+    assert_equal_to_rounding(biases_behind_fuse(fuse, width_bias, height_bias), before @ fuse.T)
+
+
+@pytest.mark.parametrize("mixing", [DenseMixing, PairedMixing])
+def test_token_mixing_for_gpus_is_the_smlp(mixing: type[DenseMixing | PairedMixing]) -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    sparse = SparseMLP(10, 6).double().eval().requires_grad_(False)
+    expected = sparse(x)
+    found = mixing(sparse)(nn.functional.gelu(sparse.BN(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert_equal_to_rounding(found, expected)
+
+
 def test_linear_over_channels_is_a_pointwise_convolution() -> None:
     x = normal(*SIX_TOKENS_PER_SIDE)
     linear = nn.Linear(10, 4, dtype=torch.float64).requires_grad_(False)
@@ -105,17 +147,36 @@ def test_lowered_network_computes_the_same_in_float64(name: str) -> None:
         assert_equal_to_rounding(lower(network)(recipe_input(name).double()), expected)
 
 
-def test_lowering_leaves_the_trained_network_alone() -> None:
+@pytest.mark.parametrize("name", ["micro", "small-input", "two-stage"])
+@pytest.mark.parametrize("largest_dense_grid", [0, 4, 14])
+def test_the_form_for_gpus_computes_the_same_in_float64(
+    name: str, largest_dense_grid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "LARGEST_DENSE_GRID", largest_dense_grid)
+    network = recipe_network(name).double()
+    lowered = lower(network, "gpu")
+    for stage, block in zip(network.config.stages(), lowered.blocks, strict=True):
+        assert isinstance(block, GpuBlock)
+        dense = network.config.grid(stage) <= largest_dense_grid
+        assert isinstance(block.mixing, DenseMixing if dense else PairedMixing)
+    with torch.inference_mode():
+        expected = network(recipe_input(name).double())
+        assert_equal_to_rounding(lowered(recipe_input(name).double()), expected)
+
+
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_lowering_leaves_the_trained_network_alone(form: str) -> None:
     network = recipe_network("micro")
     before = copy.deepcopy(network.state_dict())
-    lowered = lower(network)
+    lowered = lower(network, form)
     with torch.no_grad():
-        for parameter in lowered.parameters():
-            parameter.zero_()
+        for tensor in lowered.state_dict().values():
+            tensor.zero_()
     for key, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[key]), key
     assert not lowered.training
 
 
-def test_lowered_network_keeps_the_dtype() -> None:
-    assert {tensor.dtype for tensor in lower(recipe_network("micro")).state_dict().values()} == {torch.float32}
+@pytest.mark.parametrize("form", ["cpu", "gpu"])
+def test_lowered_network_keeps_the_dtype(form: str) -> None:
+    assert {tensor.dtype for tensor in lower(recipe_network("micro"), form).state_dict().values()} == {torch.float32}

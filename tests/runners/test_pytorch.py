@@ -14,6 +14,7 @@ import torch
 
 from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.runners import open_runner, pytorch
@@ -53,6 +54,31 @@ def test_the_recorder_computes_the_same_and_remembers_the_largest(digits: Checkp
         recorder.infer(batch)
         assert recorder.largest()[1] > largest
     assert name.split(".")[0] in ("blocks", "embeddings")
+
+
+@pytest.mark.parametrize("largest_dense_grid", [0, 14])
+def test_inspection_runs_the_form_of_the_artifact(
+    digits: Checkpoint, batch: FloatArray, largest_dense_grid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering, "LARGEST_DENSE_GRID", largest_dense_grid)
+    metadata = replace(describe(digits), form="gpu")
+    with (
+        PyTorchRunner(digits, metadata) as trained,
+        HalfRunner(digits, metadata) as half,
+        RecordingRunner(digits, metadata) as recorder,
+    ):
+        expected = trained.infer(batch)
+        assert 1e-5 < np.abs(half.infer(batch) - expected).max() / expected.std() < 1e-2
+        assert np.abs(recorder.infer(batch) - expected).max() < 1e-4
+        products = {"width", "height", "fuse_width", "fuse_height"} if largest_dense_grid == 0 else {"tokens", "fuse"}
+        assert {f"blocks.5.mixing.{name}" for name in products} | {"blocks.5.mixing"} <= recorder._largest.keys()
+    with (
+        TracingPyTorchRunner(digits, metadata) as trained_values,
+        TracingPyTorchRunner(digits, metadata, lowered=True) as lowered_values,
+    ):
+        found = lowered_values.trace(batch)
+        for name, values in trained_values.trace(batch).items():
+            assert np.abs(found[name] - values).max() < 1e-4 * np.abs(values).max(), name
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself

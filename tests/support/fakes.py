@@ -26,7 +26,7 @@ def metadata(*, classes: int = 4, image_size: int = 8, batch: int | None = None)
 class Exported(Protocol):
     """The fixture `exported`."""
 
-    def __call__(self, precision: str = "fp32", batch: int | None = None) -> Export: ...
+    def __call__(self, precision: str = "fp32", batch: int | None = None, form: str = "cpu") -> Export: ...
 
 
 class FakeRunner:
