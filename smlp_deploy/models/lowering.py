@@ -7,6 +7,7 @@ the other has more of them in fewer and larger products, for GPUs (`docs/lowerin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Self, cast
 
 import torch
@@ -121,6 +122,11 @@ class Product(nn.Module):
         return self.matrix @ x if self.on_left else x @ self.matrix
 
 
+def _weights_of(sparse: SparseMLP) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """The axial matrix and bias along the width, those along the height, and the fuse layer's weight (C, 3C)."""
+    return axial_matrix(sparse.proj_h), axial_matrix(sparse.proh_w), sparse.fuse.weight.double()[:, :, 0, 0]
+
+
 class DenseMixing(nn.Module):
     """sMLP in two products, from x of N, G, G, C to the same shape."""
 
@@ -128,9 +134,7 @@ class DenseMixing(nn.Module):
 
     def __init__(self, sparse: SparseMLP) -> None:
         super().__init__()
-        width, width_bias = axial_matrix(sparse.proj_h)
-        height, height_bias = axial_matrix(sparse.proh_w)
-        fuse = sparse.fuse.weight.double()[:, :, 0, 0]
+        (width, width_bias), (height, height_bias), fuse = _weights_of(sparse)
         self.tokens = Product(token_matrix(width, height), on_left=True)
         self.fuse = Product(fuse.T, on_left=False)
         self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias).flatten(0, 1))
@@ -152,9 +156,7 @@ class PairedMixing(nn.Module):
 
     def __init__(self, sparse: SparseMLP) -> None:
         super().__init__()
-        width, width_bias = axial_matrix(sparse.proj_h)
-        height, height_bias = axial_matrix(sparse.proh_w)
-        fuse = sparse.fuse.weight.double()[:, :, 0, 0]
+        (width, width_bias), (height, height_bias), fuse = _weights_of(sparse)
         channels = len(fuse)
         self.width = Product(width_matrix_with_identity(width), on_left=True)
         self.height = Product(height, on_left=True)
@@ -170,7 +172,7 @@ class PairedMixing(nn.Module):
         return fused
 
 
-class LoweredBlock(nn.Module):
+class LoweredBlock(nn.Module, ABC):
     """One block of the deployed network: N, C, G, G to the same shape."""
 
     scale: Tensor
@@ -192,13 +194,13 @@ class LoweredBlock(nn.Module):
         )
         self.out = pointwise_convolution(second.weight.double(), second.bias.double())
 
+    @abstractmethod
     def _take(self, sparse: SparseMLP) -> None:
         """Take over the weights of the sMLP."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mix_along_axes(self, x: Tensor) -> Tensor:
         """sMLP of x, N, G, G, C, to N, C, G, G."""
-        raise NotImplementedError
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         """Depth-wise convolution and sMLP."""
