@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -165,15 +165,17 @@ class Classifier:
         )
         with closing(batches):
             for batch, outcomes in infer_stream(self.runner, batches):
-                for prediction in self._predictions(batch, outcomes, topk):
-                    yield prediction if decoder is None else replace(prediction, decode="gpu")
+                yield from self._predictions(batch, outcomes, topk, decode=None if decoder is None else "gpu")
 
-    def _predictions(self, batch: Batch, outcomes: list[Outcome], topk: int) -> Iterator[Prediction]:
+    def _predictions(
+        self, batch: Batch, outcomes: list[Outcome], topk: int, *, decode: str | None
+    ) -> Iterator[Prediction]:
         logits = [outcome for outcome in outcomes if not isinstance(outcome, str)]
         best = iter(self._best(np.stack(logits), topk) if logits else ())
         each = [outcome if isinstance(outcome, str) else next(best) for outcome in outcomes]
         for path, found in batch.with_each(each):
-            yield Prediction(path, error=found) if isinstance(found, str) else Prediction(path, found)
+            scores, error = ((), found) if isinstance(found, str) else (found, None)
+            yield Prediction(path, scores, error, decode)
 
     def _best(self, logits: FloatArray, topk: int) -> Iterator[tuple[Score, ...]]:
         """The best classes of each image, best first, equal ones by index; from finite logits N, classes."""

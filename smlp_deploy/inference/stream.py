@@ -10,13 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from smlp_deploy.errors import GpuError
-from smlp_deploy.images.batches import Batch, BatchMemory, FloatArray
+from smlp_deploy.images.batches import Batch, BatchMemory, FloatArray, ImageArray
 from smlp_deploy.runners.base import Runner, StreamingRunner
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class _Stream(Protocol):
     @property
     def slots(self) -> int: ...
 
-    def submit(self, batch: NDArray[Any]) -> None: ...
+    def submit(self, batch: ImageArray) -> None: ...
 
     def collect(self) -> FloatArray: ...
 
@@ -116,7 +115,7 @@ class _Network:
             done.append((batch, _outcomes(self._stream.collect()) if outcomes is None else outcomes))
 
 
-def _submit(stream: _Stream, inputs: NDArray[Any]) -> str | None:
+def _submit(stream: _Stream, inputs: ImageArray) -> str | None:
     """Start a batch; returns the reason if it fails."""
     try:
         stream.submit(inputs)
@@ -128,14 +127,14 @@ def _submit(stream: _Stream, inputs: NDArray[Any]) -> str | None:
     return None
 
 
-def _run_one_by_one(runner: Runner, inputs: NDArray[Any], reason: str) -> list[Outcome]:
+def _run_one_by_one(runner: Runner, inputs: ImageArray, reason: str) -> list[Outcome]:
     if len(inputs) == 1:
         return [reason]
     logger.warning("a batch of %d failed (%s); its images are run one by one", len(inputs), reason)
     return [outcome for i in range(len(inputs)) for outcome in infer_each(runner, inputs[i : i + 1])]
 
 
-def infer_each(runner: Runner, inputs: NDArray[Any]) -> list[Outcome]:
+def infer_each(runner: Runner, inputs: ImageArray) -> list[Outcome]:
     """The outcome of each image of a batch; if the batch fails, its images are run again one by one.
 
     Args:
@@ -169,7 +168,7 @@ class _Unstreamed:
         self._runner = runner
         self._done: deque[FloatArray] = deque()
 
-    def submit(self, batch: NDArray[Any]) -> None:
+    def submit(self, batch: ImageArray) -> None:
         self._done.append(self._runner.infer(batch))
 
     def collect(self) -> FloatArray:

@@ -79,7 +79,8 @@ class StreamingRunner(Runner, Protocol):
         ...
 
 
-_BATCH_SIZE = {"cpu": 32, "gpu": 64}
+_ON_A_CPU, _ON_A_GPU = 32, 64
+"""Usual batch sizes."""
 
 
 def batch_size_of(runner: Runner) -> int:
@@ -88,7 +89,7 @@ def batch_size_of(runner: Runner) -> int:
     A network that takes only one batch size gets a multiple of it.
     """
     fixed = runner.metadata.batch or 1
-    usual = _BATCH_SIZE["gpu" if getattr(runner, "on_gpu", False) else "cpu"]
+    usual = _ON_A_GPU if getattr(runner, "on_gpu", False) else _ON_A_CPU
     return int(getattr(runner, "batch_size", max(1, usual // fixed) * fixed))
 
 

@@ -65,9 +65,9 @@ def watch_records(monkeypatch: pytest.MonkeyPatch, seen: Callable[[], None]) -> 
     """Call a function whenever a batch is turned into records."""
     real = Classifier._predictions
 
-    def watched(self: Classifier, *arguments: Any) -> Iterator[Prediction]:
+    def watched(self: Classifier, *arguments: Any, **named: Any) -> Iterator[Prediction]:
         seen()
-        return real(self, *arguments)
+        return real(self, *arguments, **named)
 
     monkeypatch.setattr(Classifier, "_predictions", watched)
 
