@@ -13,8 +13,8 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def default_path(metadata: ModelMetadata) -> Path:
-    """Where an ONNX file goes when no path is given; its name says if it takes uint8, and if it is for GPUs."""
-    form = f"-{metadata.form}" if metadata.form != "cpu" else ""
+    """Where an ONNX file goes when no path is given; its name says if it takes uint8, and if it is for CPUs."""
+    form = "-cpu" if metadata.form == "cpu" else ""
     return ARTIFACTS_FOLDER / f"{_stem(metadata, usual_input='float32')}{form}.onnx"
 
 
@@ -60,7 +60,12 @@ def untried_path(engine: Path) -> Path:
 
 
 def newest_artifact(pattern: str = "*.onnx", *, without: str = "") -> Path | None:
-    """The newest file in the artifacts folder that matches the pattern `pattern` and not `without`, or None.
+    """The first of `artifacts_by_age`, or None."""
+    return next(iter(artifacts_by_age(pattern, without=without)), None)
+
+
+def artifacts_by_age(pattern: str = "*.onnx", *, without: str = "") -> list[Path]:
+    """The files in the artifacts folder that match the pattern `pattern` and not `without`, the newest first.
 
     Only regular files inside that folder count; a link to a file elsewhere is never picked, because an engine is code.
     """
@@ -74,4 +79,4 @@ def newest_artifact(pattern: str = "*.onnx", *, without: str = "") -> Path | Non
             left_out = path.name.startswith(".") or (without and path.match(without))
             if inside and stat.S_ISREG(status.st_mode) and not left_out:
                 times[path] = status.st_mtime_ns
-    return max(times, key=lambda path: times[path], default=None)
+    return sorted(times, key=lambda path: times[path], reverse=True)

@@ -11,11 +11,11 @@ from tests.support.fakes import metadata
 
 
 def test_names() -> None:
-    assert default_path(metadata()) == Path("artifacts/fake-fp32.onnx")
-    assert default_path(metadata(batch=4)) == Path("artifacts/fake-fp32-batch4.onnx")
+    assert default_path(replace(metadata(), form="gpu")) == Path("artifacts/fake-fp32.onnx")
+    assert default_path(replace(metadata(batch=4), form="gpu")) == Path("artifacts/fake-fp32-batch4.onnx")
     pixels = replace(metadata(batch=4), input="uint8")
-    assert default_path(pixels) == Path("artifacts/fake-fp32-uint8-batch4.onnx")
-    assert default_path(replace(pixels, form="gpu")) == Path("artifacts/fake-fp32-uint8-batch4-gpu.onnx")
+    assert default_path(replace(pixels, form="gpu")) == Path("artifacts/fake-fp32-uint8-batch4.onnx")
+    assert default_path(pixels) == Path("artifacts/fake-fp32-uint8-batch4-cpu.onnx")
     assert engine_path(replace(pixels, form="gpu")) == Path("artifacts/fake-fp32-batch4.engine")
     assert engine_path(pixels) == Path("artifacts/fake-fp32-batch4.engine")
     assert engine_path(metadata()) == Path("artifacts/fake-fp32-float32.engine")

@@ -230,11 +230,18 @@ class TestExport:
         assert "the graph takes uint8 and cannot be converted to fp16 · " in one_error(refused)
         assert one_error(refused).endswith("give the float32-input file")
 
-    def test_a_file_for_gpus_has_a_name_of_its_own(self, smlp: Smlp, micro_pth: Path) -> None:
-        outcome = smlp("export", micro_pth, "--for", "gpu", "--fp16")
-        assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16-gpu.onnx\n")
-        assert json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"]["form"] == "gpu"
-        assert smlp("verify", outcome.out.strip(), "--reference", micro_pth).code == 0
+    def test_a_file_for_cpus_has_a_name_of_its_own(self, smlp: Smlp, micro_pth: Path) -> None:
+        forms = {}
+        for options, name in (
+            ((), "micro-fp16"),
+            (("--for", "gpu"), "micro-fp16"),
+            (("--for", "cpu"), "micro-fp16-cpu"),
+        ):
+            outcome = smlp("export", micro_pth, *options, "--fp16")
+            assert (outcome.code, outcome.out) == (0, f"artifacts/{name}.onnx\n")
+            forms[options] = json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"].get("form")
+            assert smlp("verify", outcome.out.strip(), "--reference", micro_pth).code == 0
+        assert forms == {(): "gpu", ("--for", "gpu"): "gpu", ("--for", "cpu"): None}
         assert smlp("export", micro_pth, "--for", "tpu").code == 2
 
     def test_options_reach_the_file(self, smlp: Smlp, micro_pth: Path) -> None:
@@ -322,10 +329,10 @@ class TestBuildEngine:
     def test_with_nothing_there_one_is_exported_first(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("build-engine", micro_pth, "--fp16", "--gpu-arch", "sm75", "--batch", "2")
         assert (outcome.code, outcome.out) == (0, "artifacts/micro-fp16.engine\n")
-        assert "exporting artifacts/micro-fp32-gpu.onnx first" in outcome.err
-        exported = json.loads(smlp("inspect", "--json", "artifacts/micro-fp32-gpu.onnx").out)
+        assert "exporting artifacts/micro-fp32.onnx first" in outcome.err
+        exported = json.loads(smlp("inspect", "--json", "artifacts/micro-fp32.onnx").out)
         assert exported["metadata"]["form"] == "gpu"
-        assert not Path("artifacts/micro-fp32.onnx").exists()
+        assert not Path("artifacts/micro-fp32-cpu.onnx").exists()
         assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["profile"]["max"] == 2
 
     def test_in_int8_for_sm75_the_form_with_products_in_int8_is_exported(self, smlp: Smlp) -> None:

@@ -15,7 +15,7 @@ def export(
     source: o.CheckpointArgument = None,
     format_: o.FormatOption = o.ExportFormat.onnx,
     output: o.OnnxOutputOption = None,
-    form: o.FormOption = o.Form.cpu,
+    form: o.FormOption = o.Form.gpu,
     batch: o.FixedBatchOption = None,
     uint8_input: o.Uint8InputOption = False,
     precision: o.PrecisionOption = None,

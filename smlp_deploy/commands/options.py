@@ -300,7 +300,7 @@ Uint8InputOption = Annotated[
     bool, typer.Option("--uint8-input", help="Take uint8 pixels N x H x W x 3, normalized inside the graph.")
 ]
 FormOption = Annotated[
-    Form, typer.Option("--for", metavar="cpu|gpu", help="The form of the graph: fewest operations, or fewest kernels.")
+    Form, typer.Option("--for", metavar="gpu|cpu", help="The form of the graph: fewest kernels, or fewest operations.")
 ]
 FloatInputOption = Annotated[
     bool, typer.Option("--float-input", help="Take normalized float32 images. Default: uint8 pixels.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,12 @@ def source_graph(source: str | None, *, form: str) -> Graph:
     newest = newest_artifact("*-fp32*.onnx", without="*-fp32-uint8*.onnx") if source is None else None
     if newest is not None:
         note(f"no source given; using {newest}, the newest fp32 file in artifacts/")
-        return Graph.read(newest)
-    if source is not None and source.endswith(".onnx"):
-        return Graph.read(Path(source))
+    found = newest or (Path(source) if source is not None and source.endswith(".onnx") else None)
+    if found is not None:
+        graph = Graph.read(found)
+        if graph.metadata.form != form:
+            note(f"{found} has the form for CPUs; an engine of one exported with --for gpu has fewer kernels")
+        return graph
     require_torch("to export")
     from smlp_deploy.models.description import describe
 
@@ -90,7 +94,7 @@ def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Pat
 
 def default_model(given: Path | None, placement: Placement) -> Path:
     """The model to predict with; notes which one if none is given. An engine is one of them if it can run there."""
-    from smlp_deploy.artifacts import newest_artifact
+    from smlp_deploy.artifacts import artifacts_by_age, newest_artifact
     from smlp_deploy.commands.terminal import note
     from smlp_deploy.files import BUNDLED_CHECKPOINT
 
@@ -101,12 +105,34 @@ def default_model(given: Path | None, placement: Placement) -> Path:
     if engine is not None and on_gpu and _fits(engine, placement.gpu):
         note(f"no model given; using {engine}, the newest engine in artifacts/")
         return engine
-    newest = newest_artifact()
-    if newest is not None:
-        note(f"no model given; using {newest}, the newest in artifacts/")
-        return newest
+    files = artifacts_by_age()
+    if files:
+        return _fastest(files, placement)
     note("no model given and none in artifacts/; using the bundled digits model")
     return BUNDLED_CHECKPOINT
+
+
+def _fastest(files: Sequence[Path], placement: Placement) -> Path:
+    """Of ONNX files, the newest first, the fastest here that holds the same network as the newest; notes which."""
+    from smlp_deploy.commands.terminal import building, note
+
+    if len(files) == 1:
+        note(f"no model given; using {files[0]}, the only one in artifacts/")
+        return files[0]
+    from smlp_deploy.evaluation.fastest import compare_speed
+
+    with building("comparing speed") as progress:
+        speeds = compare_speed(files, placement, progress=progress)
+    best, *others = speeds
+    if others:
+        slower = ", ".join(f"{one.path.name} {1e3 * one.seconds:.3g}" for one in others)
+        note(
+            f"no model given; using {best.path}, the fastest here of the {len(speeds)} files of the newest model in "
+            f"artifacts/: {1e3 * best.seconds:.3g} ms an image (in place of {slower})"
+        )
+    else:
+        note(f"no model given; using {best.path}, the newest in artifacts/")
+    return best.path
 
 
 def _fits(engine: Path, gpu: GpuDevice | None) -> bool:

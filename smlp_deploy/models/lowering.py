@@ -47,8 +47,8 @@ def fold_into_linear_after(weight: Tensor, bias: Tensor, scale: Tensor, shift: T
 def axial_matrix(projection: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Matrix M (G, G) and bias (G, 1), float64, of a 1x1 convolution whose channels are positions on one axis.
 
-    With tokens channels-last the axial MLP is one product with the constant on the left and no transpose:
-    along the width `M @ x` for x of N, G, G, C; along the height `M @ x.reshape(N, G, G * C)`.
+    The axial MLP is one product without a transpose. For tokens N, C, G, G: along the width `x @ M.T`, along the height
+    `M @ x`. With channels-last, N, G, G, C: along the width `M @ x`, along the height `M @ x.reshape(N, G, G * C)`.
     """
     return projection.weight.double()[:, :, 0, 0], cast(Tensor, projection.bias).double()[:, None]
 
@@ -127,6 +127,32 @@ def _weights_of(sparse: SparseMLP) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
     return axial_matrix(sparse.proj_h), axial_matrix(sparse.proh_w), sparse.fuse.weight.double()[:, :, 0, 0]
 
 
+class AxialMixing(nn.Module):
+    """sMLP in one product for each axis, from x of N, C, G, G to the same shape.
+
+    The fuse layer is a sum of three convolutions, over the tokens and each of their mixes: nothing is concatenated.
+    """
+
+    width: Tensor
+    height: Tensor
+    biases: Tensor
+
+    def __init__(self, sparse: SparseMLP) -> None:
+        super().__init__()
+        (width, width_bias), (height, height_bias), fuse = _weights_of(sparse)
+        self.register_buffer("width", width.T.contiguous())
+        self.register_buffer("height", height)
+        self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias).permute(2, 0, 1).contiguous())
+        self.fuse, self.fuse_width, self.fuse_height = (
+            pointwise_convolution(third, None) for third in fuse.chunk(3, dim=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        along_width, along_height = x @ self.width, self.height @ x
+        fused: Tensor = self.fuse(x) + self.fuse_width(along_width) + self.fuse_height(along_height) + self.biases
+        return fused
+
+
 class DenseMixing(nn.Module):
     """sMLP in two products, from x of N, G, G, C to the same shape."""
 
@@ -173,10 +199,14 @@ class PairedMixing(nn.Module):
 
 
 class LoweredBlock(nn.Module, ABC):
-    """One block of the deployed network: N, C, G, G to the same shape."""
+    """One block of the deployed network: N, C, G, G to the same shape.
+
+    `mixing` is a module of its own, so that a graph's node names tell its sums from the block's residual sums.
+    """
 
     scale: Tensor
     shift: Tensor
+    mixing: nn.Module
 
     def __init__(self, depthwise: DepthwiseConv, sparse: SparseMLP, norm: nn.LayerNorm, mlp: ChannelMLP) -> None:
         super().__init__()
@@ -200,12 +230,12 @@ class LoweredBlock(nn.Module, ABC):
 
     @abstractmethod
     def _mix_along_axes(self, x: Tensor) -> Tensor:
-        """sMLP of x, N, G, G, C, to N, C, G, G."""
+        """sMLP of x, N, C, G, G, to the same shape."""
 
     def mix_tokens(self, x: Tensor) -> Tensor:
         """Depth-wise convolution and sMLP."""
         x = functional.gelu(x * self.scale + self.shift)
-        return self._mix_along_axes(functional.gelu(self.depthwise(x)).permute(0, 2, 3, 1))
+        return self._mix_along_axes(functional.gelu(self.depthwise(x)))
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """LayerNorm over the channels without its affine, then the two-layer MLP."""
@@ -222,41 +252,25 @@ class LoweredBlock(nn.Module, ABC):
 
 
 class CpuBlock(LoweredBlock):
-    """A block with the fewest operations: each axis is one small product, and fuse a convolution."""
-
-    width_matrix: Tensor
-    width_bias: Tensor
-    height_matrix: Tensor
-    height_bias: Tensor
+    """A block with the fewest operations: each axis is one small product."""
 
     def _take(self, sparse: SparseMLP) -> None:
-        for name, projection in (("width", sparse.proj_h), ("height", sparse.proh_w)):
-            matrix, axial_bias = axial_matrix(projection)
-            self.register_buffer(f"{name}_matrix", matrix)
-            self.register_buffer(f"{name}_bias", axial_bias)
-        self.fuse = _convolution(sparse.fuse.weight.double(), None)
+        self.mixing = AxialMixing(sparse)
 
     def _mix_along_axes(self, x: Tensor) -> Tensor:
-        _, grid, _, channels = x.shape
-        along_width = self.width_matrix @ x + self.width_bias
-        along_height = self.height_matrix @ x.reshape(-1, grid, grid * channels) + self.height_bias
-        along_height = along_height.reshape(-1, grid, grid, channels)
-        fused: Tensor = self.fuse(torch.cat([x, along_width, along_height], dim=3).permute(0, 3, 1, 2))
-        return fused
+        mixed: Tensor = self.mixing(x)
+        return mixed
 
 
 class GpuBlock(LoweredBlock):
-    """A block with the fewest kernels: products whose results need neither a concatenation nor a transpose.
-
-    The mixing is a module of its own, so that a graph's node names tell its sum from the block's residual sums.
-    """
+    """A block with the fewest kernels: products whose results need neither a concatenation nor a transpose."""
 
     def _take(self, sparse: SparseMLP) -> None:
         dense = sparse.proj_h.out_channels <= LARGEST_DENSE_GRID
         self.mixing = DenseMixing(sparse) if dense else PairedMixing(sparse)
 
     def _mix_along_axes(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.mixing(x)
+        mixed: Tensor = self.mixing(x.permute(0, 2, 3, 1))
         return mixed.permute(0, 3, 1, 2)
 
 

@@ -257,16 +257,15 @@ class TracingPyTorchRunner(PyTorchRunner):
 
             module.register_forward_hook(see)
 
-    def _watch_token_mixing(self, block: nn.Module, index: int) -> None:
-        """A lowered block adds the output of its `fuse`, or of the `mixing` that holds it, to its input."""
-        mixing = getattr(block, "mixing", None)
+    def _watch_token_mixing(self, block: LoweredBlock, index: int) -> None:
+        """A lowered block adds the output of its `mixing` to its input."""
 
         def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._seen["tokens", index] = inputs[0]
 
         def leave(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            mixed = output if mixing is None else output.permute(0, 3, 1, 2)
+            mixed = output.permute(0, 3, 1, 2) if self.metadata.form == "gpu" else output
             self._seen["tokens", index] = self._seen["tokens", index] + mixed
 
         block.register_forward_pre_hook(enter)
-        cast(nn.Module, block.fuse if mixing is None else mixing).register_forward_hook(leave)
+        block.mixing.register_forward_hook(leave)

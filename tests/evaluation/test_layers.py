@@ -208,7 +208,7 @@ class TestRealNetworks:
         ("weight", "where"),
         [
             ("blocks.3.hidden.weight", "stage 2 block 2"),
-            ("blocks.2.width_matrix", "stage 2 block 1 token mixing"),
+            ("blocks.2.mixing.width", "stage 2 block 1 token mixing"),
             ("embeddings.2.weight", "stage 3 embedding"),
         ],
     )

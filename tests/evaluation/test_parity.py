@@ -344,7 +344,7 @@ class TestARealFileBrokenOnPurpose:
         assert failed_gates(self.verified(model, tmp_path)) >= {"class order", "difference", "top-1"}
 
     def test_swapped_axes(self, model: onnx.ModelProto, tmp_path: Path) -> None:
-        self.change(model, "blocks.0.width_matrix", lambda matrix: matrix.T)
+        self.change(model, "blocks.0.mixing.width", lambda matrix: matrix.T)
         assert "difference" in failed_gates(self.verified(model, tmp_path))
 
     def test_one_weight_off_by_a_percent(self, model: onnx.ModelProto, tmp_path: Path) -> None:

@@ -84,11 +84,13 @@ def test_the_original_is_left_alone(model: onnx.ModelProto) -> None:
 
 
 def test_rule_7_a_weight_beyond_the_range_is_an_error_not_an_infinity(model: onnx.ModelProto) -> None:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "blocks.0.fuse.weight")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "blocks.0.mixing.fuse.weight")
     values = numpy_helper.to_array(tensor).copy()
     values.flat[3] = -70000
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    with pytest.raises(ArtifactError, match=r"'blocks\.0\.fuse\.weight' has a value of 70000, beyond fp16's 65504"):
+    with pytest.raises(
+        ArtifactError, match=r"'blocks\.0\.mixing\.fuse\.weight' has a value of 70000, beyond fp16's 65504"
+    ):
         to_half(model, "fp16")
     to_half(model, "bf16")
 

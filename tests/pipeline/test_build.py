@@ -404,7 +404,7 @@ class TestLayerByLayer:
         ("precision", "weight", "where"),
         [
             ("fp32", "blocks.3.hidden.weight", "stage 2 block 2"),
-            ("fp32", "blocks.2.width_matrix", "stage 2 block 1 token mixing"),
+            ("fp32", "blocks.2.mixing.width", "stage 2 block 1 token mixing"),
             ("fp16", "embeddings.2.weight_fp16", "stage 3 embedding"),
         ],
     )
