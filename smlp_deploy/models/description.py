@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smlp_deploy import strictjson
+from smlp_deploy.artifacts import checkpoint_stem
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import ConfigError, UsageError
 from smlp_deploy.files import DATA_FOLDER, read_text
@@ -83,7 +84,7 @@ def describe(
 
 def _name(checkpoint: Checkpoint) -> str:
     official = {variant.weights_file: variant.name for variant in VARIANTS.values() if variant.weights_file}
-    return official.get(checkpoint.path.name, checkpoint.path.stem)
+    return official.get(checkpoint.path.name, checkpoint_stem(checkpoint.path))
 
 
 def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str, ...]:

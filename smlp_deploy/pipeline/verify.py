@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import is_checkpoint
 from smlp_deploy.dependencies import GpuDevice, require, require_onnxruntime, require_proof
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
@@ -163,7 +163,7 @@ def verify_layers(
     with _open_tracer(source, placement, lowered=True) as inside:
         metadata = inside.metadata
         if reference is None:
-            reference = candidate if _is_checkpoint(candidate) else find_reference(metadata, candidate)
+            reference = candidate if is_checkpoint(candidate) else find_reference(metadata, candidate)
         truth = source if reference == candidate else _load(reference, ema=metadata.ema)
         images = images or default_images(metadata)
         with _open_tracer(truth, replace(placement, provider=None), lowered=False) as tracer:
@@ -175,17 +175,13 @@ def verify_layers(
                 return find_divergence(tracer, inside, images, max_error=max_error, layers=layers)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.suffix.lower() in CHECKPOINT_SUFFIXES
-
-
 def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
     """The graph or checkpoint in a file."""
     if path.suffix.lower() == ".onnx":
         from smlp_deploy.graphs.file import Graph
 
         return Graph.read(path)
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         from smlp_deploy.models.checkpoint import load_checkpoint
 
         return load_checkpoint(path, ema=ema)
