@@ -68,7 +68,7 @@ class Checkpoint:
         metadata: labels, preprocessing and training figures, as far as the file states them.
         ema: whether these are the moving-average weights.
         weights: where in the file they stand: "state_dict (keys model.*)".
-        other_weights: where the file's other weights stand, if it has both moving averages and others.
+        others: other weights in the file, each with how to take it.
         left_out: how many tensors beside the weights were not read.
         not_built: the names of what the file would have Python import, at most 32 of them.
     """
@@ -80,7 +80,7 @@ class Checkpoint:
     metadata: CheckpointMetadata
     ema: bool = False
     weights: str = ""
-    other_weights: str | None = None
+    others: tuple[str, ...] = ()
     left_out: int = 0
     not_built: tuple[str, ...] = ()
 
@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
     """
     _require_file(path)
     with _opened(path, ema=ema) as found:
-        entries = found.entries
+        entries, choice = found.entries, found.choice
         _check_entries(entries, path)
         try:
             config = infer_config({key: entry.shape for key, entry in entries.items()})
@@ -122,9 +122,9 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         state_dict=weights,
         metadata=_metadata(path, found.text, config),
         ema=ema,
-        weights=found.choice.taken.name if found.choice else "",
-        other_weights=found.choice.other if found.choice else None,
-        left_out=found.choice.left_out if found.choice else 0,
+        weights=choice.taken.name if choice else "",
+        others=choice.others if choice else (),
+        left_out=choice.left_out if choice else 0,
         not_built=found.not_built,
     )
 

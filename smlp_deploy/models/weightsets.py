@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -21,8 +21,10 @@ _ENOUGH_MARKS = 2
 _MODULES = ("to_patch_embedding.", "token_mix.", "channel_mix.", "batch_norm.", "mlp_head.")
 _AVERAGED = re.compile(r"(?:^|[._-])ema(?:$|[._-])", re.IGNORECASE)
 _USUAL = frozenset(
-    "model state_dict model_state_dict model_state net network module weights params".split()
-    + "model_ema state_dict_ema ema ema_state_dict model_ema_state_dict ema_model".split()
+    (
+        *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "weights", "params"),
+        *("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model"),
+    )
 )
 NO_AVERAGES = "has no moving-average weights, such as 'model_ema'"
 _MAX_DEPTH = 4
@@ -43,7 +45,7 @@ class WeightSet:
 
     path: tuple[str, ...]
     prefix: str
-    mapping: Mapping[Any, Any]
+    mapping: Mapping[Any, Any] = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -70,13 +72,13 @@ class Choice:
     Attributes:
         taken: where they stand.
         values: the network's key -> what stands there.
-        other: the name of the set that the opposite of `ema` takes, if the file has one.
+        others: the other sets in the file, each with how to take it; equal copies are not among them.
         left_out: how many tensors beside them in the same mapping are not read.
     """
 
     taken: WeightSet
     values: dict[str, Any]
-    other: str | None
+    others: tuple[str, ...]
     left_out: int
 
 
@@ -100,11 +102,11 @@ def choose_weights(content: Mapping[Any, Any], *, ema: bool, is_tensor: Callable
         return None
     if len(sets) > _MAX_SETS:
         raise CheckpointError(f"refused: it has more than {_MAX_SETS} sets of weights")
-    wanted, others = _least_unusual(sets, averaged=ema), _least_unusual(sets, averaged=not ema)
+    wanted = _least_unusual(sets, averaged=ema)
     if not wanted:
         if ema:
             raise CheckpointError(NO_AVERAGES, fix="omit --ema")
-        raise CheckpointError(f"has only moving-average weights, {_names(others)}", fix="add --ema to take them")
+        raise CheckpointError(f"has only moving-average weights, {_names(sets)}", fix="add --ema to take them")
     taken = wanted[0]
     values = _values(taken, sets, is_tensor)
     if any(_values(one, sets, is_tensor) != values for one in wanted[1:]):
@@ -114,7 +116,16 @@ def choose_weights(content: Mapping[Any, Any], *, ema: bool, is_tensor: Callable
         )
     tensors = sum(map(is_tensor, taken.mapping.values()))
     read = sum(map(is_tensor, values.values()))
-    return Choice(taken=taken, values=values, other=_names(others) or None, left_out=tensors - read)
+    left = [one for one in sets if one not in wanted]
+    return Choice(
+        taken=taken, values=values, others=tuple(_how_to_take(one, ema) for one in left), left_out=tensors - read
+    )
+
+
+def _how_to_take(one: WeightSet, ema: bool) -> str:
+    if one.averaged == ema:
+        return f"{one.name}; to take it, save it alone"
+    return f"{one.name}; --ema takes it" if one.averaged else f"{one.name}; taken without --ema"
 
 
 def _least_unusual(sets: Sequence[WeightSet], *, averaged: bool) -> list[WeightSet]:

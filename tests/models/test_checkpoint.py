@@ -295,7 +295,7 @@ class TestRefusesWhatDoesNotFit:
             load_checkpoint(tmp_path / "model.safetensors", ema=True)
 
     def test_absent_moving_averages(self, micro_pth: Path) -> None:
-        with pytest.raises(CheckpointError, match="has no moving-average weights, such as 'model_ema'.* omit --ema"):
+        with pytest.raises(CheckpointError, match=r"has no moving-average weights, such as 'model_ema'.* omit --ema"):
             load_checkpoint(micro_pth, ema=True)
 
 
@@ -425,6 +425,11 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, weights: dict[str, Te
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
-    for name, reason in [("absent.pth", "no such file"), ("folder.pth", "is a directory"), ("x.txt", "no such file"), ("x.onnx", "is an artifact")]:
+    for name, reason in [
+        ("absent.pth", "no such file"),
+        ("folder.pth", "is a directory"),
+        ("x.txt", "no such file"),
+        ("x.onnx", "is an artifact"),
+    ]:
         with pytest.raises(CheckpointError, match=reason):
             load_checkpoint(tmp_path / name)
