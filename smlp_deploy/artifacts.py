@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import struct
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ def checkpoint_format(path: Path) -> str | None:
         return "torch" if zipfile.is_zipfile(path) else None
     except OSError:
         return None
+    except (zipfile.BadZipFile, ValueError, struct.error):  # an archive, and damaged
+        return "torch"
 
 
 def is_checkpoint(path: Path) -> bool:
