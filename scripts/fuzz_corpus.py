@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors.torch
@@ -125,7 +125,10 @@ def _images(kind: str) -> list[bytes]:
 def _pths(state: dict[str, Tensor]) -> list[bytes]:
     arguments = argparse.Namespace(lr=0.1, model="nano", crop=None)
     training = {"model": state, "model_ema": state, "epoch": 3, "args": arguments, "lrs": [0.1, 1e-4]}
-    return [torch_bytes(c) for c in (state, training, {f"module.{key}": value.half() for key, value in state.items()})]
+    halves = {f"module.{key}": value.half() for key, value in state.items()}
+    inside = {f"model.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(3)}
+    lightning = {"state_dict": inside, "hyper_parameters": {"root": PurePosixPath("data")}, "callbacks": {"x": {}}}
+    return [torch_bytes(content) for content in (state, training, halves, lightning)]
 
 
 def torch_bytes(content: Any) -> bytes:

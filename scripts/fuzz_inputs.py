@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import onnx
@@ -94,6 +95,7 @@ _NAMES = (
     *("torch FloatStorage", "torch LongStorage", "torch BoolStorage", "torch ByteStorage", "torch Size", "os system"),
     *("collections OrderedDict", "collections Counter", "argparse Namespace", "torch._utils _rebuild_parameter"),
     *("torch._utils _rebuild_tensor_v2", "torch complex64", "torch._utils _rebuild_sparse_tensor", "torch device"),
+    *("pathlib PosixPath", "numpy._core.multiarray scalar"),
 )
 
 
@@ -115,12 +117,21 @@ def _edit_opcode(draw: DrawFn, code: bytes) -> bytes:
 
 def _edit_content(draw: DrawFn, data: bytes) -> Any:
     """What a checkpoint holds, with a tensor, a name or the structure around them changed."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace, PurePosixPath]):
         content = torch.load(io.BytesIO(data), weights_only=True)
-    state = dict(content.get("model", content))
+    state = dict(content.get("model", content.get("state_dict", content)))
     for _ in range(pick(draw, (1, 1, 2))):
         _edit_state(draw, state)
-    wraps: tuple[Any, ...] = (state, {"model": state}, {"state_dict": state, "epoch": 1}, {"model": {"model": state}})
+    prefixed = {f"net.{key}": value for key, value in state.items()}
+    wraps: tuple[Any, ...] = (
+        *(state, {"model": state}, {"state_dict": state, "epoch": 1}, {"model": {"model": state}}),
+        *(
+            prefixed,
+            {"state_dict": prefixed, "root": PurePosixPath("x")},
+            prefixed | state,
+            {"net": state, "ema": prefixed},
+        ),
+    )
     return pick(draw, (*wraps, *wraps, [state], {**state, 3: 4}, {"model": None, **state}, {"model": list(state)}))
 
 

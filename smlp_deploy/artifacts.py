@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import stat
+import struct
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 from smlp_deploy.metadata import ModelMetadata
 
 ARTIFACTS_FOLDER = Path("artifacts")
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+"""By which a checkpoint is told from an artifact; what is in it decides how it is read."""
+
+
+def checkpoint_format(path: Path) -> str | None:
+    """What a file's content says it is: "safetensors" or "torch", the zip archive of torch.save; None for neither."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+            return "safetensors"
+        return "torch" if zipfile.is_zipfile(path) else None
+    except OSError:
+        return None
+    except (zipfile.BadZipFile, ValueError, struct.error):  # an archive, and damaged
+        return "torch"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one by its name or, if that is not an artifact's, by its content."""
+    suffix = path.suffix.lower()
+    if suffix in CHECKPOINT_SUFFIXES or suffix in (".onnx", ".engine"):
+        return suffix in CHECKPOINT_SUFFIXES
+    return path.is_file() and checkpoint_format(path) is not None
+
+
+def checkpoint_stem(path: Path) -> str:
+    """A checkpoint's name without its suffix; `.pth.tar` is one."""
+    name = path.name
+    return Path(name[: -len(".tar")] if name.lower().endswith(".pth.tar") else name).stem
 
 
 def default_path(metadata: ModelMetadata) -> Path:

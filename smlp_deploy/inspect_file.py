@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import is_checkpoint
 from smlp_deploy.dependencies import require, require_torch
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import sha256_of
@@ -22,14 +22,14 @@ def inspect_file(path: Path, *, ema: bool = False) -> dict[str, Any]:
     """
     if path.suffix.lower() == ".onnx":
         return _onnx_facts(path)
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if is_checkpoint(path):
         return _checkpoint_facts(path, ema=ema)
     if path.suffix.lower() == ".engine":
         return _engine_facts(path)
     raise UsageError(
         "neither a checkpoint, an ONNX file nor an engine",
         where=path,
-        fix="expected .pth, .safetensors, .onnx or .engine",
+        fix="expected weights as torch.save or safetensors writes them, .onnx or .engine",
     )
 
 
@@ -47,6 +47,10 @@ def _checkpoint_facts(path: Path, *, ema: bool) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "parameters": parameter_count(checkpoint.config),
         "macs": mac_count(checkpoint.config),
+        "weights": checkpoint.weights,
+        "other_weights": checkpoint.others,
+        "tensors_left_out": checkpoint.left_out,
+        "not_built": checkpoint.not_built,
         **asdict(checkpoint.metadata),
     }
 

@@ -296,10 +296,13 @@ class TestExport:
             def __reduce__(self) -> tuple[object, tuple[str]]:
                 return os.system, ("touch proof",)
 
-        torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1), "args": Runs()}, "hostile.pth")
+        torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1), "args": Runs()}, "beside.pth")
+        assert json.loads(smlp("inspect", "--json", "beside.pth").out)["not_built"] == ["posix.system"]
+        assert smlp("export", "beside.pth").code == 0
+        torch.save({"model": Runs()}, "hostile.pth")
         outcome = smlp("export", "hostile.pth")
         assert outcome.code == 1
-        assert "refused, and nothing was run: the file asks for posix.system" in one_error(outcome)
+        assert "its weights are a posix.system, which is not built" in one_error(outcome)
         assert not Path("proof").exists()
 
 

@@ -111,11 +111,39 @@ def calls(proof: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", sorted(calls(Path("x"))))
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_no_code_is_run(tmp_path: Path, weights: dict[str, Tensor], case: str, protocol: int) -> None:
+def test_no_code_beside_the_weights_is_run_or_built(tmp_path: Path, weights: dict[str, Tensor], case: str) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "model.pth"
+    torch.save({"extra": calls(proof)[case], "model": weights}, path)
+    checkpoint = load_checkpoint(path)
+    assert torch.equal(checkpoint.state_dict[KEY], weights[KEY])
+    assert checkpoint.not_built
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("case", sorted(calls(Path("x"))))
+def test_no_code_in_the_weights_place_is_run(tmp_path: Path, weights: dict[str, Tensor], case: str) -> None:
+    proof = tmp_path / "proof"
+    call = calls(proof)[case]
+    for name, content, reason in [
+        ("whole", call, r"^holds (a [\w.]+, not a state dict|no weights)"),
+        ("model", {"model": call, "epoch": 3}, r"^(its weights are a [\w.]+, which is not built|holds no weights)"),
+        ("tensor", {"model": weights | {KEY: call}}, rf"^'{KEY}' is a [\w.]+, not a tensor"),
+    ]:
+        path = tmp_path / f"{name}.pth"
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=reason):
+            load_checkpoint(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("case", sorted(calls(Path("x"))))
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_no_instruction_is_read_that_is_not_torchs(
+    tmp_path: Path, weights: dict[str, Tensor], case: str, protocol: int
+) -> None:
     proof, path = tmp_path / "proof", tmp_path / "model.pth"
     torch.save({"model": weights, "extra": calls(proof)[case]}, path, pickle_protocol=protocol)
-    with pytest.raises(CheckpointError, match=r"^refused, and nothing was run: the file (asks for|uses) "):
+    with pytest.raises(CheckpointError, match=r"^refused, and nothing was run: the file uses FRAME"):
         load_checkpoint(path)
     assert not proof.exists()
 
@@ -139,7 +167,8 @@ def test_no_code_is_run_whatever_the_instruction(tmp_path: Path, case: str) -> N
     proof = tmp_path / "proof"
     # The paths differ in length, and so would the text.
     program = HAND_MADE[case].replace(text("touch PROOF"), text(f"touch {proof}"))
-    with pytest.raises(CheckpointError, match=r"^refused, and nothing was run|^damaged torch file"):
+    reason = r"^refused, and nothing was run|^damaged torch file|^holds a [\w. ]+, not a state dict"
+    with pytest.raises(CheckpointError, match=reason):
         load_checkpoint(packed(tmp_path / "model.pth", program))
     assert not proof.exists()
 
@@ -206,9 +235,9 @@ LYING_TENSORS = {
     "a thousand axes": (tensor(storage(), shape=(1,) * 1000, stride=(1,) * 1000), "damaged torch file"),
     "a negative storage": (tensor(storage(elements=-4)), "damaged torch file"),
     "no storage": (tensor(text("storage")), "damaged torch file"),
-    "a storage of no type": (tensor(storage(kind="Untyped")), "asks for torch.UntypedStorage"),
-    "complex": (tensor(storage(kind="ComplexFloat")), "asks for torch.ComplexFloatStorage"),
-    "quantized": (tensor(storage(kind="QInt8")), "asks for torch.QInt8Storage"),
+    "a storage of no type": (tensor(storage(kind="Untyped")), "'weight' is a torch.UntypedStorage"),
+    "complex": (tensor(storage(kind="ComplexFloat")), "'weight' is a torch.ComplexFloatStorage"),
+    "quantized": (tensor(storage(kind="QInt8")), "'weight' is a torch.QInt8Storage"),
 }
 
 
@@ -222,12 +251,12 @@ def test_a_tensor_that_lies_is_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda t: t.to_sparse(), "asks for torch._utils._rebuild_sparse_tensor"),
-        (lambda t: t.to_sparse_csr(), "asks for torch._utils._rebuild_sparse"),
-        (lambda t: t.to("meta"), "asks for torch._utils._rebuild_meta_tensor"),
-        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "asks for torch._utils._rebuild_qtensor"),
-        (lambda t: t.to(torch.complex64), "asks for torch.ComplexFloatStorage"),
-        (lambda t: t.to(torch.float8_e5m2), "asks for "),
+        (lambda t: t.to_sparse(), f"'{KEY}' is a torch._utils._rebuild_sparse_tensor"),
+        (lambda t: t.to_sparse_csr(), f"'{KEY}' is a torch._utils._rebuild_sparse"),
+        (lambda t: t.to("meta"), f"'{KEY}' is a torch._utils._rebuild_meta_tensor"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), f"'{KEY}' is a torch._utils._rebuild_qtensor"),
+        (lambda t: t.to(torch.complex64), f"'{KEY}' is a torch.ComplexFloatStorage"),
+        (lambda t: t.to(torch.float8_e5m2), f"'{KEY}' is a "),
         (lambda t: t.to(torch.int64), f"'{KEY}' is int64, expected float32"),
         (lambda t: t.bool(), f"'{KEY}' is bool, expected float32"),
         (lambda t: t.tolist(), f"'{KEY}' is a list, not a tensor"),
@@ -559,6 +588,10 @@ def test_memory_stays_within_a_multiple_of_the_file(
     many_objects = b"\x80\x02]" + b"}a" * 900_000 + b"."
     first = text("k") + tensor(storage(elements=1 << 20), shape=(1 << 20,), stride=(1,)) + b"q\x00"
     aliased = b"\x80\x02}(" + first + b"".join(text(f"k{i}") + b"h\x00" for i in range(60_000))
+    names = b"".join(b"cm\n%d\n" % i for i in range(900_000))
+    called = b"cposix\n" + b"x" * (1 << 20) + b"\nq\x00" + b"h\x00)R" * 400_000
+    prefixed = {f"{i}.{key}": tensor for i in range(300) for key, tensor in list(weights.items())[:9]}
+    torch.save(prefixed | {f"{i}.{KEY}": weights[KEY] for i in range(300)}, tmp_path / "prefixed.pth")
     wide = dict(weights) | {"mlp_head.0.weight": torch.zeros(1).expand(1 << 30, 64)}
     torch.save(wide, tmp_path / "wide.pth")
     large = {"model": weights, "optimizer": torch.zeros(16 << 20)}
@@ -566,6 +599,9 @@ def test_memory_stays_within_a_multiple_of_the_file(
     files = [
         micro_pth,
         packed(tmp_path / "objects.pth", many_objects),
+        packed(tmp_path / "names.pth", b"\x80\x02" + names + b"."),
+        packed(tmp_path / "called.pth", b"\x80\x02" + called + b"."),
+        tmp_path / "prefixed.pth",
         packed(tmp_path / "aliased.pth", aliased + b"u.", {"0": bytes(4 << 20)}),
         one_tensor(tmp_path / "terabytes.pth", tensor(storage(), shape=(1 << 36, 4))),
         one_tensor(tmp_path / "strided.pth", tensor(storage(), shape=(1 << 40, 1), stride=(0, 0))),

@@ -10,6 +10,7 @@ def evaluate(
     dataset: o.DatasetArgument,
     model: o.ModelsOption = None,
     mapping: o.MappingOption = None,
+    class_order: o.ClassOrderOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
     batch_size: o.BatchSizeOption = None,
@@ -32,12 +33,16 @@ def evaluate(
     from smlp_deploy.commands.terminal import building, suggest
     from smlp_deploy.evaluation.accuracy import evaluate_dataset
     from smlp_deploy.images.dataset import read_mapping
+    from smlp_deploy.images.labels import read_labels
     from smlp_deploy.reports import evaluation_page
 
     check_html(html, beside=output)
     if resume and output is None:
         raise UsageError("only a report written to a file can be continued", where="--resume", fix="add -o report.json")
+    if mapping and class_order:
+        raise UsageError("contradicts --mapping", where="--class-order", fix="give one of them")
     names = read_mapping(mapping) if mapping else None
+    order = read_labels(class_order) if class_order else None
     placement = o.choose_placement(device, provider, model or [])
     paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
@@ -45,6 +50,7 @@ def evaluate(
             paths,
             dataset,
             mapping=names,
+            class_order=order,
             placement=placement,
             batch_size=batch_size,
             workers=workers,

@@ -47,7 +47,8 @@ def export(
 
     require_torch("to export")
     require_onnxruntime()
-    from smlp_deploy.models.description import describe, read_labels
+    from smlp_deploy.images.labels import read_labels
+    from smlp_deploy.models.description import describe
 
     names = read_labels(labels) if labels else None
     prepared = _preprocessing(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)

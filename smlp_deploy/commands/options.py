@@ -79,8 +79,8 @@ CheckpointArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="CHECKPOINT|VARIANT",
-        help="A .pth or .safetensors file, or a variant name for its official weights. "
-        "Default: the bundled digits model.",
+        help="Weights as torch.save, Lightning, timm or safetensors write them, or a variant name for its official "
+        "weights. Default: the bundled digits model.",
     ),
 ]
 BuildSourceArgument = Annotated[
@@ -200,7 +200,10 @@ PerChannelOption = Annotated[
 
 LabelsOption = Annotated[
     Path | None,
-    typer.Option(help="Class names: a text file, one per line, or a JSON list.", rich_help_panel=PREPROCESSING_PANEL),
+    typer.Option(
+        help="Class names: a text file, one per line, JSON, or a folder of class folders.",
+        rich_help_panel=PREPROCESSING_PANEL,
+    ),
 ]
 MeanOption = Annotated[
     str | None,
@@ -284,6 +287,10 @@ MinAccuracyOption = Annotated[
 ]
 MappingOption = Annotated[
     Path | None, typer.Option(help="The dataset's class names: JSON, or CSV of folder and label.")
+]
+ClassOrderOption = Annotated[
+    Path | None,
+    typer.Option(help="The dataset's class names in the order of the model's classes; the same forms as --labels."),
 ]
 
 # Graphs and engines.

@@ -29,7 +29,13 @@ def load_source(source: str | None, *, ema: bool) -> Checkpoint:
         return load_checkpoint(BUNDLED_CHECKPOINT, ema=ema)
     with downloading() as progress:
         path = find_checkpoint(source, progress=progress)
-    return load_checkpoint(path, ema=ema)
+    checkpoint = load_checkpoint(path, ema=ema)
+    if checkpoint.others or checkpoint.weights not in ("the whole file", "model", "state_dict"):
+        left_out = f"; tensors beside them that are left out: {checkpoint.left_out}" if checkpoint.left_out else ""
+        note(f"{path.name}: the weights taken are {checkpoint.weights}{left_out}")
+    for other in checkpoint.others:
+        note(f"{path.name} also has {other}")
+    return checkpoint
 
 
 def source_graph(source: str | None, *, form: str) -> Graph:

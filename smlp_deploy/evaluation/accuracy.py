@@ -163,7 +163,7 @@ class Evaluation:
     """The result of an evaluation.
 
     Attributes:
-        named_by: how the dataset names its classes: by "label", "synset" or "index".
+        named_by: how the dataset names its classes: by "label", "synset", "index" or "order".
         labels: of the models.
         evaluated: readable images; the others count neither as right nor as wrong.
         models: in the order given.
@@ -266,6 +266,7 @@ def evaluate_dataset(
     dataset: Path,
     *,
     mapping: Mapping[str, str] | None = None,
+    class_order: Sequence[str] | None = None,
     placement: Placement = ANYWHERE,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -279,6 +280,7 @@ def evaluate_dataset(
         models: artifacts and checkpoints with the same labels and preprocessing.
         dataset: a folder with one subfolder per class, or a CSV file; see `find_labelled_images`.
         mapping: the dataset's name of a class -> its label.
+        class_order: the dataset's names in the order of the models' classes.
         placement: where the models run.
         batch_size: images per run of a network; by default what the first model is fastest with.
         workers: decoding threads; by default one per core.
@@ -297,7 +299,9 @@ def evaluate_dataset(
         runners = [stack.enter_context(open_runner(path, placement=placement.for_file(path))) for path in models]
         metadata = runners[0].metadata
         synsets = imagenet_synsets(metadata.labels)
-        samples = find_labelled_images(dataset, metadata.labels, synsets=synsets, mapping=mapping)
+        samples = find_labelled_images(
+            dataset, metadata.labels, synsets=synsets, mapping=mapping, class_order=class_order
+        )
         stop, kept = None, None
         if output is not None:
             batch_size = batch_size or batch_size_of(runners[0])

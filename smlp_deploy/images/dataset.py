@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,13 +17,16 @@ from smlp_deploy import strictjson
 from smlp_deploy.errors import UsageError
 from smlp_deploy.files import DATA_FOLDER, read_file, read_text
 from smlp_deploy.images.find import find_images
+from smlp_deploy.images.labels import class_folders
+
+logger = logging.getLogger(__name__)
 
 _MAX_CSV_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage:
-    """A labelled image; `named_by` says how the dataset named its class: by "label", "synset" or "index"."""
+    """A labelled image; `named_by` says how the dataset named its class: by "label", "synset", "index" or "order"."""
 
     path: Path
     label: int
@@ -35,18 +39,22 @@ def find_labelled_images(
     *,
     synsets: Sequence[str] | None = None,
     mapping: Mapping[str, str] | None = None,
+    class_order: Sequence[str] | None = None,
 ) -> tuple[LabelledImage, ...]:
     """The images of a dataset: a folder with one folder per class, or a CSV file with the columns path and label.
 
     Classes are named by label, by synset id or by index from 0: the first of these that matches all the names, so that
-    folders 0 to 9 are labels where the labels are digits. Folders that begin with a dot are skipped. A class folder
-    without images is returned itself, as an unreadable image.
+    folders 0 to 9 are labels where the labels are digits. Where the model only numbers its classes and the folders have
+    names, as many as it has classes, they are taken in sorted order, as torchvision's ImageFolder numbers them, and a
+    warning says so. Folders that begin with a dot are skipped. A class folder without images is returned itself, as an
+    unreadable image.
 
     Args:
         dataset: the folder or the file; the paths in a file are relative to it.
         labels: the model's.
         synsets: the WordNet id of each label.
         mapping: the dataset's class names -> labels; a name that is not in it stays as it is.
+        class_order: the dataset's class names in the order of the labels; nothing else is then asked.
 
     Raises:
         UsageError: it cannot be read, has no images, or names a class that the model does not have.
@@ -56,10 +64,16 @@ def find_labelled_images(
     if not groups:
         raise UsageError("has no images", where=dataset, fix="give a folder with one folder per class, or a CSV file")
     names = {name: (mapping or {}).get(name, name) for _, name, _ in groups}
-    kind, indices = _named_by(set(names.values()), labels, synsets)
+    if class_order is None and dataset.is_dir() and _only_numbers(names.values(), labels, synsets):
+        class_order = _sorted_order(sorted(names), labels, dataset)
+    if class_order is not None:
+        kind, indices = "order", _ordered(class_order, labels)
+    else:
+        kind, indices = _named_by(set(names.values()), labels, synsets)
     for where, name, _ in groups:
         if names[name] not in indices:
-            raise _unknown(names[name], where, kind, {"label": labels, "synset": synsets or ()}.get(kind, ()))
+            known = {"label": labels, "synset": synsets, "order": class_order}.get(kind)
+            raise _unknown(names[name], where, kind, known or ())
     return tuple(LabelledImage(path, indices[names[name]], kind) for _, name, paths in groups for path in paths)
 
 
@@ -92,11 +106,7 @@ def read_mapping(path: Path) -> dict[str, str]:
 
 def _folders(dataset: Path) -> Iterator[tuple[str, str, list[Path]]]:
     """Each class folder, its name and the images below it, sorted."""
-    try:
-        folders = sorted(path for path in dataset.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise UsageError(f"cannot read it: {error.strerror}", where=dataset) from None
-    for folder in folders:
+    for folder in class_folders(dataset):
         # The dot keeps a relative folder that begins with @ from being taken for a list of images.
         yield str(folder), folder.name, list(find_images([os.path.join(os.curdir, folder)], ()))  # noqa: PTH118
 
@@ -132,9 +142,49 @@ def _named_by(names: Set[str], labels: Sequence[str], synsets: Sequence[str] | N
     return kind, tables[kind]
 
 
+def _only_numbers(names: Iterable[str], labels: Sequence[str], synsets: Sequence[str] | None) -> bool:
+    """Whether the model's labels are the numbers of its classes, and the dataset has names and no number."""
+    numbered = tuple(labels) == tuple(map(str, range(len(labels))))
+    return numbered and synsets is None and not any(re.fullmatch("[0-9]+", name) for name in names)
+
+
+def _sorted_order(names: Sequence[str], labels: Sequence[str], dataset: Path) -> Sequence[str]:
+    """The sorted names as the order of the classes, with a warning."""
+    if len(names) != len(labels):
+        raise UsageError(
+            f"names its classes, and the model only numbers them: {len(names)} folders for {len(labels)} classes",
+            where=dataset,
+            fix="give the names in the order of training with --class-order, or to smlp export with --labels",
+        )
+    logger.warning(
+        "the model only numbers its classes; the folders are taken in sorted order, as ImageFolder numbers them: "
+        "0 is %s, %d is %s (--class-order gives another)",
+        names[0],
+        len(names) - 1,
+        names[-1],
+    )
+    return names
+
+
+def _ordered(names: Sequence[str], labels: Sequence[str]) -> dict[str, int]:
+    """The class of each name in a list of them.
+
+    Raises:
+        UsageError: it is not one name for each class.
+    """
+    indices = {name: index for index, name in enumerate(names)}
+    if not len(indices) == len(names) == len(labels):
+        what = f"{len(indices)} different names for {len(labels)} classes"
+        raise UsageError(what, where="--class-order", fix="give one name for each class of the model")
+    return indices
+
+
 def _unknown(name: str, where: str, kind: str, known: Sequence[str]) -> UsageError:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? Rename it," if close else "use one of the model's, counted from 0 if an index,"
+    if kind == "order":
+        fix = f"did you mean {close[0]!r}?" if close else "give the name of every class with --class-order"
+        return UsageError(f"{name!r} is not in the given order of classes", where=where, fix=fix)
     return UsageError(
         f"{name!r} is not the {kind} of exactly one class",
         where=where,

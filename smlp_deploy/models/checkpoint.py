@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from smlp_deploy import strictjson
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import checkpoint_format, checkpoint_stem
 from smlp_deploy.errors import CheckpointError, ConfigError
 from smlp_deploy.files import check_regular, read_text, sha256_of
 from smlp_deploy.metadata import METADATA_KEY, CheckpointMetadata, SMLPNetConfig
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.models.torchfile import Placeholder, StoredTensor, open_torch_file
+from smlp_deploy.models.weightsets import NO_AVERAGES, Choice, choose_weights
 
 logger = logging.getLogger(__name__)
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PREFIXES = ("module.", "_orig_mod.")
 _WEIGHT_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
+_SAVE_STATE_DICT = "save the state dict: torch.save(network.state_dict(), FILE)"
 _MAX_HEADER_BYTES = 8 << 20
 _MAX_KEYS = 1 << 16
 _MAX_KEY_LENGTH = 200
@@ -66,6 +67,10 @@ class Checkpoint:
         state_dict: float32, every value finite, exactly the keys of `SMLPNet(config)`.
         metadata: labels, preprocessing and training figures, as far as the file states them.
         ema: whether these are the moving-average weights.
+        weights: where in the file they stand: "state_dict (keys model.*)".
+        others: other weights in the file, each with how to take it.
+        left_out: how many tensors beside the weights were not read.
+        not_built: the names of what the file would have Python import, at most 32 of them.
     """
 
     path: Path
@@ -74,6 +79,10 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     metadata: CheckpointMetadata
     ema: bool = False
+    weights: str = ""
+    others: tuple[str, ...] = ()
+    left_out: int = 0
+    not_built: tuple[str, ...] = ()
 
     def network(self) -> SMLPNet:
         """The trained network with its own copy of the weights, in evaluation mode."""
@@ -84,22 +93,22 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
-    """Read a `.pth` or `.safetensors` file.
+    """Read a file of torch.save or safetensors, whatever its name.
 
-    A `.pth` may be an official one (a dict with `model`, perhaps `model_ema`, and training state), or a bare state
-    dict; `module.` and `_orig_mod.` prefixes are removed. Labels and preprocessing come from safetensors metadata or
-    from a `.json` beside the file.
+    The weights are found wherever a training tool has put them: in nested mappings, under any prefix of their keys
+    (`choose_weights`). Labels and preprocessing come from safetensors metadata or from a `.json` beside the file.
 
     Args:
         path: the file.
         ema: take the moving-average weights of a training checkpoint.
 
     Raises:
-        CheckpointError: it is unsafe, damaged, or not an sMLPNet; the message names the key and both shapes.
+        CheckpointError: it is unsafe, damaged, or not an sMLPNet; the message names the key and both shapes. Or it has
+            several networks and does not say which is meant.
     """
     _require_file(path)
-    with _entries(path, ema=ema) as (found, text):
-        entries = _without_prefixes(found)
+    with _opened(path, ema=ema) as found:
+        entries, choice = found.entries, found.choice
         _check_entries(entries, path)
         try:
             config = infer_config({key: entry.shape for key, entry in entries.items()})
@@ -111,8 +120,12 @@ def load_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         sha256=sha256_of(path),
         config=config,
         state_dict=weights,
-        metadata=_metadata(path, text, config),
+        metadata=_metadata(path, found.text, config),
         ema=ema,
+        weights=choice.taken.name if choice else "",
+        others=choice.others if choice else (),
+        left_out=choice.left_out if choice else 0,
+        not_built=found.not_built,
     )
 
 
@@ -202,52 +215,86 @@ def _is_counter(key: str) -> bool:
 
 
 def _require_file(path: Path) -> None:
-    if path.suffix.lower() not in CHECKPOINT_SUFFIXES:
-        raise CheckpointError(
-            "not a checkpoint file name", where=path, fix=f"expected {', '.join(CHECKPOINT_SUFFIXES)}"
-        )
+    if path.suffix.lower() in (".onnx", ".engine"):
+        raise CheckpointError("is an artifact by its name, not a checkpoint", where=path, fix="give a weights file")
     if not check_regular(path, error=CheckpointError, fix="give the path of a weights file"):
         raise CheckpointError("empty file", where=path, fix="fetch it again")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a file holds, to be read while it is open.
+
+    Attributes:
+        entries: the network's key -> tensor.
+        choice: which of the file's tensors these are; None if they are no sMLPNet's.
+        text: the metadata of safetensors, if any.
+        not_built: see `Checkpoint`.
+    """
+
+    entries: dict[str, _Entry]
+    choice: Choice | None
+    text: str | None = None
+    not_built: tuple[str, ...] = ()
+
+
 @contextmanager
-def _entries(path: Path, *, ema: bool) -> Iterator[tuple[dict[str, _Entry], str | None]]:
-    """The tensors of a file, which stays open, and its metadata text, if any."""
-    if path.suffix.lower() == ".safetensors":
-        if ema:
-            raise CheckpointError("a safetensors file has no moving-average weights", where=path, fix="omit --ema")
-        with _safetensors_entries(path) as found:
-            yield found
-        return
+def _opened(path: Path, *, ema: bool) -> Iterator[_Found]:
+    """A file, open, and the tensors to read from it."""
+    kind = checkpoint_format(path) or ("safetensors" if path.suffix.lower() == ".safetensors" else "torch")
+    with _open_safetensors(path, ema=ema) if kind == "safetensors" else _open_torch(path, ema=ema) as found:
+        yield found
+
+
+@contextmanager
+def _open_torch(path: Path, *, ema: bool) -> Iterator[_Found]:
     with open_torch_file(path) as file:
-        tensors = _unwrap(file.content, path, ema=ema)
+        choice = _choose(file.content, path, ema=ema, kind=StoredTensor)
+        state_dict = choice.values if choice else _unwrap(file.content, path, ema=ema)
+        tensors = _tensors(state_dict, path, known=choice is not None)
         for key, tensor in tensors.items():
             file.check(tensor, key)
         claimed = sum(tensor.nbytes for tensor in tensors.values())
         if claimed > _MOST_COPIES * path.stat().st_size:
             raise CheckpointError("refused: its tensors share values and claim far more than it holds", where=path)
-        yield {key: _described(tensor, file.read) for key, tensor in tensors.items()}, None
+        entries = {key: _described(tensor, file.read) for key, tensor in tensors.items()}
+        yield _Found(entries=entries, choice=choice, not_built=file.not_built)
 
 
 def _described(tensor: StoredTensor, read: Callable[[StoredTensor], Tensor]) -> _Entry:
     return _Entry(shape=tensor.shape, dtype=tensor.dtype, read=lambda: read(tensor))
 
 
-def _unwrap(content: Any, path: Path, *, ema: bool) -> dict[str, StoredTensor]:
-    """The state dict inside a saved object."""
+def _choose(content: Any, path: Path, *, ema: bool, kind: type) -> Choice | None:
+    """The weights in a saved object; None if it has none of an sMLPNet."""
     if not isinstance(content, dict):
-        raise CheckpointError(f"holds a {_kind(content)}, not a state dict", where=path)
+        raise CheckpointError(f"holds a {_kind(content)}, not a state dict", where=path, fix=_SAVE_STATE_DICT)
+    try:
+        return choose_weights(content, ema=ema, is_tensor=lambda value: isinstance(value, kind))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, where=path, fix=error.fix) from None
+
+
+def _unwrap(content: dict[Any, Any], path: Path, *, ema: bool) -> dict[Any, Any]:
+    """The state dict in a saved object that has none of an sMLPNet, to say what is wrong with it."""
     wanted = _EMA_KEYS if ema else _WEIGHT_KEYS
-    inner = next((content[key] for key in wanted if isinstance(content.get(key), dict)), None)
+    inner = next((content[key] for key in wanted if isinstance(content.get(key), (dict, Placeholder))), None)
     if inner is None and ema:
-        raise CheckpointError(f"has no {' or '.join(map(repr, _EMA_KEYS))}", where=path, fix="omit --ema")
-    state_dict = content if inner is None else inner
+        raise CheckpointError(NO_AVERAGES, where=path, fix="omit --ema")
+    if isinstance(inner, Placeholder):
+        raise CheckpointError(f"its weights are a {inner.name}, which is not built", where=path, fix=_SAVE_STATE_DICT)
+    return content if inner is None else inner
+
+
+def _tensors(state_dict: dict[Any, Any], path: Path, *, known: bool) -> dict[str, StoredTensor]:
+    """The state dict, after checking that it is one; `known` says that it has keys of an sMLPNet."""
     if not state_dict or not all(isinstance(key, str) for key in state_dict):
         raise CheckpointError("holds no state dict: a mapping from names to tensors", where=path)
     _check_keys(state_dict, path)
     for key, value in state_dict.items():
         if not isinstance(value, StoredTensor):
-            raise CheckpointError(f"{key!r} is a {_kind(value)}, not a tensor", where=path)
+            what = f"{key!r} is a {_kind(value)}, not a tensor of numbers"
+            raise CheckpointError(what if known else f"holds no weights of an sMLPNet: {what}", where=path)
     return state_dict
 
 
@@ -264,7 +311,7 @@ def _check_keys(keys: Collection[str], path: Path) -> None:
 
 
 @contextmanager
-def _safetensors_entries(path: Path) -> Iterator[tuple[dict[str, _Entry], str | None]]:
+def _open_safetensors(path: Path, *, ema: bool) -> Iterator[_Found]:
     _check_keys(_header_keys(path), path)
     with ExitStack() as stack:
         with _damaged_safetensors(path):
@@ -272,7 +319,10 @@ def _safetensors_entries(path: Path) -> Iterator[tuple[dict[str, _Entry], str | 
             names = file.keys()
             entries = {name: _safetensors_entry(file, name, path) for name in names}
             text = (file.metadata() or {}).get(METADATA_KEY)
-        yield entries, text
+        choice = _choose(entries, path, ema=ema, kind=_Entry)
+        if choice is None and ema:
+            raise CheckpointError(NO_AVERAGES, where=path, fix="omit --ema")
+        yield _Found(entries=choice.values if choice else entries, choice=choice, text=text)
 
 
 def _safetensors_entry(file: Any, name: str, path: Path) -> _Entry:
@@ -312,12 +362,6 @@ def _header_keys(path: Path) -> list[str]:
     return [key for key in document if key != "__metadata__"]
 
 
-def _without_prefixes(entries: dict[str, _Entry]) -> dict[str, _Entry]:
-    while prefix := next((p for p in _PREFIXES if entries and all(key.startswith(p) for key in entries)), None):
-        entries = {key.removeprefix(prefix): entry for key, entry in entries.items()}
-    return entries
-
-
 def _check_entries(entries: Mapping[str, _Entry], path: Path) -> None:
     for key, entry in entries.items():
         allowed = (torch.int64,) if _is_counter(key) else _WEIGHT_DTYPES
@@ -343,7 +387,7 @@ def _weights(entries: Mapping[str, _Entry], path: Path) -> dict[str, Tensor]:
 
 
 def _metadata(path: Path, text: str | None, config: SMLPNetConfig) -> CheckpointMetadata:
-    beside = path.with_suffix(".json")
+    beside = path.with_name(f"{checkpoint_stem(path)}.json")
     source: Path = path
     if text is None and beside.is_file():
         source = beside

@@ -7,42 +7,28 @@ assumption is logged as a warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from smlp_deploy import strictjson
+from smlp_deploy.artifacts import checkpoint_stem
 from smlp_deploy.dependencies import installed_version
-from smlp_deploy.errors import ConfigError, UsageError
-from smlp_deploy.files import DATA_FOLDER, read_text
+from smlp_deploy.errors import ConfigError, SmlpError, UsageError
+from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.variants import VARIANTS, variant_of
 
 logger = logging.getLogger(__name__)
 
+_MOST = 2
+"""A mean or standard deviation above this is none of pixels from 0 to 1."""
+
 
 def imagenet_labels() -> tuple[str, ...]:
     """The names of the 1,000 ILSVRC 2012 classes, in the order of their WordNet ids; each name is unique."""
     lines = (DATA_FOLDER / "imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
     return tuple(line.split("\t")[1] for line in lines)
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names from a text file with one per line, or from a `.json` file with a list of them.
-
-    Raises:
-        UsageError: the file cannot be read, or is not such a list.
-    """
-    text = read_text(path, error=UsageError, fix="--labels names a text file, or a JSON list")
-    try:
-        labels = strictjson.loads(text) if path.suffix == ".json" else text.splitlines()
-    except ValueError as error:
-        raise UsageError(f"cannot read the labels: {error}", where=path) from None
-    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise UsageError("does not hold one name per class", where=path)
-    return tuple(label.strip() for label in labels)
 
 
 def describe(
@@ -83,7 +69,7 @@ def describe(
 
 def _name(checkpoint: Checkpoint) -> str:
     official = {variant.weights_file: variant.name for variant in VARIANTS.values() if variant.weights_file}
-    return official.get(checkpoint.path.name, checkpoint.path.stem)
+    return official.get(checkpoint.path.name, checkpoint_stem(checkpoint.path))
 
 
 def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -106,6 +92,8 @@ def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str,
 
 def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preprocessing:
     own = checkpoint.metadata.preprocessing
+    if own is not None and not {"mean", "std"} & given.keys():
+        _check_scale(own, ConfigError, where=f"the preprocessing that belongs to {checkpoint.path.name}")
     if own is None:
         own = Preprocessing(image_size=checkpoint.config.image_size)
         if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
@@ -117,4 +105,35 @@ def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preproce
                 own.interpolation,
                 own.image_size,
             )
-    return replace(own, **given)
+    prepared = replace(own, **given)
+    _check_scale(prepared, UsageError, where="--mean, --std")
+    return prepared
+
+
+def _check_scale(preprocessing: Preprocessing, error: type[SmlpError], *, where: str) -> None:
+    """Refuse a mean and a standard deviation of pixels from 0 to 255: pixels here are from 0 to 1.
+
+    Of values from 0 to 1 the mean is at most 1 and the standard deviation at most 0.5, and a std of 1 leaves them as
+    they are. Up to 2 is allowed, because some networks are trained with constants that are no statistics. Pixels from 0
+    to 255 have both below 2 only if the images are black.
+
+    Raises:
+        SmlpError: they are; of the type `error`.
+    """
+    mean, std = preprocessing.mean, preprocessing.std
+    wrong = {"mean": mean} if max(map(abs, mean)) > _MOST else {}
+    # A std of 1 beside such a mean says that the pixels were only centred, on the same scale.
+    if max(std) > _MOST or (wrong and max(std) >= 1):
+        wrong["std"] = std
+    if wrong:
+        found = " and ".join(f"{name} {_listed(values)}" for name, values in wrong.items())
+        by_255 = {name: [value / 255 for value in values] for name, values in wrong.items()}
+        raise error(
+            f"{found}: for pixels from 0 to 255, but here pixels are from 0 to 1",
+            where=where,
+            fix=f"divide by 255: {' '.join(f'--{name} {_listed(values)}' for name, values in by_255.items())}",
+        )
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.6g}" for value in values)

@@ -1,9 +1,10 @@
 """`.pth` files without torch.load: the pickle inside is interpreted as a description, and tensors are read one by one.
 
 A pickle is a program. This reader knows only the instructions that `torch.save` writes, and builds only plain data,
-`StoredTensor`s and `Placeholder`s: nothing is imported or called, whatever the file asks for. Before that, every member
-of the zip archive is compared with its checksum. Only zipfile reads the archive, so that no second reader can see
-different contents in it.
+`StoredTensor`s and `Placeholder`s: nothing is imported or called, whatever the file asks for. What a training script
+saves beside its weights (metrics, hyperparameters, paths) becomes a placeholder, which keeps nothing but a name. Before
+that, every member of the zip archive is compared with its checksum. Only zipfile reads the archive, so that no second
+reader can see different contents in it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ _DTYPES = {
 }
 _MAPPINGS = ("collections OrderedDict", "collections Counter")
 _TENSOR, _PARAMETER = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"
-_IGNORED = ("argparse Namespace", "torch Size", "torch device")
-_NAMES = frozenset((*_DTYPES, *_MAPPINGS, _TENSOR, _PARAMETER, *_IGNORED))
+_BUILT = frozenset((*_DTYPES, *_MAPPINGS, _TENSOR, _PARAMETER))
+_MAX_NAME_LENGTH = 120
+_MAX_NAMES = 32
 _CHUNK = 1 << 20
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 # What zipfile and pickletools raise for damaged files.
@@ -88,9 +90,12 @@ class StoredTensor:
         return max(self.offset + last + 1, math.prod(self.shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placeholder:
-    """An object in a pickle that is neither a tensor nor plain data: only its type's name is kept."""
+    """What a pickle refers to or would build that is neither a tensor nor plain data: only its name is kept.
+
+    It is inert: a call of it is another placeholder, and what would be stored in it is dropped.
+    """
 
     name: str
 
@@ -107,6 +112,7 @@ class TorchFile:
 
     Attributes:
         content: what was saved, with a `StoredTensor` for each tensor and a `Placeholder` for each object.
+        not_built: the names of what the pickle would have imported in Python, sorted; at most 32 of them.
     """
 
     def __init__(self, archive: zipfile.ZipFile, pickled: zipfile.ZipInfo, path: Path) -> None:
@@ -117,7 +123,9 @@ class TorchFile:
             byte_order = f"{self._folder}byteorder"
             if byte_order in archive.namelist() and archive.read(byte_order) != b"little":
                 _refuse("it was written on a big-endian machine", path)
-            self.content = _Interpreter(path).run(archive.read(pickled))
+            interpreter = _Interpreter(path)
+            self.content = interpreter.run(archive.read(pickled))
+            self.not_built = tuple(sorted(interpreter.not_built))
 
     def check(self, tensor: StoredTensor, key: str) -> None:
         """Check that the file holds what a tensor claims.
@@ -249,6 +257,7 @@ class _Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self.not_built: set[str] = set()
         push = self._stack.append
         same: dict[str, Callable[[Any], None]] = {
             "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE BINSTRING SHORT_BINSTRING": push,
@@ -283,7 +292,8 @@ class _Interpreter:
                 _refuse(f"its pickle has more than {MAX_INSTRUCTIONS} instructions", self._path)
             step = self._steps.get(opcode.name)
             if step is None:
-                self._refuse_code(f"uses {opcode.name}, which torch.save does not")
+                what = f"the file uses {opcode.name}, which torch.save does not by default"
+                _refuse(what, self._path, refused="refused, and nothing was run")
             step(argument)
         return self._stack.pop()
 
@@ -304,21 +314,20 @@ class _Interpreter:
         self._memo[index] = self._stack[-1]
 
     def _global(self, name: str) -> None:
-        if name not in _NAMES:
-            self._refuse_code(f"asks for {name[:120].replace(' ', '.')}, which weights do not need")
+        if name not in _BUILT:
+            # Cut, because the same name may be pushed a million times.
+            name = name[:_MAX_NAME_LENGTH].replace(" ", ".")
+            if len(self.not_built) < _MAX_NAMES:
+                self.not_built.add(name)
         self._stack.append(Placeholder(name))
 
     def _reduce(self, _: object) -> None:
         function, arguments = self._top(2)
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
             raise ValueError("a call of something that is not a function")
-        result: Any = Placeholder(function.name.replace(" ", "."))
-        if function.name in _MAPPINGS and not arguments:
-            result = {}
-        elif function.name == _TENSOR:
-            result = _tensor(arguments)
-        elif function.name == _PARAMETER and arguments:
-            result = arguments[0]
+        result: Any = function
+        if function.name in _BUILT:
+            result = _built(function.name, arguments)
         self._stack.append(result)
 
     def _build(self) -> None:
@@ -343,19 +352,30 @@ class _Interpreter:
             pairs = zip(values[::2], values[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, (str, int, float)))
 
-    def _refuse_code(self, what: str) -> NoReturn:
-        _refuse(f"the file {what}", self._path, refused="refused, and nothing was run")
+
+def _built(name: str, arguments: tuple[Any, ...]) -> Any:
+    """What a call of one of the functions `_BUILT` with these arguments returns."""
+    if name in _MAPPINGS and not arguments:
+        return {}
+    if name == _TENSOR:
+        return _tensor(arguments)
+    if name == _PARAMETER and arguments:
+        return arguments[0]
+    return Placeholder(name.replace(" ", "."))
 
 
-def _storage(identity: Any) -> _Storage:
+def _storage(identity: Any) -> _Storage | Placeholder:
     match identity:
-        case ("storage", Placeholder(name), str(record), str(), int(elements)) if name in _DTYPES and elements >= 0:
-            return _Storage(_DTYPES[name], record, elements)
+        case ("storage", Placeholder(name) as kind, str(record), str(), int(elements)) if elements >= 0:
+            return _Storage(_DTYPES[name], record, elements) if name in _DTYPES else kind
     raise ValueError("not a storage")
 
 
-def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+def _tensor(arguments: tuple[Any, ...]) -> StoredTensor | Placeholder:
+    """The tensor, or a placeholder if its type is none that weights have."""
     match arguments:
+        case (Placeholder() as storage, *_):
+            return storage
         case (_Storage(dtype, record, stored), int(offset), tuple(shape), tuple(stride), *_):
             numbers = (offset, *shape, *stride)
             sound = len(shape) == len(stride) <= 8 and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)

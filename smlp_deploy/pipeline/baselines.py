@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import is_checkpoint
 from smlp_deploy.dependencies import require_proof
 from smlp_deploy.evaluation.worker import Target
 from smlp_deploy.pipeline.verify import find_reference
@@ -31,7 +31,7 @@ def baselines_of(model: Path, *, reference: Path | None = None, placement: Place
     from smlp_deploy.models.checkpoint import load_checkpoint
     from smlp_deploy.models.description import describe
 
-    if model.suffix.lower() in CHECKPOINT_SUFFIXES:
+    if is_checkpoint(model):
         path = reference or model
     else:
         with open_runner(model, placement=placement.for_file(model)) as runner:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES, is_checkpoint
 from smlp_deploy.dependencies import GpuDevice, require, require_onnxruntime, require_proof
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_REFERENCES = 64
+
 
 def verify_artifact(
     candidate: Path,
@@ -46,7 +50,7 @@ def verify_artifact(
 
     Args:
         candidate: the artifact.
-        reference: the checkpoint; by default the one whose sha256 the artifact has, if it is bundled or was downloaded.
+        reference: the checkpoint; by default the one whose sha256 the artifact has, if `find_reference` finds it.
         images: real images to compare on; by default the bundled ones.
         bounds: of the numeric gates; replace those of the precision.
         placement: where the artifact runs; the trained network runs on the same GPU if one was chosen.
@@ -103,20 +107,37 @@ def prove_against_checkpoint(
 
 
 def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:
-    """The checkpoint that an artifact was made from, if it is bundled or was downloaded.
+    """The checkpoint that an artifact was made from, known by its sha256.
+
+    It is looked for in the package, in the cache of downloads, beside the artifact and in the working folder: first
+    under its name, then among the checkpoints there, at most 64 of them, under any name.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is nowhere there.
     """
-    known = [BUNDLED_CHECKPOINT, *filter(None, map(cached_weights, VARIANTS.values()))]
-    for path in known:
-        if path.name == metadata.checkpoint and sha256_of(path) == metadata.checkpoint_sha256:
-            return path
+    for path in islice(_possible_references(metadata, candidate), _MAX_REFERENCES):
+        # A file may vanish, or may not be readable.
+        with suppress(OSError):
+            if path.is_file() and sha256_of(path) == metadata.checkpoint_sha256:
+                return path
     raise UsageError(
-        f"made from {metadata.checkpoint}, which was not found",
+        f"made from {metadata.checkpoint}, which was not found beside it or in the working folder",
         where=candidate,
         fix="give it with --reference CHECKPOINT",
     )
+
+
+def _possible_references(metadata: ModelMetadata, candidate: Path) -> Iterator[Path]:
+    """The files whose sha256 is worth computing, the most likely first."""
+    known = [BUNDLED_CHECKPOINT, *filter(None, map(cached_weights, VARIANTS.values()))]
+    yield from (path for path in known if path.name == metadata.checkpoint)
+    folders = [candidate.parent, Path()]
+    name = Path(metadata.checkpoint).name  # an untrusted artifact may name a path
+    if name:
+        yield from (folder / name for folder in folders)
+    for folder in folders:
+        with suppress(OSError):
+            yield from sorted(path for path in folder.iterdir() if path.suffix.lower() in CHECKPOINT_SUFFIXES)
 
 
 def verify_layers(
@@ -163,7 +184,7 @@ def verify_layers(
     with _open_tracer(source, placement, lowered=True) as inside:
         metadata = inside.metadata
         if reference is None:
-            reference = candidate if _is_checkpoint(candidate) else find_reference(metadata, candidate)
+            reference = candidate if is_checkpoint(candidate) else find_reference(metadata, candidate)
         truth = source if reference == candidate else _load(reference, ema=metadata.ema)
         images = images or default_images(metadata)
         with _open_tracer(truth, replace(placement, provider=None), lowered=False) as tracer:
@@ -175,17 +196,13 @@ def verify_layers(
                 return find_divergence(tracer, inside, images, max_error=max_error, layers=layers)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.suffix.lower() in CHECKPOINT_SUFFIXES
-
-
 def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:
     """The graph or checkpoint in a file."""
     if path.suffix.lower() == ".onnx":
         from smlp_deploy.graphs.file import Graph
 
         return Graph.read(path)
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         from smlp_deploy.models.checkpoint import load_checkpoint
 
         return load_checkpoint(path, ema=ema)

@@ -90,6 +90,56 @@ class TestFolders:
         assert [str(sample.path) for sample in find_labelled_images(Path("@data"), ANIMALS)] == ["@data/cat/a.png"]
 
 
+class TestModelsThatOnlyNumberTheirClasses:
+    NUMBERS = ("0", "1", "2")
+
+    def test_folders_are_taken_in_sorted_order_after_saying_so(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = dataset(tmp_path, "dog", "Zebra", "cat", ".cache")
+        assert found(folder, self.NUMBERS) == ["Zebra 0 order", "cat 1 order", "dog 2 order"]
+        assert "sorted order, as ImageFolder numbers them: 0 is Zebra, 2 is dog (--class-order gives" in caplog.text
+
+    def test_numbered_folders_are_still_those_numbers(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        assert found(dataset(tmp_path, "2", "0"), self.NUMBERS) == ["0 0 label", "2 2 label"]
+        assert caplog.text == ""
+
+    @pytest.mark.parametrize("folders", [("cat", "dog"), ("ant", "cat", "dog", "emu")])
+    def test_another_number_of_folders_has_no_order(self, tmp_path: Path, folders: tuple[str, ...]) -> None:
+        reason = rf"only numbers them: {len(folders)} folders for 3 classes · .* --class-order, or to smlp export with"
+        with pytest.raises(UsageError, match=reason):
+            find_labelled_images(dataset(tmp_path, *folders), self.NUMBERS)
+
+    def test_a_mapping_to_numbers_is_used(self, tmp_path: Path) -> None:
+        folder = dataset(tmp_path, "cat", "dog")
+        assert found(folder, self.NUMBERS, mapping={"cat": "2", "dog": "0"}) == ["cat 2 label", "dog 0 label"]
+
+    def test_names_of_classes_in_a_file_of_rows_have_no_order(self, tmp_path: Path) -> None:
+        (tmp_path / "set.csv").write_text("path,label\na.png,cat\nb.png,dog\nc.png,emu\n")
+        with pytest.raises(UsageError, match=r"'cat' is not the label of exactly one class"):
+            find_labelled_images(tmp_path / "set.csv", self.NUMBERS)
+        order = ("emu", "dog", "cat")
+        samples = find_labelled_images(tmp_path / "set.csv", self.NUMBERS, class_order=order)
+        assert [(sample.label, sample.named_by) for sample in samples] == [(2, "order"), (1, "order"), (0, "order")]
+
+
+class TestAGivenOrder:
+    def test_comes_before_everything_else(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = dataset(tmp_path, "cat", "dog")
+        assert found(folder, ANIMALS, class_order=("dog", "fox", "cat")) == ["cat 2 order", "dog 0 order"]
+        assert found(folder, ("0", "1"), class_order=("dog", "cat")) == ["cat 1 order", "dog 0 order"]
+        assert caplog.text == ""
+
+    @pytest.mark.parametrize("order", [("dog", "cat"), ("dog", "cat", "cat"), ("a", "b", "c", "d")])
+    def test_names_each_class_once(self, tmp_path: Path, order: tuple[str, ...]) -> None:
+        with pytest.raises(UsageError, match=r"different names for 3 classes · --class-order"):
+            find_labelled_images(dataset(tmp_path, "cat"), ANIMALS, class_order=order)
+
+    def test_lacks_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"'dgo' is not in the given order of classes · .*did you mean 'dog'\?$"):
+            find_labelled_images(dataset(tmp_path, "dgo"), ANIMALS, class_order=("cat", "dog", "fox"))
+
+
 class TestCsv:
     @pytest.mark.parametrize("head", ["path,label", "\ufeffpath,label", "label,path,note"])
     def test_paths_are_relative_to_the_file(self, tmp_path: Path, head: str) -> None:

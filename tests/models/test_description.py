@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smlp_deploy.errors import ConfigError, UsageError
 from smlp_deploy.metadata import IMAGENET_MEAN, CheckpointMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
-from smlp_deploy.models.description import describe, imagenet_labels, read_labels
+from smlp_deploy.models.description import describe, imagenet_labels
 
 
 def of_1000_classes(checkpoint: Checkpoint) -> Checkpoint:
@@ -59,16 +59,53 @@ def test_imagenet_labels_are_1000_different_names() -> None:
     assert (labels[281], labels[517], labels[999]) == ("tabby", "crane (machine)", "toilet tissue")
 
 
-def test_labels_are_read_from_text_and_json(tmp_path: Path) -> None:
-    text, listed = tmp_path / "labels.txt", tmp_path / "labels.json"
-    text.write_text("cat\nbig dog \n", encoding="utf-8")
-    listed.write_text(json.dumps(["cat", "big dog"]))
-    assert read_labels(text) == read_labels(listed) == ("cat", "big dog")
+class TestScale:
+    """A mean and a standard deviation of pixels from 0 to 255 make a network predict nonsense."""
 
+    @pytest.mark.parametrize(
+        ("given", "line"),
+        [
+            (
+                {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)},
+                "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+            ),
+            ({"mean": (123.675, 116.28, 103.53)}, "--mean 0.485,0.456,0.406"),
+            ({"std": (58.395, 57.12, 57.375)}, "--std 0.229,0.224,0.225"),
+            (
+                {"mean": (103.94, 116.78, 123.68), "std": (1.0, 1.0, 1.0)},
+                "--mean 0.407608,0.457961,0.48502 --std 0.00392157,0.00392157,0.00392157",
+            ),
+            ({"mean": (33.3, 33.3, 33.3), "std": (0.3, 0.3, 0.3)}, "--mean 0.130588,0.130588,0.130588"),
+            ({"mean": (0.5, 0.5, 127.5)}, "--mean 0.00196078,0.00196078,0.5"),
+        ],
+    )
+    def test_that_of_bytes_is_refused_with_the_line_that_divides(
+        self, digits: Checkpoint, given: dict[str, Any], line: str
+    ) -> None:
+        with pytest.raises(UsageError, match=rf"for pixels from 0 to 255.* · --mean, --std · divide by 255: {line}$"):
+            describe(digits, preprocessing=given)
 
-@pytest.mark.parametrize("content", ["cat\n\ndog\n", b"\xff\xfe"])
-def test_what_is_no_list_of_labels_is_refused(tmp_path: Path, content: str | bytes) -> None:
-    path = tmp_path / "labels.txt"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(UsageError):
-        read_labels(path)
+    @pytest.mark.parametrize(
+        ("mean", "std"),
+        [
+            ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # unchanged
+            ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),  # 0 to 255
+            ((0.485, 0.456, 0.406), (1 / 255, 1 / 255, 1 / 255)),  # as Caffe
+            ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3),  # timm's DPN
+            ((-1.0, -1.0, -1.0), (1.0, 1.0, 1.0)),
+            ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
+        ],
+    )
+    def test_what_networks_are_trained_with_is_not(
+        self, digits: Checkpoint, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        found = describe(digits, preprocessing={"mean": mean, "std": std}).preprocessing
+        assert (found.mean, found.std) == (mean, std)
+
+    def test_in_the_json_beside_a_checkpoint(self, micro_pth: Path) -> None:
+        micro_pth.with_suffix(".json").write_text('{"preprocessing": {"mean": [127.5, 127.5, 127.5]}}')
+        with pytest.raises(ConfigError, match=r"^mean 127\.5,.*belongs to micro\.pth · .* --mean 0\.5,0\.5,0\.5$"):
+            describe(load_checkpoint(micro_pth))
+        assert describe(load_checkpoint(micro_pth), preprocessing={"mean": (0.5,) * 3}).preprocessing.mean == (0.5,) * 3

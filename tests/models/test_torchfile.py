@@ -175,7 +175,7 @@ class Runs:
 def test_checksums_are_compared_before_anything_is_interpreted(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("m/data.pkl", pickle.dumps(Runs(), protocol=2))
+        archive.writestr("m/data.pkl", pickle.dumps(Runs(), protocol=4))
         archive.writestr("m/data/0", bytes(16))
     with pytest.raises(CheckpointError, match="nothing was run"), open_torch_file(path):
         pass

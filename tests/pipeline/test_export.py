@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.precision import to_input
-from smlp_deploy.pipeline.verify import prove_against_checkpoint, verify_artifact
+from smlp_deploy.pipeline.verify import find_reference, prove_against_checkpoint, verify_artifact
 from smlp_deploy.runners.base import Runner
 from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
@@ -126,6 +127,14 @@ class TestAnExportThatFailsParity:
         assert result.path == tmp_path / "x.onnx.failed"
 
 
+def micro_onnx(checkpoint: Path, folder: Path) -> Path:
+    """An ONNX file of a checkpoint in another folder."""
+    loaded = load_checkpoint(checkpoint)
+    folder.mkdir()
+    export_onnx(loaded.network(), describe(loaded), path=folder / "micro.onnx").save()
+    return folder / "micro.onnx"
+
+
 class TestVerify:
     def test_the_bundled_reference_is_found(self, digits_export: Export) -> None:
         report = verify_artifact(digits_export.path)
@@ -133,12 +142,55 @@ class TestVerify:
         assert report.reference == "pytorch (CPU) smlpnet_digits.safetensors"
 
     def test_another_reference_must_be_given(self, micro_pth: Path, tmp_path: Path) -> None:
-        checkpoint = load_checkpoint(micro_pth)
-        target = tmp_path / "micro.onnx"
-        export_onnx(checkpoint.network(), describe(checkpoint), path=target).save()
+        target = micro_onnx(micro_pth, tmp_path / "elsewhere")
         with pytest.raises(UsageError, match=r"made from micro\.pth, which was not found.*--reference"):
             verify_artifact(target)
         assert verify_artifact(target, reference=micro_pth).passed
+
+    @pytest.mark.parametrize("name", ["micro.pth", "renamed.ckpt"])
+    @pytest.mark.parametrize("folder", ["working", "beside"])
+    def test_the_reference_is_found_beside_the_artifact_or_in_the_working_folder(
+        self, micro_pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+    ) -> None:
+        target = micro_onnx(micro_pth, tmp_path / "beside")
+        (tmp_path / "working").mkdir()
+        monkeypatch.chdir(tmp_path / "working")
+        reference = micro_pth.rename(tmp_path / folder / name)
+        Path("other.pth").write_bytes(b"another")
+        os.mkfifo("pipe.pth")
+        Path("loop.pth").symlink_to("loop.pth")
+        metadata = Graph.read(target).metadata
+        assert find_reference(metadata, target).samefile(reference)
+        # Under the name of the original, which is looked at first, lies another file.
+        if name != "micro.pth":
+            Path("micro.pth").write_bytes(b"another")
+        assert find_reference(metadata, target).samefile(reference)
+        reference.write_bytes(reference.read_bytes()[:-1] + b"x")
+        with pytest.raises(UsageError, match="was not found beside it or in the working folder"):
+            find_reference(metadata, target)
+
+    def test_an_artifact_that_names_a_path_leads_nowhere_else(
+        self, micro_pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = micro_onnx(micro_pth, tmp_path / "beside")
+        (tmp_path / "working").mkdir()
+        monkeypatch.chdir(tmp_path / "working")
+        metadata = replace(Graph.read(target).metadata, checkpoint=str(micro_pth))
+        with pytest.raises(UsageError, match="was not found"):
+            find_reference(metadata, target)
+
+    def test_only_so_many_files_are_compared(
+        self, micro_pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = micro_onnx(micro_pth, tmp_path / "beside")
+        monkeypatch.chdir(tmp_path)
+        for i in range(70):
+            Path(f"a{i}.pth").write_bytes(b"x")
+        metadata = Graph.read(target).metadata
+        assert find_reference(metadata, target).samefile(micro_pth)
+        micro_pth.rename("z.pth")
+        with pytest.raises(UsageError, match="was not found"):
+            find_reference(metadata, target)
 
     def test_moving_averages_are_compared_with_moving_averages(self, tmp_path: Path) -> None:
         path, config = tmp_path / "both.pth", config_of(CASES["micro"])
