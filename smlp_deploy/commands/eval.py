@@ -12,6 +12,7 @@ def evaluate(
     mapping: o.MappingOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
+    runtime: o.RuntimeOption = o.Runtime.auto,
     batch_size: o.BatchSizeOption = None,
     workers: o.WorkersOption = None,
     min_top1: o.MinAccuracyOption = None,
@@ -38,7 +39,7 @@ def evaluate(
     if resume and output is None:
         raise UsageError("only a report written to a file can be continued", where="--resume", fix="add -o report.json")
     names = read_mapping(mapping) if mapping else None
-    placement = o.choose_placement(device, provider, model or [])
+    placement = o.choose_placement(device, provider, runtime, model or [])
     paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
         report = evaluate_dataset(

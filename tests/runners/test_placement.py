@@ -10,6 +10,7 @@ from smlp_deploy import dependencies
 from smlp_deploy.errors import UsageError
 from smlp_deploy.runners import placement as module
 from smlp_deploy.runners.placement import Placement
+from tests.support.fakes import metadata
 from tests.support.gpu import L4
 
 SECOND = replace(L4, index=1)
@@ -75,7 +76,7 @@ def test_what_cannot_run_there_is_refused() -> None:
 )
 def test_results_depend_on_it(device: str | None, provider: str | None, kinds: tuple[str, ...]) -> None:
     placement = Placement.of(device=device, provider=provider)
-    assert tuple(placement.kind_of(path) for path in (ONNX, ENGINE, CHECKPOINT)) == kinds
+    assert tuple(placement.kind_of(path, metadata()) for path in (ONNX, ENGINE, CHECKPOINT)) == kinds
 
 
 def test_names() -> None:
