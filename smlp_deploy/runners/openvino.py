@@ -372,6 +372,8 @@ def _content(graph: Graph) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """The line of OpenVINO's message that says what failed; those before it say where in its source."""
+    """What OpenVINO's message says, without the lines on where in its source, unless there are no others."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line and not line.startswith("Exception from ")), type(error).__name__)
+    said = [line for line in lines if line and not line.startswith("Exception from ")]
+    plain = [line for line in said if not line.startswith("Check '")]
+    return " ".join((plain or said)[:4]) or type(error).__name__
