@@ -5,10 +5,10 @@ to compute in, and asked afterwards. An fp16 or bf16 graph runs natively where t
 fp32 with rounded weights; the runner's name says which. Quantized layers run in int8 and the rest of their graph in
 fp32, except the patch embeddings (`graphs/edit.py`, rule 8).
 
-Every request takes one image, or as many as the graph is fixed to, and a batch is spread over parallel requests. So one
-network serves batches of any size, an image's logits do not depend on its batch, and memory does not grow with it. On
-two cores with AVX2, smlpnet_tiny in fp32 took 0.88 of the time of one request for the whole batch, and 0.95 of that if
-its batch is left open in the graph.
+A batch is spread over parallel requests of at most eight images each, so that memory does not grow with it, and their
+number is fixed when a network is compiled. On two cores with AVX2, smlpnet_tiny in fp32 with its batch left open was
+1.1 to 1.3 times slower than that, and one request for a whole batch 1.1 times. Requests of one image would be as fast
+for it, but 1.9 times slower for the bundled model, whose images take less time than a request costs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -42,6 +41,8 @@ _DEVICE = "CPU"
 _CONVERTER = "openvino.tools.ovc"
 _NATIVE = {"fp16": "f16", "bf16": "bf16"}
 """OpenVINO's names of the precisions that only some CPUs compute in."""
+_MOST_IMAGES = 8
+"""Per request."""
 _NETWORKS_IN_MEMORY = 2
 _NETWORKS_ON_DISK = 4
 
@@ -96,8 +97,8 @@ def cpu_facts() -> CpuFacts:
 class OpenVinoRunner(Closing):
     """Runs a graph that `smlp export` made.
 
-    A network is compiled for the first batch, and again for one that needs more or far fewer parallel requests; the two
-    used last are kept. Compiled networks are also kept in the user's cache directory.
+    A network is compiled for the first batch, and again for a batch of another size, unless it keeps all of that
+    network's requests busy; the two used last are kept. Compiled networks are also kept in the user's cache directory.
 
     Args:
         graph: what to run.
@@ -121,8 +122,7 @@ class OpenVinoRunner(Closing):
         self._path = graph.path
         self._cores = cores or available_cores()
         self._content = _content(graph)
-        self._images = graph.metadata.batch or 1  # per request
-        self._networks: dict[int, _Network] = {}  # by their number of requests, the last used last
+        self._networks: dict[_Split, _Network] = {}  # the last used last
         self._cache = _Cache.of(self._content, facts)
         # Read now, so that a graph it cannot read is refused before any image; one in the cache was read before.
         self._model = None if self._cache.is_filled() else self._read()
@@ -141,10 +141,9 @@ class OpenVinoRunner(Closing):
 
     def infer(self, batch: ImageArray) -> FloatArray:
         logits = np.empty((len(batch), self.metadata.config.num_classes), np.float32)
-        starts = range(0, len(batch), self._images)
-        network = self._network_for(len(starts))
+        network = self._network_for(len(batch))
         try:
-            network.run((batch[start : start + self._images] for start in starts), logits)
+            network.run(batch, logits)
         # What OpenVINO raises for a batch it does not take.
         except (RuntimeError, TypeError, ValueError) as error:
             raise ArtifactError(f"OpenVINO cannot run it: {_reason(error)}", where=self._path) from None
@@ -155,26 +154,23 @@ class OpenVinoRunner(Closing):
         self._model = None
         self._content = b""
 
-    def _network_for(self, needed: int) -> _Network:
-        """The network for a number of requests in one batch.
-
-        A last short batch takes an existing one, whose cores it leaves partly idle for less time than compiling takes.
-        A single request does not, because all batches may be like that.
-        """
+    def _network_for(self, batch: int) -> _Network:
+        """The network for a batch of so many images."""
         assert self._content, "the runner is closed"
-        wanted = min(needed, self._cores)
-        fitting = [number for number in self._networks if wanted <= number <= 4 * wanted]
-        number = min(fitting) if fitting and wanted > 1 else wanted
-        network = self._networks.pop(number, None)
+        wanted = _Split.of(batch, cores=self._cores, fixed=self.metadata.batch)
+        # A last short batch that keeps all requests busy is done before another network would be compiled.
+        busy = [split for split in self._networks if batch > split.images * (split.requests - 1) and split > wanted]
+        split = wanted if wanted in self._networks or wanted == (1, 1) or not busy else busy[0]
+        network = self._networks.pop(split, None)
         if network is None:
             while len(self._networks) >= _NETWORKS_IN_MEMORY:
                 self._networks.pop(next(iter(self._networks)))
-            network = _Network(self._compiled(number), number, self._images)
-        self._networks[number] = network
+            network = _Network(self._compiled(split), split)
+        self._networks[split] = network
         return network
 
-    def _compiled(self, requests: int) -> Any:
-        """A network of OpenVINO for so many parallel requests, from the cache if it is there.
+    def _compiled(self, split: _Split) -> Any:
+        """A network of OpenVINO for parallel requests, from the cache if it is there.
 
         Raises:
             ArtifactError: OpenVINO does not compile it, or not in its precision.
@@ -183,14 +179,14 @@ class OpenVinoRunner(Closing):
             "INFERENCE_PRECISION_HINT": self._type,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # never quantize what the graph does not
             "INFERENCE_NUM_THREADS": self._cores,
-            "NUM_STREAMS": requests,
+            "NUM_STREAMS": split.requests,
             "ENABLE_CPU_PINNING": False,  # two processes would share their first cores and leave the others idle
         }
-        blob = f"{self._type}-{self._cores}-{requests}"
+        blob = f"{self._type}-{self._cores}-{split.requests}x{split.images}"
         kept = self._cache.read(blob)
         compiled = None if kept is None else self._imported(kept, properties)
         if compiled is None:
-            compiled = self._compile(properties)
+            compiled = self._compile(split.images, properties)
             self._cache.write(blob, compiled)
         given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if given != self._type:
@@ -209,10 +205,10 @@ class OpenVinoRunner(Closing):
             logger.info("a compiled network in the cache is not used: %s", _reason(error))
             return None
 
-    def _compile(self, properties: dict[str, Any]) -> Any:
+    def _compile(self, images: int, properties: dict[str, Any]) -> Any:
         model, self._model = self._model or self._read(), None
         try:
-            model.reshape([self._images, *self.metadata.input_shape])
+            model.reshape([images, *self.metadata.input_shape])
             return self._core.compile_model(model, _DEVICE, properties)
         except RuntimeError as error:
             raise self._cannot_load(error) from None
@@ -234,20 +230,36 @@ class OpenVinoRunner(Closing):
         )
 
 
+class _Split(NamedTuple):
+    """How a batch is spread: over so many parallel requests, of so many images each."""
+
+    requests: int
+    images: int
+
+    @classmethod
+    def of(cls, batch: int, *, cores: int, fixed: int | None) -> Self:
+        """The split of a batch: of a power of two images, so that few networks serve all sizes, or a fixed number."""
+        if fixed is not None:
+            return cls(min(cores, -(-batch // fixed)), fixed)
+        requests = min(cores, batch)
+        return cls(requests, min(_MOST_IMAGES, 1 << ((batch // requests).bit_length() - 1)))
+
+
 class _Network:
     """A compiled network with its requests, each of which computes in a stream of its own."""
 
-    def __init__(self, compiled: Any, requests: int, images: int) -> None:
-        self._requests = [compiled.create_infer_request() for _ in range(requests)]
-        self._images = images
+    def __init__(self, compiled: Any, split: _Split) -> None:
+        self._requests = [compiled.create_infer_request() for _ in range(split.requests)]
+        self._images = split.images
 
-    def run(self, pieces: Iterator[ImageArray], logits: FloatArray) -> None:
-        """Compute the logits of pieces of a batch, each of as many images as a request takes, the last of any fewer."""
+    def run(self, batch: ImageArray, logits: FloatArray) -> None:
+        """Compute the logits of a batch."""
         from openvino import Tensor
 
         started: list[ImageArray] = []  # kept, because requests read them where they are
         try:
-            for number, piece in enumerate(pieces):
+            for number, start in enumerate(range(0, len(batch), self._images)):
+                piece = batch[start : start + self._images]
                 request = self._requests[number % len(self._requests)]
                 if number >= len(self._requests):
                     self._collect(number - len(self._requests), logits)

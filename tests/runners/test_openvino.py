@@ -144,22 +144,48 @@ class TestBatches:
             for number in (1, 4, 6, 13):
                 assert np.abs(of_four.infer(images(number)) - of_any.infer(images(number))).max() < 1e-4
 
-    def test_two_networks_are_kept_and_a_short_batch_takes_one_that_is_there(
+    @pytest.mark.parametrize(
+        ("batch", "number", "fixed", "split"),
+        [
+            (1, 2, None, (1, 1)),
+            (2, 2, None, (2, 1)),
+            (7, 2, None, (2, 2)),
+            (8, 2, None, (2, 4)),
+            (32, 2, None, (2, 8)),
+            (256, 2, None, (2, 8)),
+            (32, 16, None, (16, 2)),
+            (3, 16, None, (3, 1)),
+            (32, 1, None, (1, 8)),
+            (6, 16, 4, (2, 4)),
+            (4, 16, 4, (1, 4)),
+        ],
+    )
+    def test_how_a_batch_is_spread(self, batch: int, number: int, fixed: int | None, split: tuple[int, int]) -> None:
+        assert module._Split.of(batch, cores=number, fixed=fixed) == split
+
+    def test_two_networks_are_kept_and_a_last_short_batch_takes_one_that_it_keeps_busy(
         self, digits_export: Export, cores: Callable[[int], None]
     ) -> None:
-        cores(4)
+        cores(2)
         with OpenVinoRunner.open(digits_export.path) as runner:
             seen = []
-            for number in (9, 3, 2, 1, 2, 4):
+            for number in (32, 9, 8, 1, 8, 16):
                 runner.infer(images(number))
-                seen.append(list(runner._networks))
-        assert seen == [[4], [4], [4], [4, 1], [1, 4], [1, 4]]
+                seen.append([tuple(split) for split in runner._networks])
+        assert seen == [
+            [(2, 8)],
+            [(2, 8)],
+            [(2, 8), (2, 4)],
+            [(2, 4), (1, 1)],
+            [(1, 1), (2, 4)],
+            [(2, 4), (2, 8)],
+        ]
 
     def test_a_single_image_has_all_cores(self, digits_export: Export, cores: Callable[[int], None]) -> None:
         cores(2)
         with OpenVinoRunner.open(digits_export.path) as runner:
             runner.infer(images(1))
-            compiled = runner._networks[1]._requests[0].get_compiled_model()
+            compiled = runner._networks[module._Split(1, 1)]._requests[0].get_compiled_model()
             assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
             assert compiled.get_property("NUM_STREAMS") == 1
 
@@ -216,7 +242,7 @@ class TestPrecision:
         with OpenVinoRunner.open(digits_export.path) as runner:
             assert runner.name == "openvino (CPU) digits-fp32.onnx"
             runner.infer(images(1))
-            compiled = runner._networks[1]._requests[0].get_compiled_model()
+            compiled = runner._networks[module._Split(1, 1)]._requests[0].get_compiled_model()
             assert compiled.get_property("INFERENCE_PRECISION_HINT") == load_openvino().Type.f32
             assert set(_operations(runner)) <= {"f32", "i32", "i64"}
 
@@ -274,7 +300,7 @@ class TestCache:
         monkeypatch.setattr(OpenVinoRunner, "_read", None)
         with OpenVinoRunner.open(digits_export.path) as runner:
             np.testing.assert_array_equal(runner.infer(images(1)), expected)
-            compiled = runner._networks[1]._requests[0].get_compiled_model()
+            compiled = runner._networks[module._Split(1, 1)]._requests[0].get_compiled_model()
             assert compiled.get_property("INFERENCE_PRECISION_HINT") == load_openvino().Type.f32
 
     @pytest.mark.parametrize("content", [b"", b"damaged", None])
@@ -326,7 +352,7 @@ class TestCache:
             cores(number)
             with OpenVinoRunner(graph_of("fp32", 20)) as runner:
                 runner.infer(images(1))
-        assert blobs(cache_folder) == [f"f32-{number}-1.blob" for number in range(3, 7)]
+        assert blobs(cache_folder) == [f"f32-{number}-1x1.blob" for number in range(3, 7)]
 
 
 class TestOpening:
