@@ -79,6 +79,31 @@ def test_results_depend_on_it(device: str | None, provider: str | None, kinds: t
     assert tuple(placement.kind_of(path, metadata()) for path in (ONNX, ENGINE, CHECKPOINT)) == kinds
 
 
+def test_openvino_contradicts_what_is_not_its_own() -> None:
+    with pytest.raises(UsageError, match=r"^--runtime openvino contradicts --provider cpu · leave out one"):
+        Placement.of(provider="cpu", runtime="openvino")
+    with pytest.raises(UsageError, match=r"^--runtime openvino contradicts --device cuda:1 · .* runs on the CPU$"):
+        Placement.of(device="cuda:1", runtime="openvino")
+    for path in (ENGINE, CHECKPOINT):
+        with pytest.raises(UsageError, match=rf"only ONNX files take a runtime · {path} · leave out --runtime"):
+            Placement.of(runtime="openvino").check(path)
+        assert Placement.of(runtime="openvino").for_file(path).runtime == "auto"
+    Placement.of(device="cpu", runtime="openvino").check(ONNX)
+
+
+def test_the_runtime_is_the_one_chosen_or_the_default_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "default_runtime", lambda metadata: "openvino")
+    of = metadata()
+    assert Placement.of().runtime_for(of) == Placement.of().kind_of(ONNX, of) == "openvino"
+    assert Placement.of(runtime="onnxruntime").runtime_for(of) == "onnxruntime"
+    for placement in (Placement.of(provider="cpu"), Placement.of(provider="cuda"), Placement.of(device="cuda")):
+        assert placement.runtime_for(of) == "onnxruntime"
+    assert Placement.of().kind_of(CHECKPOINT, of) == "cpu"
+    monkeypatch.undo()
+    assert Placement.of(runtime="openvino").kind_of(ONNX, of) == "openvino"
+    assert Placement.of().kind_of(ONNX, of) == "cpu"
+
+
 def test_names() -> None:
     assert [module.on_gpu("pytorch", gpu) for gpu in (None, L4, SECOND)] == [
         "pytorch (CPU)",
