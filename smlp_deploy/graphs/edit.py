@@ -164,6 +164,7 @@ def dequantize_embeddings(graph: GraphProto) -> None:
         values, by_row = numpy_helper.to_array(narrow), numpy_helper.to_array(scale)
         by_row = by_row.reshape(-1, *[1] * (values.ndim - 1))  # one scale, or one for each row
         graph.initializer.append(numpy_helper.from_array(values.astype(by_row.dtype) * by_row, name))
+        graph.initializer.remove(narrow)
         graph.node.remove(pairs[name])
 
 
