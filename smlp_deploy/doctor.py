@@ -129,15 +129,17 @@ def examine() -> tuple[Finding, ...]:
     # Each of them waits for its own process.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         providers, runtime = pool.submit(_providers, gpu), pool.submit(_cuda_runtime, gpu)
+        openvino = pool.submit(_openvino)
         packages = list(pool.map(lambda package: _package(package, gpu), _PACKAGES))
     reads_onnx = next(finding for finding in packages if finding.name == "onnx")
     folders = (
         _folder("weights cache", cache_folder()),
         _folder("kernels cache", user_cache_path("smlp-deploy") / "runtime"),
+        _folder("openvino cache", user_cache_path("smlp-deploy") / "openvino"),
         _folder("artifacts", ARTIFACTS_FOLDER.absolute()),
     )
     cuda = (_cuda_versions(gpu), runtime.result())
-    return (*_machine(gpu), *packages, *cuda, *providers.result(), *folders, *_artifacts(reads_onnx))
+    return (*_machine(gpu), *packages, *cuda, *providers.result(), openvino.result(), *folders, *_artifacts(reads_onnx))
 
 
 def to_json(findings: Sequence[Finding]) -> str:
@@ -159,7 +161,6 @@ def _machine(gpu: GpuDevice | None) -> Iterator[Finding]:
         cuda = f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
         found = f"{gpu.name}, compute capability {gpu.architecture}, driver for CUDA {cuda}"
     yield _finding("gpu", "ok", found)
-    yield _finding("openvino", "ok", installed_version("openvino") or "not installed, and not needed")
 
 
 def _package(package: _Package, gpu: GpuDevice | None) -> Finding:
@@ -363,6 +364,23 @@ def _provider(provider: str, works: bool, gpu: GpuDevice | None) -> Finding:
         what, line = missing
         return _finding(name, "warning", f"{lost}: {what}", line)
     return _finding(name, "warning", f"{lost}: TensorRT's libraries are not found", _install("gpu", gpu))
+
+
+def _openvino() -> Finding:
+    """Whether OpenVINO starts, and which of the precisions that only some CPUs have run natively."""
+    version = installed_version("openvino")
+    if version is None:
+        return _finding("openvino", "ok", "not installed; needed only for --runtime openvino")
+    if not _ONNX.is_here():
+        return _finding("openvino", "ok", version)
+    output, failure = _run(
+        "import json; from smlp_deploy.runners.openvino import cpu_facts; print(json.dumps(cpu_facts().native))"
+    )
+    if failure:
+        return _finding("openvino", "error", f"{version}: {failure}", "pip install --force-reinstall openvino")
+    native = json.loads(output)
+    texts = [f"{precision} {'natively' if precision in native else 'in fp32'}" for precision in ("bf16", "fp16")]
+    return _finding("openvino", "ok", f"{version}, on this CPU {' and '.join(texts)}")
 
 
 def _folder(name: str, path: Path) -> Finding:

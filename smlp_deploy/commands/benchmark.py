@@ -20,6 +20,7 @@ def benchmark(
     reference: o.BaselineReferenceOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
+    runtime: o.RuntimeOption = o.Runtime.auto,
     end_to_end: o.EndToEndOption = None,
     workers: o.EndToEndWorkersOption = None,
     output: o.ReportOutputOption = None,
@@ -45,7 +46,7 @@ def benchmark(
     files = _files(end_to_end, workers, batch=max(sizes))
     if output is not None:
         check_writable(output)
-    placement = o.choose_placement(device, provider, artifacts or [])
+    placement = o.choose_placement(device, provider, runtime, artifacts or [])
     paths = artifacts or [default_model(None, placement)]
     targets = [Target(path=path, placement=placement.for_file(path)) for path in paths]
     with building("loading") as progress:

@@ -13,6 +13,7 @@ def evaluate(
     class_order: o.ClassOrderOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
+    runtime: o.RuntimeOption = o.Runtime.auto,
     batch_size: o.BatchSizeOption = None,
     workers: o.WorkersOption = None,
     min_top1: o.MinAccuracyOption = None,
@@ -43,7 +44,7 @@ def evaluate(
         raise UsageError("contradicts --mapping", where="--class-order", fix="give one of them")
     names = read_mapping(mapping) if mapping else None
     order = read_labels(class_order) if class_order else None
-    placement = o.choose_placement(device, provider, model or [])
+    placement = o.choose_placement(device, provider, runtime, model or [])
     paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
         report = evaluate_dataset(

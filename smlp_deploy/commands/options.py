@@ -56,6 +56,12 @@ class Provider(StrEnum):
     tensorrt = "tensorrt"
 
 
+class Runtime(StrEnum):
+    auto = "auto"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
 class DecodeOn(StrEnum):
     cpu = "cpu"
     gpu = "gpu"
@@ -388,6 +394,13 @@ ProviderOption = Annotated[
         help="Where ONNX Runtime runs ONNX files; never falls back. Default: cuda if --device is a GPU, otherwise cpu."
     ),
 ]
+RuntimeOption = Annotated[
+    Runtime,
+    typer.Option(
+        metavar="RUNTIME",
+        help="What runs ONNX files: onnxruntime, openvino (on the CPU), or auto, which is onnxruntime.",
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -516,15 +529,17 @@ def choose_int8(
     )
 
 
-def choose_placement(device: str | None, provider: Provider | None, files: Sequence[Path | None] = ()) -> Placement:
-    """Where to run the files that are given; of several, only ONNX files take the provider.
+def choose_placement(
+    device: str | None, provider: Provider | None, runtime: Runtime = Runtime.auto, files: Sequence[Path | None] = ()
+) -> Placement:
+    """Where to run the files that are given; of several, only ONNX files take the provider and the runtime.
 
     Raises:
         UsageError: there is no such GPU, the options contradict each other, or a file cannot run there.
     """
     from smlp_deploy.runners.placement import Placement
 
-    placement = Placement.of(device=device, provider=provider.value if provider else None)
+    placement = Placement.of(device=device, provider=provider.value if provider else None, runtime=runtime.value)
     given = [file for file in files if file is not None]
     for file in given:
         several = any(other.suffix.lower() == ".onnx" for other in given)

@@ -26,6 +26,7 @@ def predict(
     model: o.ModelOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
+    runtime: o.RuntimeOption = o.Runtime.auto,
     batch_size: o.BatchSizeOption = None,
     topk: o.TopkOption = None,
     format_: o.RecordFormatOption = None,
@@ -54,7 +55,7 @@ def predict(
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
     images = find_images(inputs, o.standard_input())
-    placement = o.choose_placement(device, provider, [model])
+    placement = o.choose_placement(device, provider, runtime, [model])
     path = default_model(model, placement)
     first: list[Prediction] = []
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
@@ -65,7 +66,7 @@ def predict(
             return RunIdentity.of(
                 path,
                 classifier.runner.metadata,
-                provider=placement.kind_of(path),
+                provider=placement.kind_of(path, classifier.runner.metadata),
                 kind=kind.value,
                 topk=topk,
                 batch_size=size,

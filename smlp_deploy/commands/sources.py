@@ -107,7 +107,7 @@ def default_model(given: Path | None, placement: Placement) -> Path:
     if given is not None:
         return given
     engine = newest_artifact("*.engine")
-    on_gpu = placement.provider is None and not placement.only_cpu
+    on_gpu = placement.provider is None and not placement.only_cpu and placement.runtime == "auto"
     if engine is not None and on_gpu and _fits(engine, placement.gpu):
         note(f"no model given; using {engine}, the newest engine in artifacts/")
         return engine

@@ -20,6 +20,7 @@ def verify(
     images: o.VerifyImagesOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
+    runtime: o.RuntimeOption = o.Runtime.auto,
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
@@ -37,9 +38,11 @@ def verify(
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     if layers and bounds:
         raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(bounds))}")
-    if candidate.suffix == ".json" and (device or provider):
-        raise UsageError("is a saved report, so nothing is run", where=candidate, fix="leave out --device, --provider")
-    placement = o.choose_placement(device, provider, [candidate])
+    if candidate.suffix == ".json" and (device or provider or runtime is not o.Runtime.auto):
+        raise UsageError(
+            "is a saved report, so nothing is run", where=candidate, fix="leave out --device, --provider, --runtime"
+        )
+    placement = o.choose_placement(device, provider, runtime, [candidate])
     if layers:
         report = _divergence(candidate, reference, images, max_error, placement)
         _show_layers(candidate, report, save=save, html=html, as_json=as_json)

@@ -305,7 +305,11 @@ def evaluate_dataset(
         stop, kept = None, None
         if output is not None:
             batch_size = batch_size or batch_size_of(runners[0])
-            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size, placement=placement)
+            kinds = [
+                placement.for_file(path).kind_of(path, runner.metadata)
+                for path, runner in zip(models, runners, strict=True)
+            ]
+            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size, provider=kinds)
             stop = stack.enter_context(put_off(again=True))
             kept = stack.enter_context(RecordFile[ImageRecord].open(output, identity, resume=resume))
         report = evaluate(
@@ -510,14 +514,17 @@ class EvaluationIdentity:
         samples: Sequence[LabelledImage],
         *,
         batch_size: int,
-        placement: Placement = ANYWHERE,
+        provider: Sequence[str] | None = None,
     ) -> EvaluationIdentity:
-        """The identity for models that share the labels and preprocessing in `metadata`; hashes their files."""
+        """The identity for models that share the labels and preprocessing in `metadata`; hashes their files.
+
+        `provider` is what each of them runs on, see `Placement.kind_of`; by default the CPU.
+        """
         facts = [(os.fspath(sample.path), sample.label, sample.named_by) for sample in samples]
         return cls(
             versions=run_versions(),
             model={"count": len(models)} | {str(i): sha256_of(path) for i, path in enumerate(models, start=1)},
-            provider={str(i): placement.for_file(path).kind_of(path) for i, path in enumerate(models, start=1)},
+            provider={str(i): kind for i, kind in enumerate(provider or ["cpu"] * len(models), start=1)},
             labels=sha256_of_json(metadata.labels),
             preprocessing=asdict(metadata.preprocessing),
             samples={"count": len(samples), "sha256": sha256_of_json(facts)},

@@ -43,7 +43,7 @@ class Target:
         path: an artifact or checkpoint.
         placement: where it runs.
         compiled: run a checkpoint through `torch.compile`.
-        graph: a graph without a file, to run in ONNX Runtime.
+        graph: a graph without a file.
     """
 
     path: Path

@@ -63,6 +63,7 @@ class Classifier:
         *,
         provider: str | None = None,
         device: str | None = None,
+        runtime: str = "auto",
         placement: Placement | None = None,
     ) -> Self:
         """Load an artifact or checkpoint, with the labels and preprocessing inside it.
@@ -73,12 +74,13 @@ class Classifier:
                 otherwise "cpu".
             device: "cpu", or a GPU: "cuda" for the first, "cuda:1" or "1" by its number in CUDA, or its UUID. By
                 default engines run on the first GPU, and everything else on the CPU.
-            placement: both in one, if they were read before.
+            runtime: what runs an ONNX file: "onnxruntime", "openvino" (on the CPU), or "auto" for the default.
+            placement: all three in one, if they were read before.
 
         Raises:
             SmlpError: the file cannot be used, or cannot run there.
         """
-        return cls(open_runner(Path(path), provider=provider, device=device, placement=placement))
+        return cls(open_runner(Path(path), provider=provider, device=device, runtime=runtime, placement=placement))
 
     def __enter__(self) -> Self:
         return self

@@ -118,7 +118,7 @@ class RunIdentity:
         model: sha256 of the model's file.
         labels: sha256 of its class names.
         preprocessing: from image to network input.
-        provider: what the model runs on.
+        provider: what the model runs on; "openvino" for that runtime on the CPU.
         decode: the library that decodes ordinary JPEG files on a GPU, with its version; None for Pillow.
         format: "jsonl" or "csv".
         topk: classes per record.

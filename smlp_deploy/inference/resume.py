@@ -80,7 +80,7 @@ def read_lines(lines: Iterable[bytes], parse: Callable[[dict[str, Any]], T]) -> 
 
 def run_versions() -> dict[str, str | None]:
     """Versions on which the last digits of an output may depend."""
-    names = ("smlp-deploy", "pillow", "numpy", "onnxruntime", "onnxruntime-gpu", "torch")
+    names = ("smlp-deploy", "pillow", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch")
     return {name: installed_version(name) for name in names}
 
 

@@ -10,11 +10,11 @@ from smlp_deploy.dependencies import require_proof
 from smlp_deploy.evaluation.worker import Target
 from smlp_deploy.pipeline.verify import find_reference
 from smlp_deploy.runners import open_runner
-from smlp_deploy.runners.placement import ANYWHERE, Placement
+from smlp_deploy.runners.placement import ANYWHERE, AUTO, Placement
 
 
 def baselines_of(model: Path, *, reference: Path | None = None, placement: Placement = ANYWHERE) -> tuple[Target, ...]:
-    """A model's baselines: its checkpoint in PyTorch and in `torch.compile`, and the unlowered graph in ONNX Runtime.
+    """A model's baselines: its checkpoint in PyTorch and in `torch.compile`, and the unlowered graph in its runtime.
 
     Args:
         model: an artifact or checkpoint.
@@ -40,7 +40,7 @@ def baselines_of(model: Path, *, reference: Path | None = None, placement: Place
     metadata = describe(checkpoint)
     graph = export_unlowered(checkpoint.network(), metadata, path=Path(f"{metadata.name}-unlowered.onnx"))
     beside = replace(placement.for_file(graph.path), gpu=placement.for_file(model).gpu_of(model))
-    in_pytorch = replace(beside, provider=None)
+    in_pytorch = replace(beside, provider=None, runtime=AUTO)
     eager = () if path == model else (Target(path=path, placement=in_pytorch),)
     compiled = Target(path=path, placement=in_pytorch, compiled=True)
     return (*eager, compiled, Target(path=graph.path, placement=beside, graph=graph))

@@ -26,7 +26,7 @@ from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, TracingRunner
-from smlp_deploy.runners.placement import ANYWHERE, Placement
+from smlp_deploy.runners.placement import ANYWHERE, AUTO, OPENVINO, Placement
 
 if TYPE_CHECKING:
     from smlp_deploy.exporters.tensorrt import BuildOptions
@@ -175,6 +175,10 @@ def verify_layers(
         SmlpError: a file cannot be used, or an engine cannot run here.
     """
     placement.check(candidate)
+    if placement.runtime == OPENVINO:
+        raise UsageError(
+            "values inside a graph are read with ONNX Runtime", where="--runtime openvino", fix="leave it out"
+        )
     if candidate.suffix.lower() == ".engine":
         return _verify_engine_layers(
             candidate, reference=reference, images=images, max_error=max_error, gpu=placement.gpu
@@ -187,7 +191,7 @@ def verify_layers(
             reference = candidate if is_checkpoint(candidate) else find_reference(metadata, candidate)
         truth = source if reference == candidate else _load(reference, ema=metadata.ema)
         images = images or default_images(metadata)
-        with _open_tracer(truth, replace(placement, provider=None), lowered=False) as tracer:
+        with _open_tracer(truth, replace(placement, provider=None, runtime=AUTO), lowered=False) as tracer:
             if metadata.precision != "int8" or tracer.metadata.precision != "fp32":
                 return find_divergence(tracer, inside, images, max_error=max_error)
             from smlp_deploy.runners.tracing import QuantizedLayers

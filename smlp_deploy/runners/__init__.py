@@ -7,20 +7,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
-from smlp_deploy.dependencies import require_onnxruntime, require_torch
+from smlp_deploy.dependencies import require, require_onnxruntime, require_torch
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.runners.base import Runner
-from smlp_deploy.runners.placement import ANYWHERE, Placement
+from smlp_deploy.runners.placement import ANYWHERE, AUTO, CPU, ONNXRUNTIME, OPENVINO, Placement
 
 if TYPE_CHECKING:
     from smlp_deploy.graphs.file import Graph
 
 
 def _open_onnx(path: Path, placement: Placement) -> Runner:
-    require_onnxruntime()
-    from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+    if placement.runtime == OPENVINO:
+        _require_openvino()
+    elif placement.runtime == ONNXRUNTIME or placement.onnx_provider != CPU:
+        require_onnxruntime()
+        from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner.open(path, provider=placement.onnx_provider, gpu=placement.gpu)
+        return OnnxRuntimeRunner.open(path, provider=placement.onnx_provider, gpu=placement.gpu)
+    require("onnx", purpose="to read ONNX files", extra="cpu")
+    from smlp_deploy.graphs.file import Graph
+
+    return open_graph(Graph.read(path), placement=placement)
+
+
+def _require_openvino() -> None:
+    require("openvino", "onnx", purpose="for --runtime openvino", extra="cpu")
 
 
 def _open_checkpoint(path: Path, placement: Placement) -> Runner:
@@ -47,7 +58,12 @@ _OPENERS: dict[str, Callable[[Path, Placement], Runner]] = {
 
 
 def open_runner(
-    path: Path, *, provider: str | None = None, device: str | None = None, placement: Placement | None = None
+    path: Path,
+    *,
+    provider: str | None = None,
+    device: str | None = None,
+    runtime: str = AUTO,
+    placement: Placement | None = None,
 ) -> Runner:
     """Load an artifact or checkpoint.
 
@@ -57,7 +73,9 @@ def open_runner(
             a GPU, otherwise "cpu".
         device: "cpu", or a GPU: "cuda" for the first, "cuda:1" or "1" by its number in CUDA, or its UUID. By default
             engines run on the first GPU, and everything else on the CPU.
-        placement: both in one, if they were read before.
+        runtime: what runs an ONNX file: "onnxruntime" or "openvino"; by default what `default_runtime` says on the
+            CPU, and ONNX Runtime on a GPU.
+        placement: all three in one, if they were read before.
 
     Raises:
         UsageError: a provider was given for another kind of file, there is no such GPU, or the choices contradict each
@@ -68,13 +86,18 @@ def open_runner(
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         raise ArtifactError("no runner for this kind of file", where=path, fix=f"expected {', '.join(_OPENERS)}")
-    placement = placement or Placement.of(device=device, provider=provider)
+    placement = placement or Placement.of(device=device, provider=provider, runtime=runtime)
     placement.check(path)
     return opener(path, placement)
 
 
 def open_graph(graph: Graph, *, placement: Placement = ANYWHERE) -> Runner:
-    """Load a graph into ONNX Runtime; see `open_runner`."""
+    """Load a graph into ONNX Runtime or OpenVINO; see `open_runner`."""
+    if placement.runtime_for(graph.metadata) == OPENVINO:
+        _require_openvino()
+        from smlp_deploy.runners.openvino import OpenVinoRunner
+
+        return OpenVinoRunner(graph)
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 

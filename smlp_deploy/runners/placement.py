@@ -1,4 +1,4 @@
-"""Where a model runs: what the options --device and --provider mean for each kind of file."""
+"""Where a model runs: what the options --device, --provider and --runtime mean for each kind of file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Self
 
 from smlp_deploy.dependencies import GpuDevice, find_gpu
 from smlp_deploy.errors import UsageError
+from smlp_deploy.metadata import ModelMetadata
 
 CPU = "cpu"
+AUTO, ONNXRUNTIME, OPENVINO = "auto", "onnxruntime", "openvino"
+
+
+def default_runtime(metadata: ModelMetadata) -> str:
+    """What runs an ONNX file on the CPU if nothing is chosen: "onnxruntime" or "openvino"."""
+    return ONNXRUNTIME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +28,25 @@ class Placement:
             chosen, otherwise "cpu".
         gpu: the GPU that was chosen.
         only_cpu: the CPU was chosen.
+        runtime: what runs ONNX files: "onnxruntime", "openvino", or "auto" for the default.
     """
 
     provider: str | None = None
     gpu: GpuDevice | None = None
     only_cpu: bool = False
+    runtime: str = AUTO
 
     @classmethod
-    def of(cls, *, device: str | None = None, provider: str | None = None) -> Self:
-        """The placement that two options give.
+    def of(cls, *, device: str | None = None, provider: str | None = None, runtime: str = AUTO) -> Self:
+        """The placement that three options give.
 
         Args:
             device: "cpu", or a GPU as `find_gpu` takes it; None for each kind of file's default.
             provider: see the attribute.
+            runtime: see the attribute; a provider is ONNX Runtime's, and OpenVINO runs on the CPU.
 
         Raises:
-            UsageError: there is no such GPU, or the two contradict each other.
+            UsageError: there is no such GPU, or two of them contradict each other.
         """
         device = device if device is None else device.strip()
         is_cpu = device is not None and device.lower() == CPU
@@ -44,13 +54,28 @@ class Placement:
             raise UsageError(
                 f"--provider {provider} contradicts --device {device}", fix="give one of them, or two that agree"
             )
+        if runtime == OPENVINO and provider is not None:
+            raise UsageError(
+                f"--runtime openvino contradicts --provider {provider}",
+                fix="leave out one: providers are ONNX Runtime's",
+            )
+        if runtime == OPENVINO and device is not None and not is_cpu:
+            raise UsageError(
+                f"--runtime openvino contradicts --device {device}", fix="leave out one: OpenVINO runs on the CPU"
+            )
         gpu = None if device is None or is_cpu else find_gpu(device)
-        return cls(provider=provider, gpu=gpu, only_cpu=is_cpu)
+        return cls(provider=provider, gpu=gpu, only_cpu=is_cpu, runtime=runtime)
 
     @property
     def onnx_provider(self) -> str:
         """What ONNX Runtime runs ONNX files on."""
         return self.provider or ("cuda" if self.gpu else CPU)
+
+    def runtime_for(self, metadata: ModelMetadata) -> str:
+        """What runs an ONNX file with this metadata: "onnxruntime" or "openvino"."""
+        if self.runtime != AUTO:
+            return self.runtime
+        return ONNXRUNTIME if self.provider is not None or self.gpu is not None else default_runtime(metadata)
 
     def check(self, path: Path) -> None:
         """Check that a file can run there.
@@ -61,14 +86,16 @@ class Placement:
         suffix = path.suffix.lower()
         if self.provider is not None and suffix != ".onnx":
             raise UsageError("only ONNX files take a provider", where=path, fix="use --device in place of --provider")
+        if self.runtime != AUTO and suffix != ".onnx":
+            raise UsageError("only ONNX files take a runtime", where=path, fix="leave out --runtime")
         if self.only_cpu and suffix == ".engine":
             raise UsageError(
                 "an engine runs only on a GPU", where=path, fix="leave out --device cpu, or use the ONNX file"
             )
 
     def for_file(self, path: Path) -> Self:
-        """The same without the provider, unless it is an ONNX file: for commands that take files of several kinds."""
-        return self if path.suffix.lower() == ".onnx" else replace(self, provider=None)
+        """The same without provider and runtime, unless it is an ONNX file: for commands that take several kinds."""
+        return self if path.suffix.lower() == ".onnx" else replace(self, provider=None, runtime=AUTO)
 
     def gpu_of(self, path: Path) -> GpuDevice | None:
         """The GPU that a file runs on, or None for the CPU; also None if there is no GPU."""
@@ -78,10 +105,10 @@ class Placement:
         on_gpu = suffix == ".engine" or (suffix == ".onnx" and self.onnx_provider != CPU)
         return find_gpu() if on_gpu and not self.only_cpu else None
 
-    def kind_of(self, path: Path) -> str:
-        """What a file's results depend on: "cpu", "cuda" or "tensorrt". Of an engine "cpu", since it has no choice."""
+    def kind_of(self, path: Path, metadata: ModelMetadata) -> str:
+        """What a file's results depend on: "cpu", "cuda", "tensorrt" or "openvino"; of an engine "cpu": no choice."""
         if path.suffix.lower() == ".onnx":
-            return self.onnx_provider
+            return OPENVINO if self.runtime_for(metadata) == OPENVINO else self.onnx_provider
         return "cuda" if self.gpu is not None and path.suffix.lower() != ".engine" else CPU
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,14 @@ from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
 from smlp_deploy.exporters.int8 import quantize, quantized_layers
 from smlp_deploy.exporters.onnx import export_onnx
-from smlp_deploy.graphs.edit import add_int8_copy, add_output, add_trace_outputs, emulate_bf16, int8_layers
+from smlp_deploy.graphs.edit import (
+    add_int8_copy,
+    add_output,
+    add_trace_outputs,
+    dequantize_embeddings,
+    emulate_bf16,
+    int8_layers,
+)
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import trace_points
 from smlp_deploy.models import lowering
@@ -181,3 +189,35 @@ def test_rule_7_a_copy_computes_what_the_layer_computes(
     here, there = run(model, batch), run(quantized, batch)
     np.testing.assert_allclose(here["copy"], there["int8"], rtol=1e-4, atol=1e-5)
     assert np.abs(here["copy"] - here["fp32"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_rule_8_an_embedding_has_the_values_of_its_int8_weight(per_channel: bool) -> None:
+    weight, scales = np.arange(24, dtype=np.int8).reshape(2, 3, 2, 2) - 12, np.array([0.5, 0.25], np.float32)
+    scale = scales if per_channel else scales[:1].reshape(())
+    axis: dict[str, Any] = {"axis": 0} if per_channel else {}
+    pointwise = weight[:, :, :1, :1]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["wide_int8", "scale"], ["wide"], **axis),
+        helper.make_node("DequantizeLinear", ["pointwise_int8", "scale"], ["pointwise"], **axis),
+        helper.make_node("Conv", ["x", "wide"], ["y"], strides=[2, 2]),
+        helper.make_node("Conv", ["x", "pointwise"], ["z"]),
+    ]
+    values = {"wide_int8": weight, "pointwise_int8": pointwise, "scale": scale}
+    constants = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items()]
+    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 4, 4])]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "yz"]
+    graph = helper.make_graph(nodes, "int8", given, results, constants)
+    expected = _run_both(graph)
+    dequantize_embeddings(graph)
+    assert [node.op_type for node in graph.node] == ["DequantizeLinear", "Conv", "Conv"]
+    for ours, theirs in zip(_run_both(graph), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)  # summed in another order
+
+
+def _run_both(graph: onnx.GraphProto) -> list[FloatArray]:
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 20)])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).standard_normal((1, 3, 4, 4), dtype=np.float32)
+    outputs: list[FloatArray] = session.run(None, {"x": images})
+    return outputs

@@ -10,6 +10,7 @@ from smlp_deploy import dependencies
 from smlp_deploy.errors import UsageError
 from smlp_deploy.runners import placement as module
 from smlp_deploy.runners.placement import Placement
+from tests.support.fakes import metadata
 from tests.support.gpu import L4
 
 SECOND = replace(L4, index=1)
@@ -75,7 +76,32 @@ def test_what_cannot_run_there_is_refused() -> None:
 )
 def test_results_depend_on_it(device: str | None, provider: str | None, kinds: tuple[str, ...]) -> None:
     placement = Placement.of(device=device, provider=provider)
-    assert tuple(placement.kind_of(path) for path in (ONNX, ENGINE, CHECKPOINT)) == kinds
+    assert tuple(placement.kind_of(path, metadata()) for path in (ONNX, ENGINE, CHECKPOINT)) == kinds
+
+
+def test_openvino_contradicts_what_is_not_its_own() -> None:
+    with pytest.raises(UsageError, match=r"^--runtime openvino contradicts --provider cpu · leave out one"):
+        Placement.of(provider="cpu", runtime="openvino")
+    with pytest.raises(UsageError, match=r"^--runtime openvino contradicts --device cuda:1 · .* runs on the CPU$"):
+        Placement.of(device="cuda:1", runtime="openvino")
+    for path in (ENGINE, CHECKPOINT):
+        with pytest.raises(UsageError, match=rf"only ONNX files take a runtime · {path} · leave out --runtime"):
+            Placement.of(runtime="openvino").check(path)
+        assert Placement.of(runtime="openvino").for_file(path).runtime == "auto"
+    Placement.of(device="cpu", runtime="openvino").check(ONNX)
+
+
+def test_the_runtime_is_the_one_chosen_or_the_default_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "default_runtime", lambda metadata: "openvino")
+    of = metadata()
+    assert Placement.of().runtime_for(of) == Placement.of().kind_of(ONNX, of) == "openvino"
+    assert Placement.of(runtime="onnxruntime").runtime_for(of) == "onnxruntime"
+    for placement in (Placement.of(provider="cpu"), Placement.of(provider="cuda"), Placement.of(device="cuda")):
+        assert placement.runtime_for(of) == "onnxruntime"
+    assert Placement.of().kind_of(CHECKPOINT, of) == "cpu"
+    monkeypatch.undo()
+    assert Placement.of(runtime="openvino").kind_of(ONNX, of) == "openvino"
+    assert Placement.of().kind_of(ONNX, of) == "cpu"
 
 
 def test_names() -> None:
