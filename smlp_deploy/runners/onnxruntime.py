@@ -34,6 +34,7 @@ from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
 from smlp_deploy.images.batches import FloatArray, ImageArray
+from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches, padded
 
@@ -316,6 +317,7 @@ def _create(content: bytes, provider: str, options: Options) -> onnxruntime.Infe
         settings.enable_mem_pattern = False
         session = onnxruntime.InferenceSession(content, settings, providers=[provider], enable_fallback=0)
         session._model_bytes = b""  # kept only to begin another session for a fallback, which is off
+        give_memory_back()  # of what it parsed
         return session
     # Otherwise a session that fails, now or in any run, prints so and goes on with another provider.
     return onnxruntime.InferenceSession(content, settings, providers=[(provider, options)], enable_fallback=0)
