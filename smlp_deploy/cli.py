@@ -6,51 +6,65 @@ import errno
 import logging
 import os
 import sys
-from difflib import get_close_matches
+from importlib import import_module
 from typing import Annotated, NoReturn
 
 import typer
 
 from smlp_deploy import __version__
-from smlp_deploy.commands.benchmark import benchmark
-from smlp_deploy.commands.build_engine import build_engine
-from smlp_deploy.commands.doctor import doctor
-from smlp_deploy.commands.download import download
-from smlp_deploy.commands.eval import evaluate
-from smlp_deploy.commands.export import export
-from smlp_deploy.commands.inspect import inspect
-from smlp_deploy.commands.models import models
-from smlp_deploy.commands.predict import predict
-from smlp_deploy.commands.profile import profile
-from smlp_deploy.commands.verify import verify
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.interrupts import Terminated, handle_sigterm
 
-app = typer.Typer(
-    name="smlp",
-    help="Take a trained sMLPNet from its checkpoint to production, with proof at each step.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-)
+_VERBS = {
+    "models": ("commands.models", "models", "Get", None),
+    "download": ("commands.download", "download", "Get", "smlp download smlpnet_small"),
+    "inspect": ("commands.inspect", "inspect", "Get", "smlp inspect my.pth"),
+    "export": ("commands.export", "export", "Export", "smlp export my.pth --labels names.txt --fp16"),
+    "build-engine": (
+        "commands.build_engine",
+        "build_engine",
+        "Build",
+        "smlp build-engine artifacts/my-fp32.onnx --fp16",
+    ),
+    "profile": ("commands.profile", "profile", "Build", "smlp profile artifacts/my-fp16.onnx --gpu-arch sm89"),
+    "predict": ("commands.predict", "predict", "Run", "smlp predict photos/ -o predictions.jsonl"),
+    "verify": ("commands.verify", "verify", "Prove", "smlp verify artifacts/my-int8.onnx --reference my.pth --layers"),
+    "eval": (
+        "commands.eval",
+        "evaluate",
+        "Prove",
+        "smlp eval val/ -m artifacts/my-fp32.onnx -m artifacts/my-int8.onnx",
+    ),
+    "benchmark": (
+        "commands.benchmark",
+        "benchmark",
+        "Prove",
+        "smlp benchmark artifacts/my-fp32.onnx --baseline --reference my.pth",
+    ),
+    "doctor": ("commands.doctor", "doctor", "Prove", None),
+}
+"""Module, function, group in the help, and an example of each verb."""
 
-_VERBS = (
-    ("models", models, "Get", None),
-    ("download", download, "Get", "smlp download smlpnet_small"),
-    ("inspect", inspect, "Get", "smlp inspect my.pth"),
-    ("export", export, "Export", "smlp export my.pth --labels names.txt --fp16"),
-    ("build-engine", build_engine, "Build", "smlp build-engine artifacts/my-fp32.onnx --fp16"),
-    ("profile", profile, "Build", "smlp profile artifacts/my-fp16.onnx --gpu-arch sm89"),
-    ("predict", predict, "Run", "smlp predict photos/ -o predictions.jsonl"),
-    ("verify", verify, "Prove", "smlp verify artifacts/my-int8.onnx --reference my.pth --layers"),
-    ("eval", evaluate, "Prove", "smlp eval val/ -m artifacts/my-fp32.onnx -m artifacts/my-int8.onnx"),
-    ("benchmark", benchmark, "Prove", "smlp benchmark artifacts/my-fp32.onnx --baseline --reference my.pth"),
-    ("doctor", doctor, "Prove", None),
-)
-"""Name, function, group in the help, and an example."""
 
-for _name, _verb, _panel, _example in _VERBS:
-    app.command(_name, rich_help_panel=_panel, epilog=_example and f"Example: {_example}")(_verb)
+def command_line(*verbs: str) -> typer.Typer:
+    """The app with the given verbs; with all of them by default.
+
+    Typer builds a validator for each option of each verb it knows, which takes longer than to classify an image.
+    """
+    app = typer.Typer(
+        name="smlp",
+        help="Take a trained sMLPNet from its checkpoint to production, with proof at each step.",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        callback=smlp,
+    )
+    for name in verbs or _VERBS:
+        module, function, panel, example = _VERBS[name]
+        verb = getattr(import_module(f"smlp_deploy.{module}"), function)
+        app.command(name, rich_help_panel=panel, epilog=example and f"Example: {example}")(verb)
+    return app
+
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -61,7 +75,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def smlp(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
@@ -78,7 +91,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
     handle_sigterm()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        app = command_line(*(verb for verb in given[:1] if verb in _VERBS))
         code = app(args=arguments, prog_name="smlp", standalone_mode=False)
     except SmlpError as error:
         _fail(str(error), error.exit_code)
@@ -106,6 +121,8 @@ def _usage_message(error: typer.TyperException) -> str:
     if similar := getattr(error, "possibilities", None):
         option = error.option_name  # type: ignore[attr-defined]
         message = f"No such option: {printable(option)}"
+        from difflib import get_close_matches
+
         fix = f"did you mean {get_close_matches(option, similar, n=1, cutoff=0)[0]}? · {fix}"
     return f"{message} · {fix}"
 

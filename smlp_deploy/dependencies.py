@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
 from uuid import UUID
@@ -261,6 +260,8 @@ def _no_cuda_runtime(reason: str) -> MissingDependencyError:
 
 def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, or None."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and rarely needed
+
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -269,6 +270,8 @@ def installed_version(distribution: str) -> str | None:
 
 def cuda_major(distributions: Iterable[str]) -> int:
     """The CUDA major version in the names of distributions or their requirements; 0 if none states it."""
+    from importlib.metadata import requires
+
     texts = [text for name in distributions for text in (name, *(requires(name) or ()))]
     return max((int(match[1]) for text in texts if (match := re.search(r"[-_]cu(\d\d)\b", text))), default=0)
 

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from smlp_deploy.errors import SmlpError
 
 DATA_FOLDER = Path(__file__).parent / "data"
@@ -90,6 +88,8 @@ def alone(target: Path, *, waiting_for: str | None = None) -> Iterator[None]:
     Raises:
         SmlpError: another process holds the lock, and `waiting_for` is None.
     """
+    from filelock import FileLock, Timeout  # which imports asyncio
+
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
     try:

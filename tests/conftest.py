@@ -48,7 +48,7 @@ def digits() -> Checkpoint:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Trace each network once for all tests, which takes seconds each time; `tests/exporters/test_onnx.py` traces anew.
+    """Trace each unlowered baseline once for all tests, which takes seconds each time.
 
     The folder holds the traces of all processes.
     """

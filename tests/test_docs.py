@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from smlp_deploy import errors
-from smlp_deploy.cli import app
+from smlp_deploy.cli import command_line
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -61,7 +61,7 @@ def code_of(page: Path) -> Iterator[str]:
 @cache
 def verbs() -> dict[str, frozenset[str]]:
     """Every verb and its options; those of `smlp` itself are under the empty name."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(command_line())
     commands = {"": root, **root.commands}  # type: ignore[attr-defined]
     options = {
         verb: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

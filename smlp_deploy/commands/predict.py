@@ -49,7 +49,6 @@ def predict(
     from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.records import RunIdentity, write_records
     from smlp_deploy.interrupts import put_off
-    from smlp_deploy.reports import IMAGES_SHOWN, predictions_page
 
     kind = _check(format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
@@ -79,11 +78,15 @@ def predict(
                 stop.before(images), batch_size=size, topk=topk, workers=workers, decoder=decoder
             )
             if html is not None:
+                from smlp_deploy.reports import IMAGES_SHOWN
+
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
             with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
                 done, failed = write_records(predictions, sink, stop, batch_size=size, advance=advance)
         if html is not None:
+            from smlp_deploy.reports import predictions_page
+
             write_page(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:

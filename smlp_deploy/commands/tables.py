@@ -11,7 +11,6 @@ from rich.text import Text
 
 from smlp_deploy.commands.terminal import say, stderr, stdout
 from smlp_deploy.errors import printable
-from smlp_deploy.reports.page import four_digits
 
 if TYPE_CHECKING:
     from smlp_deploy.doctor import Finding
@@ -167,6 +166,8 @@ def show_benchmark(report: Benchmark) -> None:
 
 def _gpu_lines(report: Benchmark) -> Iterator[str]:
     """The times without transfers; if a model ran on a GPU, which that is, and its clocks."""
+    from smlp_deploy.reports.page import four_digits
+
     for number, model in enumerate(report.models, start=1):
         for timing in model.batches:
             if timing.gpu_median is not None:
@@ -190,6 +191,8 @@ def _models_table(report: Benchmark) -> Table:
 
 
 def _batches_table(report: Benchmark) -> Table:
+    from smlp_deploy.reports.page import four_digits
+
     heads = ("batch", "", "median ms", "p90", "p95", "p99", "images/s", "ratio", "95%")
     table = _table(*heads, no_wrap=heads)
     for of_size in zip(*(model.batches for model in report.models), strict=True):
@@ -201,6 +204,8 @@ def _batches_table(report: Benchmark) -> Table:
 
 
 def _end_to_end_table(report: Benchmark) -> Table:
+    from smlp_deploy.reports.page import four_digits
+
     first = report.models[0].end_to_end
     assert first is not None
     title = (

@@ -1,4 +1,4 @@
-"""The trained network to an fp32 ONNX graph: lowered, traced, cleaned of machine-specific data, and checked."""
+"""The trained network to an fp32 ONNX graph: lowered, captured, and checked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.exporters.capture import capture
 from smlp_deploy.graphs.file import INPUT_NAME, OUTPUT_NAME, Graph
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.lowering import lower
@@ -22,8 +23,6 @@ from smlp_deploy.models.smlpnet import SMLPNet
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
-
-_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 
 def export_unlowered(network: SMLPNet, metadata: ModelMetadata, *, path: Path) -> Graph:
@@ -34,7 +33,7 @@ def export_unlowered(network: SMLPNet, metadata: ModelMetadata, *, path: Path) -
         metadata: what to store in the graph.
         path: the file that it would become, for its name.
     """
-    model = _trace(network, image_size=network.config.image_size, batch=metadata.batch, opset=DEFAULT_OPSET)
+    model = _trace(network, image_size=network.config.image_size, batch=metadata.batch)
     return Graph.of(model, metadata, path=path)
 
 
@@ -52,27 +51,23 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
 
     Raises:
         ArtifactError: a weight is not finite after folding.
-        SmlpError: the exporter did not make a valid graph; the fault is this tool's or torch's.
+        SmlpError: the graph is not valid; the fault is this tool's or onnx's.
     """
-    libraries = {name: installed_version(name) or "unknown" for name in ("onnx", "onnxscript")}
-    libraries = {**metadata.libraries, **libraries}
+    libraries = {**metadata.libraries, "onnx": installed_version("onnx") or "unknown"}
     metadata = replace(metadata, precision="fp32", input="float32", libraries=libraries)
+    lowered = lower(network, metadata.form)
+    size, ends = network.config.image_size, (INPUT_NAME, OUTPUT_NAME)
+    model = capture(lowered, image_size=size, batch=metadata.batch, opset=opset, ends=ends)
+    model.producer_name, model.producer_version = "smlp-deploy", libraries.get("smlp-deploy", "")
     try:
-        lowered = lower(network, metadata.form)
-        model = _trace(lowered, image_size=network.config.image_size, batch=metadata.batch, opset=opset)
-        _clean(model)
         return Graph.of(model, metadata, path=path)
-    except (
-        torch.onnx.errors.OnnxExporterError,
-        onnx.checker.ValidationError,
-        onnx.shape_inference.InferenceError,
-    ) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SmlpError(
             f"export at opset {opset} failed: {str(error).splitlines()[0]}", fix=f"try --opset {DEFAULT_OPSET}"
         ) from error
 
 
-def _trace(network: nn.Module, *, image_size: int, batch: int | None, opset: int) -> onnx.ModelProto:
+def _trace(network: nn.Module, *, image_size: int, batch: int | None) -> onnx.ModelProto:
     example = torch.zeros(batch or 2, 3, image_size, image_size)
     with _quiet():
         program = torch.onnx.export(
@@ -84,7 +79,7 @@ def _trace(network: nn.Module, *, image_size: int, batch: int | None, opset: int
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
             dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
-            opset_version=opset,
+            opset_version=DEFAULT_OPSET,
         )
     assert program is not None
     return program.model_proto
@@ -102,30 +97,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         exporter.setLevel(level)
-
-
-def _clean(model: onnx.ModelProto) -> None:
-    """Drop the exporter's debugging notes, and give the nodes readable names.
-
-    1. A node is named after the module it was traced in and its operation.
-    2. Metadata and doc strings go, because they hold source paths: of nodes, values, the graph and the model.
-    3. The graph is named after the network.
-    """
-    graph = model.graph
-    for node in graph.node:
-        scopes = [prop.value for prop in node.metadata_props if prop.key == _SCOPES_KEY]
-        node.name = _node_name(node.name, scopes[0] if scopes else "")  # rule 1
-        node.ClearField("metadata_props")  # rule 2
-        node.ClearField("doc_string")
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        value.ClearField("metadata_props")
-    model.ClearField("metadata_props")
-    graph.ClearField("metadata_props")
-    graph.name = "smlpnet"  # rule 3
-
-
-def _node_name(name: str, scopes: str) -> str:
-    """`node_conv2d_1` in the scopes `['', 'blocks.0', 'blocks.0.depthwise', ...]` is `blocks.0.depthwise/conv2d_1`."""
-    modules = [scope for scope in scopes.strip("[]").replace("'", "").split(", ") if scope][:-1]
-    operation = name.removeprefix("node_")
-    return f"{modules[-1]}/{operation}" if modules else operation

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -34,6 +34,7 @@ MAX_FILE_SIZE = 3 << 28  # bytes; the largest image takes 0.7 GB uncompressed
 _LARGE_FILE = 1 << 24  # bytes; Pillow may read all of a file when it opens it
 _LARGE_IMAGE = 1 << 22  # pixels
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # signatures
 _ICO = b"\0\0\1\0"  # signature of a format that Pillow decodes on opening
 _HIDING = ("AVIF", "HEIF", "JPEG2000")  # a small image of these can make the decoder allocate a large one
 _HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevm", b"hevs", b"hevx", b"mif1", b"msf1"))
@@ -90,7 +91,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         if alone:
             held.enter_context(_budget.take(MAX_PIXELS))
         try:
-            opened = Image.open(file, formats=_formats())
+            opened = _opened(file, prefix)
         except UnidentifiedImageError:
             raise ImageError(_unidentified(prefix)) from None
         with closing(opened) as image:
@@ -100,7 +101,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             if not alone:
                 held.enter_context(_budget.take(MAX_PIXELS if image.format in _HIDING else pixels))
             if pixels > _LARGE_IMAGE:
-                held.callback(_give_memory_back)
+                held.callback(give_memory_back)
             yield image
 
 
@@ -143,8 +144,8 @@ def _pixels(image: Image.Image) -> int:
     return pixels
 
 
-def _give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps it per thread, several times the budget in total."""
+def give_memory_back() -> None:
+    """Return freed memory to the system: glibc keeps it per thread, of images several times the budget in total."""
     if trim := _glibc("malloc_trim"):
         trim(0)
 
@@ -168,6 +169,14 @@ def _glibc(function: str) -> Callable[..., int] | None:
         return cast(Callable[..., int], getattr(ctypes.CDLL(None), function))
     except (AttributeError, OSError, TypeError):  # only glibc has it or needs it
         return None
+
+
+def _opened(file: BinaryIO, prefix: bytes) -> Image.Image:
+    """The image in a file; Pillow loads its other 40 formats, in 0.1 s, only for one that needs them."""
+    if prefix.startswith((_JPEG, _PNG)):
+        with suppress(UnidentifiedImageError):
+            return Image.open(file, formats=("JPEG", "PNG"))
+    return Image.open(file, formats=_formats())
 
 
 def _formats() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.onnx import DEFAULT_OPSET, export_onnx
 from smlp_deploy.files import check_writable, write_text
 from smlp_deploy.graphs.file import Graph
+from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
@@ -69,6 +70,7 @@ def export_checkpoint(
     check_writable(target)
     precision = metadata.precision
     graph = export_onnx(checkpoint.network(), metadata, path=target, opset=opset)
+    give_memory_back()  # of the networks, several copies of the weights
     quantization = plan_quantization(graph, int8 or Int8Options(), progress=progress) if precision == "int8" else None
     graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)
     images = images or default_images(graph.metadata, quantization.images if quantization else ())

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_REFERENCES = 64
+REFERENCE_BATCH = 8
+"""Images that the trained network runs at once on a CPU, where 32 take a third longer and four times the memory."""
 
 
 def verify_artifact(
@@ -97,11 +99,13 @@ def prove_against_checkpoint(
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
 
-    with PyTorchRunner(checkpoint, metadata, gpu=gpu) as trained:
+    at_once = None if gpu else REFERENCE_BATCH
+    with PyTorchRunner(checkpoint, metadata, gpu=gpu, at_once=at_once) as trained:
         report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
         if candidate.metadata.precision not in ("fp16", "int8"):
             return report
-        half, recorder = HalfRunner(checkpoint, metadata, gpu=gpu), RecordingRunner(checkpoint, metadata, gpu=gpu)
+        half = HalfRunner(checkpoint, metadata, gpu=gpu)
+        recorder = RecordingRunner(checkpoint, metadata, gpu=gpu, at_once=at_once)
         with half, recorder:
             return check_half_range(report, trained, half, recorder, images)
 

@@ -37,6 +37,7 @@ class PyTorchRunner(Closing):
         checkpoint: the weights.
         metadata: labels and preprocessing to go with them; may be that of an artifact, but the input is float32.
         gpu: where to run; None for the CPU. TF32 is then switched off for the whole process.
+        at_once: images to run at once at most; None for whole batches, whatever memory they take.
 
     Attributes:
         on_gpu: whether it runs on a GPU.
@@ -49,7 +50,15 @@ class PyTorchRunner(Closing):
 
     _label = "pytorch"
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        metadata: ModelMetadata,
+        *,
+        gpu: GpuDevice | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        self._at_once = at_once
         self.name = f"{on_gpu(self._label, gpu)} {checkpoint.path.name}"
         self.metadata = replace(metadata, input="float32")
         self._gpu, self._device = gpu, device_of(gpu)
@@ -60,7 +69,9 @@ class PyTorchRunner(Closing):
 
     def infer(self, batch: FloatArray) -> FloatArray:
         with self._running():
-            logits: FloatArray = self._run(self._input(batch)).float().cpu().numpy()
+            images, size = self._input(batch), self._at_once or len(batch)
+            pieces = [self._run(images[at : at + size]).float() for at in range(0, len(images), size)]
+            logits: FloatArray = torch.cat(pieces).cpu().numpy()
         return logits
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
@@ -180,9 +191,16 @@ class RecordingRunner(PyTorchRunner):
     for GPUs, of every product and of token mixing; and the output of every block.
     """
 
-    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        metadata: ModelMetadata,
+        *,
+        gpu: GpuDevice | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self._largest: dict[str, float] = {}
-        super().__init__(checkpoint, metadata, gpu=gpu)
+        super().__init__(checkpoint, metadata, gpu=gpu, at_once=at_once)
         self.name = self.name.replace(")", ", lowered)", 1)
 
     def _prepared(self, network: SMLPNet) -> nn.Module:

@@ -213,12 +213,14 @@ def test_every_scale_is_exact_in_both_half_types(model: ModelProto, table: Calib
 
 def test_tensors_that_are_concatenated_share_a_scale(model: ModelProto, table: CalibrationTable) -> None:
     scales = constants(quantize(model, table, per_channel=False))
-    assert scales["permute_1_scale"] == scales["permute_scale"] == scales["_unsafe_view_scale"]
+    assert (
+        scales["blocks.0/transpose_1_scale"] == scales["blocks.0/transpose_scale"] == scales["blocks.0/reshape_scale"]
+    )
     fuse = [name for name in quantized_layers(model) if "fuse" in name]
-    narrowed = replace(table, ranges={**table.ranges, "gelu_1": table.ranges["cat"] / 4})
+    narrowed = replace(table, ranges={**table.ranges, "blocks.0/gelu_1": table.ranges["blocks.0/concat"] / 4})
     alone = constants(quantize(model, narrowed, per_channel=False, exclude=fuse))
-    assert "permute_1_scale" not in alone
-    assert alone["permute_scale"].astype(np.float64) * 4 == scales["permute_scale"]
+    assert "blocks.0/transpose_1_scale" not in alone
+    assert alone["blocks.0/transpose_scale"].astype(np.float64) * 4 == scales["blocks.0/transpose_scale"]
 
 
 def test_an_excluded_layer_is_left_as_it_was(model: ModelProto, table: CalibrationTable) -> None:
@@ -277,7 +279,7 @@ def test_a_table_read_back_gives_the_same_bytes_without_images(
 
 
 def test_a_table_that_does_not_fit_the_graph_is_an_error(model: ModelProto, table: CalibrationTable) -> None:
-    ranges = {name: value for name, value in table.ranges.items() if name != "cat"}
+    ranges = {name: value for name, value in table.ranges.items() if name != "blocks.0/concat"}
     with pytest.raises(ArtifactError, match=r"no range for 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
         quantize(model, replace(table, ranges=ranges), per_channel=False)
     with pytest.raises(ArtifactError, match="another checkpoint"):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ import torch
 
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.exporters import onnx as exporter
+from smlp_deploy.exporters.capture import capture
 from smlp_deploy.exporters.onnx import OPSETS, export_onnx
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 from smlp_deploy.models import lowering
@@ -21,12 +22,6 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
-
-
-@pytest.fixture(autouse=True)
-def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the remembered traces of `conftest.py`."""
-    monkeypatch.setattr(exporter, "_trace", inspect.unwrap(exporter._trace))
 
 
 @pytest.fixture
@@ -111,7 +106,7 @@ def test_everything_needed_is_inside(model: onnx.ModelProto, digits: Checkpoint,
     assert metadata.preprocessing == digits.metadata.preprocessing
     assert metadata.config == digits.config
     assert metadata.checkpoint_sha256 == digits.sha256
-    assert metadata.libraries.keys() == {"smlp-deploy", "torch", "onnx", "onnxscript"}
+    assert metadata.libraries.keys() == {"smlp-deploy", "torch", "onnx"}
 
 
 def test_nothing_of_this_machine_is_inside(digits_export: Export) -> None:
@@ -149,10 +144,12 @@ def test_other_opsets_and_a_fixed_batch(micro_pth: Path, tmp_path: Path, opset: 
 def test_an_invalid_graph_is_one_clear_error(
     digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damage(model: onnx.ModelProto) -> None:
+    def damaged(*args: Any, **options: Any) -> onnx.ModelProto:
+        model = capture(*args, **options)
         model.graph.node[0].input[0] = "nowhere"
+        return model
 
-    monkeypatch.setattr(exporter, "_clean", damage)
+    monkeypatch.setattr(exporter, "capture", damaged)
     with pytest.raises(SmlpError, match="export at opset 20 failed"):
         export_onnx(digits.network(), describe(digits), path=tmp_path / "x.onnx").save()
 
