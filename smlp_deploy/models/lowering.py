@@ -88,14 +88,23 @@ def pointwise_convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return _convolution(weight[:, :, None, None], bias)
 
 
+def with_column_behind(weight: Tensor) -> Tensor:
+    """Kernel (O, I, 3, 4) whose convolution, padded by 1 and 2, is that of `weight` (O, I, 3, 3) and one more column.
+
+    With `weight` padded by 1 the convolution maps G, G to G, G; this one to G, G + 1, of which the first G columns are
+    the same.
+    """
+    return functional.pad(weight, (1, 0))
+
+
 def _convolution(
-    weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0, groups: int = 1
+    weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int | tuple[int, int] = 0, groups: int = 1
 ) -> nn.Conv2d:
-    out_channels, in_channels, kernel, _ = weight.shape
+    out_channels, in_channels, *kernel = weight.shape
     conv = nn.Conv2d(
         in_channels * groups,
         out_channels,
-        kernel,
+        (kernel[0], kernel[1]),
         stride,
         padding,
         groups=groups,
@@ -128,20 +137,26 @@ def _weights_of(sparse: SparseMLP) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
 
 
 class DenseMixing(nn.Module):
-    """sMLP in two products, from x of N, G, G, C to the same shape."""
+    """sMLP in two products, to N, G, G, C from x of the same shape, or of N, G, G + 1, C if G is odd.
+
+    The extra column counts with a factor of 0. Tensor cores take numbers in pairs or eights: without it TensorRT copies
+    all tokens to append one.
+    """
 
     biases: Tensor
 
     def __init__(self, sparse: SparseMLP) -> None:
         super().__init__()
         (width, width_bias), (height, height_bias), fuse = _weights_of(sparse)
-        self.tokens = Product(token_matrix(width, height), on_left=True)
+        grid = len(width)
+        tokens = token_matrix(width, height).reshape(-1, grid, grid)
+        self.tokens = Product(functional.pad(tokens, (0, grid % 2)).flatten(1), on_left=True)
         self.fuse = Product(fuse.T, on_left=False)
         self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias).flatten(0, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        _, grid, _, channels = x.shape
-        x = self.tokens(x.reshape(-1, grid * grid, channels)).reshape(-1, grid * grid, 3 * channels)
+        _, grid, columns, channels = x.shape
+        x = self.tokens(x.reshape(-1, grid * columns, channels)).reshape(-1, grid * grid, 3 * channels)
         x = self.fuse(x) + self.biases
         return x.reshape(-1, grid, grid, channels)
 
@@ -252,8 +267,12 @@ class GpuBlock(LoweredBlock):
     """
 
     def _take(self, sparse: SparseMLP) -> None:
-        dense = sparse.proj_h.out_channels <= LARGEST_DENSE_GRID
+        grid = sparse.proj_h.out_channels
+        dense = grid <= LARGEST_DENSE_GRID
         self.mixing = DenseMixing(sparse) if dense else PairedMixing(sparse)
+        if dense and grid % 2:
+            weight, bias = self.depthwise.weight, self.depthwise.bias
+            self.depthwise = _convolution(with_column_behind(weight), bias, padding=(1, 2), groups=len(weight))
 
     def _mix_along_axes(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.mixing(x)

@@ -20,6 +20,7 @@ from smlp_deploy.models.lowering import (
     pointwise_convolution,
     token_matrix,
     width_matrix_with_identity,
+    with_column_behind,
 )
 from smlp_deploy.models.smlpnet import SparseMLP
 from tests.support.recipe import recipe_input, recipe_network
@@ -121,6 +122,24 @@ def test_axial_biases_are_a_map_behind_the_fuse_layer() -> None:
     zeros = torch.zeros(grid, grid, channels, dtype=torch.float64)
     before = torch.cat([zeros, zeros + width_bias, zeros + height_bias[:, :, None]], dim=2)
     assert_equal_to_rounding(biases_behind_fuse(fuse, width_bias, height_bias), before @ fuse.T)
+
+
+def test_a_kernel_with_a_column_more_adds_a_column_behind() -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    weight = normal(10, 1, 3, 3, seed=1)
+    expected = nn.functional.conv2d(x, weight, padding=1, groups=10)
+    found = nn.functional.conv2d(x, with_column_behind(weight), padding=(1, 2), groups=10)
+    assert found.shape == (2, 10, 6, 7)
+    assert_equal_to_rounding(found[..., :6], expected)
+
+
+def test_an_extra_column_of_an_odd_grid_counts_for_nothing() -> None:
+    sparse = SparseMLP(10, 7).double().eval().requires_grad_(False)
+    x = normal(2, 10, 7, 7)
+    expected = sparse(x)
+    active = nn.functional.gelu(sparse.BN(x)).permute(0, 2, 3, 1)
+    wide = torch.cat([active, 1e3 * normal(2, 7, 1, 10, seed=1)], dim=2)
+    assert_equal_to_rounding(DenseMixing(sparse)(wide).permute(0, 3, 1, 2), expected)
 
 
 @pytest.mark.parametrize("mixing", [DenseMixing, PairedMixing])
