@@ -88,6 +88,11 @@ def pointwise_convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     return _convolution(weight[:, :, None, None], bias)
 
 
+def fold_mean_into_linear_after(weight: Tensor) -> Tensor:
+    """Weight (O, I) with `(x - x.mean()) @ weight.T == x @ result.T` for x of I numbers, in float64."""
+    return weight.double() - weight.double().mean(dim=1, keepdim=True)
+
+
 def with_column_behind(weight: Tensor) -> Tensor:
     """Kernel (O, I, 3, 4) whose convolution, padded by 1 and 2, is that of `weight` (O, I, 3, 3) and one more column.
 
@@ -224,12 +229,17 @@ class LoweredBlock(nn.Module, ABC):
 
     def mix_channels(self, x: Tensor) -> Tensor:
         """LayerNorm over the channels without its affine, then the two-layer MLP."""
+        centred, scale = self._layer_norm_of(x)
+        normal = (centred * scale).to(x.dtype)
+        mixed: Tensor = self.out(functional.gelu(self.hidden(normal)))
+        return mixed
+
+    def _layer_norm_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of LayerNorm without its affine: `x` less its mean, and the scale of each token."""
         wide = _at_least_float32(x)
         centred = wide - wide.mean(dim=1, keepdim=True)
         variance = (centred * centred).mean(dim=1, keepdim=True)
-        normal = (centred * torch.rsqrt(variance + self.eps)).to(x.dtype)
-        mixed: Tensor = self.out(functional.gelu(self.hidden(normal)))
-        return mixed
+        return centred, torch.rsqrt(variance + self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mix_tokens(x)
@@ -264,7 +274,29 @@ class GpuBlock(LoweredBlock):
     """A block with the fewest kernels: products whose results need neither a concatenation nor a transpose.
 
     The mixing is a module of its own, so that a graph's node names tell its sum from the block's residual sums.
+
+    On large grids LayerNorm's scale is applied behind the hidden layer's convolution, with which TensorRT fuses it, so
+    that normalized tokens are neither written nor read. On small grids TensorRT makes that layer a matrix product,
+    with which it does not.
     """
+
+    hidden_bias: Tensor
+
+    def __init__(self, depthwise: DepthwiseConv, sparse: SparseMLP, norm: nn.LayerNorm, mlp: ChannelMLP) -> None:
+        super().__init__(depthwise, sparse, norm, mlp)
+        self.scales_behind = isinstance(self.mixing, PairedMixing)
+        if self.scales_behind:
+            self.register_buffer("hidden_bias", cast(Tensor, self.hidden.bias)[:, None, None].detach().clone())
+            self.hidden = pointwise_convolution(fold_mean_into_linear_after(self.hidden.weight[:, :, 0, 0]), None)
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """LayerNorm over the channels without its affine, then the two-layer MLP."""
+        if not self.scales_behind:
+            return super().mix_channels(x)
+        _, scale = self._layer_norm_of(x)
+        hidden = (_at_least_float32(self.hidden(x)) * scale).to(x.dtype) + self.hidden_bias
+        mixed: Tensor = self.out(functional.gelu(hidden))
+        return mixed
 
     def _take(self, sparse: SparseMLP) -> None:
         grid = sparse.proj_h.out_channels

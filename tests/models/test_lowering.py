@@ -16,6 +16,7 @@ from smlp_deploy.models.lowering import (
     biases_behind_fuse,
     fold_into_convolution_before,
     fold_into_linear_after,
+    fold_mean_into_linear_after,
     lower,
     pointwise_convolution,
     token_matrix,
@@ -75,6 +76,11 @@ def test_layer_norm_affine_folds_into_the_linear_after() -> None:
     weight, bias = fold_into_linear_after(linear.weight, linear.bias, norm.weight, norm.bias)
     plain = nn.functional.layer_norm(x, (10,), eps=norm.eps)
     assert_equal_to_rounding(plain @ weight.T + bias, linear(norm(x)))
+
+
+def test_the_mean_that_layer_norm_subtracts_folds_into_the_linear_after() -> None:
+    x, weight = normal(7, 10), normal(30, 10, seed=1)
+    assert_equal_to_rounding(x @ fold_mean_into_linear_after(weight).T, (x - x.mean(dim=1, keepdim=True)) @ weight.T)
 
 
 def test_final_batch_norm_folds_through_the_mean_into_the_head(norm: nn.BatchNorm2d) -> None:
@@ -178,6 +184,7 @@ def test_the_form_for_gpus_computes_the_same_in_float64(
         assert isinstance(block, GpuBlock)
         dense = network.config.grid(stage) <= largest_dense_grid
         assert isinstance(block.mixing, DenseMixing if dense else PairedMixing)
+        assert block.scales_behind is not dense
     with torch.inference_mode():
         expected = network(recipe_input(name).double())
         assert_equal_to_rounding(lowered(recipe_input(name).double()), expected)
