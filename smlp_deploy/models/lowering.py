@@ -93,13 +93,22 @@ def fold_mean_into_linear_after(weight: Tensor) -> Tensor:
     return weight.double() - weight.double().mean(dim=1, keepdim=True)
 
 
-def with_column_behind(weight: Tensor) -> Tensor:
-    """Kernel (O, I, 3, 4) whose convolution, padded by 1 and 2, is that of `weight` (O, I, 3, 3) and one more column.
+def aligned_columns(grid: int) -> int:
+    """The smallest number of columns, at least `grid`, that makes the number of tokens a multiple of 8.
 
-    With `weight` padded by 1 the convolution maps G, G to G, G; this one to G, G + 1, of which the first G columns are
-    the same.
+    Tensor cores read 8 fp16 numbers at a time. On an H100 `token_matrix` of 14x14 tokens times 8 images took 15.2 µs
+    with 196 columns and 4.3 with 224.
     """
-    return functional.pad(weight, (1, 0))
+    return next(columns for columns in range(grid, grid + 8) if grid * columns % 8 == 0)
+
+
+def with_columns_behind(weight: Tensor, extra: int) -> Tensor:
+    """Kernel (O, I, 3, 3 + extra) whose convolution adds that many columns to the result of `weight` (O, I, 3, 3).
+
+    Padded by 1, `weight` maps G, G to G, G. Padded by 1 and 1 + extra, this one maps G, G to G, G + extra, of which the
+    first G columns are the same.
+    """
+    return functional.pad(weight, (extra, 0))
 
 
 def _convolution(
@@ -142,11 +151,7 @@ def _weights_of(sparse: SparseMLP) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
 
 
 class DenseMixing(nn.Module):
-    """sMLP in two products, to N, G, G, C from x of the same shape, or of N, G, G + 1, C if G is odd.
-
-    The extra column counts with a factor of 0. Tensor cores take numbers in pairs or eights: without it TensorRT copies
-    all tokens to append one.
-    """
+    """sMLP in two products, from x of N, G, `aligned_columns(G)`, C to N, G, G, C; those beyond G count for nothing."""
 
     biases: Tensor
 
@@ -155,7 +160,7 @@ class DenseMixing(nn.Module):
         (width, width_bias), (height, height_bias), fuse = _weights_of(sparse)
         grid = len(width)
         tokens = token_matrix(width, height).reshape(-1, grid, grid)
-        self.tokens = Product(functional.pad(tokens, (0, grid % 2)).flatten(1), on_left=True)
+        self.tokens = Product(functional.pad(tokens, (0, aligned_columns(grid) - grid)).flatten(1), on_left=True)
         self.fuse = Product(fuse.T, on_left=False)
         self.register_buffer("biases", biases_behind_fuse(fuse, width_bias, height_bias).flatten(0, 1))
 
@@ -302,9 +307,10 @@ class GpuBlock(LoweredBlock):
         grid = sparse.proj_h.out_channels
         dense = grid <= LARGEST_DENSE_GRID
         self.mixing = DenseMixing(sparse) if dense else PairedMixing(sparse)
-        if dense and grid % 2:
-            weight, bias = self.depthwise.weight, self.depthwise.bias
-            self.depthwise = _convolution(with_column_behind(weight), bias, padding=(1, 2), groups=len(weight))
+        extra = aligned_columns(grid) - grid
+        if dense and extra:
+            weight = with_columns_behind(self.depthwise.weight, extra)
+            self.depthwise = _convolution(weight, self.depthwise.bias, padding=(1, 1 + extra), groups=len(weight))
 
     def _mix_along_axes(self, x: Tensor) -> Tensor:
         mixed: Tensor = self.mixing(x)

@@ -193,7 +193,7 @@ def test_weights_of_products_for_gpus_are_scaled_alone_or_by_what_they_keep(
         kept = 0 if left else 1
         assert (scale.shape, axes) == ((weight.shape[kept : kept + 1], [kept]) if per_channel else ((), []))
         spread = scale.astype(np.float64) if not per_channel else np.expand_dims(scale.astype(np.float64), 1 - kept)
-        assert np.abs(narrow * spread - weight).max() <= spread.max() / 2 * (1 + 1e-9)
+        assert np.abs(narrow.astype(np.float64) * spread - weight).max() <= spread.max() / 2 * (1 + 1e-9)
 
 
 def test_only_what_enters_those_layers_is_quantized(model: ModelProto, table: CalibrationTable) -> None:
