@@ -3,10 +3,10 @@
     python -m benchmarks.kernels [VARIANT ...] [--json FILE]
 
 Each variant gets the seeded weights of `tests/support/recipe.py`. Its graphs are the unlowered baseline, which is the
-trained network as `torch.onnx.export` exports it, and those of smlp-deploy: lowered in fp32, narrowed to fp16, and int8
-inside fp16, calibrated on the eighteen images in the package. Kernels and bytes are those of a build for batch 8 and
-one architecture; the size is that of the engine that `smlp build-engine` writes, for batches from 1 to 32. Nothing is
-run.
+trained network as `torch.onnx.export` exports it, and those of smlp-deploy that `smlp build-engine` makes from a
+checkpoint: lowered for GPUs in fp32, narrowed to fp16, and int8 inside fp16, calibrated on the eighteen images in the
+package. Kernels and bytes are those of a build for batch 8 and one architecture; the size is that of the engine that
+`smlp build-engine` writes, for batches from 1 to 32. Nothing is run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def graphs(variant: Variant) -> Iterator[tuple[str, Graph]]:
         checkpoint = load_checkpoint(weights)
     metadata = describe(checkpoint)
     yield "unlowered fp32", export_unlowered(checkpoint.network(), metadata, path=Path("unlowered.onnx"))
-    lowered = export_onnx(checkpoint.network(), metadata, path=Path("lowered.onnx"))
+    lowered = export_onnx(checkpoint.network(), replace(metadata, form="gpu"), path=Path("lowered.onnx"))
     yield "lowered fp32", lowered
     yield "fp16", to_precision(lowered, "fp16")
     quantization = plan_quantization(lowered, Int8Options(images=tuple(bundled_images())))

@@ -343,10 +343,10 @@ class TestBuildEngine:
         assert not Path("artifacts/micro-fp32-cpu.onnx").exists()
         assert json.loads(Path("artifacts/micro-fp16.engine.json").read_text())["profile"]["max"] == 2
 
-    def test_in_int8_for_sm75_the_form_with_products_in_int8_is_exported(self, smlp: Smlp) -> None:
+    def test_in_int8_for_sm75_products_are_in_int8(self, smlp: Smlp) -> None:
         outcome = smlp("build-engine", "--int8", "--gpu-arch", "sm75", "--batch", "1")
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-int8.engine\n")
-        assert "exporting artifacts/smlpnet_digits-fp32.onnx first" in outcome.err
+        assert "exporting artifacts/smlpnet_digits-fp32-gpu.onnx first" in outcome.err
         assert " in Int8" in outcome.err
 
     @pytest.mark.parametrize(

@@ -102,9 +102,7 @@ def _build(
     from smlp_deploy.files import write_bytes
     from smlp_deploy.pipeline.build import build_engine, prepare_graph
 
-    # For sm75 TensorRT-RTX computes no convolution in int8, and the form for GPUs has nothing else in int8.
-    nothing_in_int8 = precision == "int8" and "sm75" in options.architectures
-    graph = source_graph(source, form="cpu" if nothing_in_int8 else "gpu")
+    graph = source_graph(source, form="gpu")
     with building("reading the graph") as progress:
         prepared = prepare_graph(
             graph, precision, wanted_input=wanted_input, bounds=bounds, int8=quantization, progress=progress

@@ -4,8 +4,8 @@ Rules:
 
 1. The convolutions that are not depthwise and the axial products are quantized: in each the weight, and the value it is
    multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases are left as
-   they are. So are the products of the form for GPUs, whose results are not concatenated: in int8 they take more
-   kernels and move more bytes (`docs/int8.md` has the figures).
+   they are. In the form for GPUs its products are quantized, and no convolution: TensorRT fuses GELU into a half
+   convolution but not into one in int8, which then moves more bytes (`docs/int8.md` has the figures).
 2. A pair is placed on the value that the layer reads, after any transpose or reshape, because ONNX Runtime 1.32
    mishandles pairs that it has to move through a reshape. TensorRT moves them correctly.
 3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
@@ -13,8 +13,8 @@ Rules:
 5. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
 6. Activation scales lie on a grid, a quarter octave apart: TensorRT compiles a scale into the kernel, so layers of
    equal scale share kernels. The graph's input keeps its own: no other layer could share the kernel that reads it.
-7. An axial matrix has one scale per row, the axis that the product keeps; a convolution's weight has one, or one per
-   output channel.
+7. An axial matrix of the form for CPUs has one scale per row, the axis that the product keeps; the weight of a
+   convolution, or of a product of the form for GPUs, has one, or one for each output of its layer.
 8. Unused floating-point weights are dropped.
 
 ONNX Runtime's `QDQQuantizer` is not used: it leaves the nodes unsorted, and cannot make scales exact in 16 bits or
@@ -38,6 +38,7 @@ from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.calibration import CalibrationTable, measure_ranges
 from smlp_deploy.graphs.check import read_metadata
 from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 
 _LARGEST = 127
 _MOVES = ("Transpose", "Reshape")
@@ -51,7 +52,7 @@ _SMALLEST_FP16 = 2.0**-24
 
 def quantized_layers(model: ModelProto) -> tuple[str, ...]:
     """Names of the nodes that `quantize` quantizes, in the order of the graph."""
-    return tuple(layer.name for layer in _layers(ir.from_proto(model).graph))
+    return tuple(layer.name for layer in _layers(ir.from_proto(model)))
 
 
 def calibrate(
@@ -75,7 +76,7 @@ def calibrate(
         UsageError: an unknown method, no images, or batches of a size that the graph does not accept.
         ArtifactError: an activation is not finite.
     """
-    tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model).graph)}
+    tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model))}
     ranges, images = measure_ranges(model, tensors, batches, method=method, progress=progress)
     return CalibrationTable(ranges=ranges, method=method, images=images, checkpoint_sha256=_checkpoint_sha256(model))
 
@@ -88,8 +89,8 @@ def quantize(
     Args:
         model: the fp32 graph that was calibrated.
         table: its ranges.
-        per_channel: scale convolution weights by output channel, which is finer. With one scale per weight
-            TensorRT-RTX has kernels that write fp16; with finer scales its kernels write fp32.
+        per_channel: scale weights by the outputs of their layers, which is finer. With one scale per weight
+            TensorRT-RTX has kernels that write fp16 or int8; with finer scales its kernels do not.
         exclude: layers to leave as they are, from `quantized_layers(model)`.
 
     Raises:
@@ -97,7 +98,7 @@ def quantize(
         ArtifactError: the table lacks a tensor, or belongs to another checkpoint.
     """
     graph = ir.from_proto(model)
-    unknown = sorted(set(exclude) - {layer.name for layer in _layers(graph.graph)})
+    unknown = sorted(set(exclude) - {layer.name for layer in _layers(graph)})
     if unknown:
         raise UsageError(f"{unknown[0]!r} is not a quantized layer", fix="use layer names from the report")
     if table.checkpoint_sha256 != _checkpoint_sha256(model):
@@ -126,13 +127,18 @@ class _Layer:
     def name(self) -> str:
         return str(self.node.name)
 
+    @property
+    def kept_axis(self) -> int:
+        """The axis of the weight that the layer's outputs have: a constant on the right keeps its columns."""
+        return 1 if self.node.op_type == "MatMul" and self.weight_at == 1 else 0
+
 
 class QuantizePass(ir.passes.InPlacePass):
     """Quantizes the layers of an fp32 graph by the rules of this module.
 
     Args:
         ranges: largest absolute value of each activation, by name.
-        per_channel: scale convolution weights by output channel.
+        per_channel: scale weights by the outputs of their layers.
         exclude: names of layers to leave as they are.
 
     Raises:
@@ -146,15 +152,15 @@ class QuantizePass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        layers = [layer for layer in _layers(graph) if layer.name not in self.exclude]
+        layers = [layer for layer in _layers(model) if layer.name not in self.exclude]
         scales = _activation_scales(graph, layers, self.ranges)
         dequantized: dict[ir.Value, ir.Value] = {}
         for layer in layers:
             if layer.reads not in dequantized:
                 dequantized[layer.reads] = _add_pair(graph, layer.reads, scales[_source(layer.reads)])
             if layer.weight not in dequantized:
-                by_row = self.per_channel or layer.node.op_type == "MatMul"  # rule 7
-                dequantized[layer.weight] = _narrow_weight(graph, layer, by_row=by_row)
+                each = self.per_channel or (layer.node.op_type == "MatMul" and not _is_for_gpus(model))  # rule 7
+                dequantized[layer.weight] = _narrow_weight(graph, layer, axis=layer.kept_axis if each else None)
             layer.node.replace_input_with(layer.weight_at, dequantized[layer.weight])
             layer.node.replace_input_with(1 - layer.weight_at, dequantized[layer.reads])
         for weight in tuple(graph.initializers.values()):
@@ -163,27 +169,27 @@ class QuantizePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(layers))
 
 
-def _layers(graph: ir.Graph) -> list[_Layer]:
+def _layers(model: ir.Model) -> list[_Layer]:
     """Rule 1: the layers to quantize, in the order of the graph."""
-    layers = []
-    for node in graph:
-        if node.op_type not in ("Conv", "MatMul") or node.attributes.get_int("group", 1) != 1:
-            continue
-        weight_at = 1 if node.op_type == "Conv" else 0
-        weight, reads = node.inputs[weight_at], node.inputs[1 - weight_at]
-        if node.op_type == "MatMul" and not _is_concatenated(node.outputs[0]):
-            continue
-        if weight is not None and reads is not None and weight.is_initializer():
-            layers.append(_Layer(node, weight_at, weight, reads))
-    return layers
+    candidates = [layer for node in model.graph if (layer := _weighted(node)) is not None]
+    products = [layer for layer in candidates if layer.node.op_type == "MatMul"]
+    return products if _is_for_gpus(model) else candidates
 
 
-def _is_concatenated(value: ir.Value) -> bool:
-    """Whether a value is concatenated with others, after a bias and moves."""
-    readers = [use.node for use in value.uses()]
-    while len(readers) == 1 and readers[0].op_type in ("Add", *_MOVES):
-        readers = [use.node for use in readers[0].outputs[0].uses()]
-    return any(reader.op_type == "Concat" for reader in readers)
+def _weighted(node: ir.Node) -> _Layer | None:
+    """The layer of a convolution that is not depthwise, or of a product with a constant."""
+    if node.op_type not in ("Conv", "MatMul") or node.attributes.get_int("group", 1) != 1:
+        return None
+    for at in (0, 1):
+        weight, reads = node.inputs[at], node.inputs[1 - at]
+        if weight is not None and reads is not None and weight.is_initializer() and not reads.is_initializer():
+            return _Layer(node, at, weight, reads)
+    return None
+
+
+def _is_for_gpus(model: ir.Model) -> bool:
+    text = model.metadata_props.get(METADATA_KEY)
+    return text is not None and ModelMetadata.from_json(text, where="the fp32 graph").form == "gpu"
 
 
 def _source(value: ir.Value) -> ir.Value:
@@ -211,18 +217,21 @@ def _add_pair(graph: ir.Graph, value: ir.Value, scale: float) -> ir.Value:
     return dequantize.outputs[0]
 
 
-def _narrow_weight(graph: ir.Graph, layer: _Layer, *, by_row: bool) -> ir.Value:
-    """Store a layer's weight in int8, dequantize it before the layer, and return the result."""
+def _narrow_weight(graph: ir.Graph, layer: _Layer, *, axis: int | None) -> ir.Value:
+    """Store a layer's weight in int8, dequantize it before the layer, and return the result.
+
+    It has one scale, or one for each index of an axis.
+    """
     name, tensor = layer.weight.name, layer.weight.const_value
     assert tensor is not None
     values = tensor.numpy().astype(np.float64)
-    axes = tuple(range(1 if by_row else 0, values.ndim))
+    axes = tuple(other for other in range(values.ndim) if other != axis)
     scales = _exact_in_half(np.abs(values).max(axis=axes, keepdims=True) / _LARGEST)  # rule 5
     inputs = [
         _constant(graph, f"{name}_int8", np.rint(values / scales).astype(np.int8)),
-        _constant(graph, f"{name}_scale", scales.reshape(-1 if by_row else ()).astype(np.float32)),
+        _constant(graph, f"{name}_scale", scales.reshape(() if axis is None else -1).astype(np.float32)),
     ]
-    dequantize = _node("DequantizeLinear", inputs, f"{name}_dequantized", {"axis": 0} if by_row else {})
+    dequantize = _node("DequantizeLinear", inputs, f"{name}_dequantized", {} if axis is None else {"axis": axis})
     layer.node.prepend(dequantize)
     return dequantize.outputs[0]
 

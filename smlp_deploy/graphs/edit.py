@@ -115,13 +115,14 @@ def int8_layers(graph: GraphProto) -> list[Int8Layer]:
             continue  # rule 6
         (weight,), (activation,) = constant, [pair for pair in read if pair is not constant[0]]
         narrow, scale = (numpy_helper.to_array(weights[name]).astype(np.float32) for name in weight.input[:2])
-        by_row = scale.reshape(-1, *[1] * (narrow.ndim - 1))  # one scale, or one for each row
+        axis = next((attribute.i for attribute in weight.attribute if attribute.name == "axis"), 0)
+        shape = [-1 if at == axis else 1 for at in range(narrow.ndim)]  # one scale, or one for each index of an axis
         layers.append(
             Int8Layer(
                 name=node.name,
                 output=node.output[0],
                 weight=weight.input[0].removesuffix("_int8"),
-                values=narrow * by_row,
+                values=narrow * scale.reshape(shape),
                 scale=float(numpy_helper.to_array(weights[activation.input[1]])),
             )
         )

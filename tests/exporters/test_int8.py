@@ -150,21 +150,50 @@ def test_convolutions_and_axial_products_are_quantized(model: ModelProto, digits
     assert list(layers) == [node.name for node in model.graph.node if node.name in layers]
 
 
-def test_of_the_form_for_gpus_the_same_convolutions_but_no_products(
-    model: ModelProto, training: FloatArray, exported: Exported
+@pytest.fixture(scope="module")
+def for_gpus(exported: Exported) -> ModelProto:
+    """The fp32 graph of the form for GPUs; not to be changed."""
+    return onnx.load(exported(form="gpu").path)
+
+
+def test_of_the_form_for_gpus_only_the_products_are_quantized(for_gpus: ModelProto) -> None:
+    products = [node.name for node in for_gpus.graph.node if node.op_type == "MatMul"]
+    assert products
+    assert list(quantized_layers(for_gpus)) == products
+
+
+@SCALINGS
+def test_digits_are_still_recognized_in_the_form_for_gpus(
+    for_gpus: ModelProto,
+    training: FloatArray,
+    held_out: tuple[FloatArray, NDArray[np.int64]],
+    expected: FloatArray,
+    per_channel: bool,
 ) -> None:
-    for_gpus = onnx.load(exported(form="gpu").path)
-    assert quantized_layers(for_gpus)
-    kinds = {node.name: node.op_type for node in for_gpus.graph.node}
-    assert {kinds[name] for name in quantized_layers(for_gpus)} == {"Conv"}
+    quantized = quantize(for_gpus, calibrate(for_gpus, batches(training)), per_channel=per_channel)
+    logits = run(to_half(quantized, "fp16"), held_out[0])
+    assert cosines(logits, expected).min() >= 0.99
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.99
 
-    def scopes(graph: ModelProto) -> set[str]:
-        return {name.split("/")[0] for name in quantized_layers(graph)}
 
-    left = {f"blocks.{block}{of}" for block in range(6) for of in ("", ".fuse")}
-    assert scopes(for_gpus) == scopes(model) - left
-    quantized = quantize(for_gpus, calibrate(for_gpus, batches(training)), per_channel=False)
-    assert cosines(run(to_half(quantized, "fp16"), training), run(for_gpus, training)).min() >= 0.99
+@SCALINGS
+def test_weights_of_products_for_gpus_are_scaled_alone_or_by_what_they_keep(
+    for_gpus: ModelProto, training: FloatArray, per_channel: bool
+) -> None:
+    quantized = quantize(for_gpus, calibrate(for_gpus, [training]), per_channel=per_channel)
+    before, after, made_by = constants(for_gpus), constants(quantized), producers(quantized)
+    for node in quantized.graph.node:
+        if node.op_type != "MatMul":
+            continue
+        left = node.input[0].endswith("matrix_dequantized")
+        dequantize = made_by[node.input[0 if left else 1]]
+        weight = before[dequantize.input[0].removesuffix("_int8")].astype(np.float64)
+        narrow, scale = (after[name] for name in dequantize.input)
+        axes = [attribute.i for attribute in dequantize.attribute if attribute.name == "axis"]
+        kept = 0 if left else 1
+        assert (scale.shape, axes) == ((weight.shape[kept : kept + 1], [kept]) if per_channel else ((), []))
+        spread = scale.astype(np.float64) if not per_channel else np.expand_dims(scale.astype(np.float64), 1 - kept)
+        assert np.abs(narrow.astype(np.float64) * spread - weight).max() <= spread.max() / 2 * (1 + 1e-9)
 
 
 def test_only_what_enters_those_layers_is_quantized(model: ModelProto, table: CalibrationTable) -> None:

@@ -19,6 +19,7 @@ from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
+from smlp_deploy.models.lowering import aligned_columns
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
@@ -78,8 +79,8 @@ def test_the_form_for_gpus_has_products_without_a_concatenation(exported: Export
     tokens = [node for node in graph.node if "mixing.tokens" in node.name]
     assert len(tokens) == blocks
     for node, stage in zip(tokens, digits.config.stages(), strict=True):
-        area = digits.config.grid(stage) ** 2
-        assert list(weights[node.input[0]].dims) == [3 * area, area]
+        grid = digits.config.grid(stage)
+        assert list(weights[node.input[0]].dims) == [3 * grid * grid, grid * aligned_columns(grid)]
     # No transpose of a constant is left to compute.
     assert not [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]
 

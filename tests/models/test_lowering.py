@@ -11,15 +11,18 @@ from smlp_deploy.models.lowering import (
     DenseMixing,
     GpuBlock,
     PairedMixing,
+    aligned_columns,
     axial_matrix,
     batch_norm_affine,
     biases_behind_fuse,
     fold_into_convolution_before,
     fold_into_linear_after,
+    fold_mean_into_linear_after,
     lower,
     pointwise_convolution,
     token_matrix,
     width_matrix_with_identity,
+    with_columns_behind,
 )
 from smlp_deploy.models.smlpnet import SparseMLP
 from tests.support.recipe import recipe_input, recipe_network
@@ -76,6 +79,11 @@ def test_layer_norm_affine_folds_into_the_linear_after() -> None:
     assert_equal_to_rounding(plain @ weight.T + bias, linear(norm(x)))
 
 
+def test_the_mean_that_layer_norm_subtracts_folds_into_the_linear_after() -> None:
+    x, weight = normal(7, 10), normal(30, 10, seed=1)
+    assert_equal_to_rounding(x @ fold_mean_into_linear_after(weight).T, (x - x.mean(dim=1, keepdim=True)) @ weight.T)
+
+
 def test_final_batch_norm_folds_through_the_mean_into_the_head(norm: nn.BatchNorm2d) -> None:
     x = normal(*SIX_TOKENS_PER_SIDE)
     head = nn.Linear(10, 5, dtype=torch.float64).requires_grad_(False)
@@ -123,10 +131,35 @@ def test_axial_biases_are_a_map_behind_the_fuse_layer() -> None:
     assert_equal_to_rounding(biases_behind_fuse(fuse, width_bias, height_bias), before @ fuse.T)
 
 
+@pytest.mark.parametrize("extra", [0, 1, 2, 5])
+def test_a_wider_kernel_adds_columns_behind(extra: int) -> None:
+    x = normal(*SIX_TOKENS_PER_SIDE)
+    weight = normal(10, 1, 3, 3, seed=1)
+    expected = nn.functional.conv2d(x, weight, padding=1, groups=10)
+    found = nn.functional.conv2d(x, with_columns_behind(weight, extra), padding=(1, 1 + extra), groups=10)
+    assert found.shape == (2, 10, 6, 6 + extra)
+    assert_equal_to_rounding(found[..., :6], expected)
+
+
+@pytest.mark.parametrize(("grid", "columns"), [(14, 16), (7, 8), (8, 8), (4, 4), (6, 8), (1, 8)])
+def test_a_row_of_all_tokens_is_a_multiple_of_eight(grid: int, columns: int) -> None:
+    assert aligned_columns(grid) == columns
+
+
+@pytest.mark.parametrize("grid", [6, 7, 8])
+def test_further_columns_count_for_nothing(grid: int) -> None:
+    sparse = SparseMLP(10, grid).double().eval().requires_grad_(False)
+    x = normal(2, 10, grid, grid)
+    expected = sparse(x)
+    active = nn.functional.gelu(sparse.BN(x)).permute(0, 2, 3, 1)
+    further = 1e3 * normal(2, grid, aligned_columns(grid) - grid, 10, seed=1)
+    assert_equal_to_rounding(DenseMixing(sparse)(torch.cat([active, further], dim=2)).permute(0, 3, 1, 2), expected)
+
+
 @pytest.mark.parametrize("mixing", [DenseMixing, PairedMixing])
 def test_token_mixing_for_gpus_is_the_smlp(mixing: type[DenseMixing | PairedMixing]) -> None:
-    x = normal(*SIX_TOKENS_PER_SIDE)
-    sparse = SparseMLP(10, 6).double().eval().requires_grad_(False)
+    x = normal(2, 10, 8, 8)
+    sparse = SparseMLP(10, 8).double().eval().requires_grad_(False)
     expected = sparse(x)
     found = mixing(sparse)(nn.functional.gelu(sparse.BN(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert_equal_to_rounding(found, expected)
@@ -159,6 +192,7 @@ def test_the_form_for_gpus_computes_the_same_in_float64(
         assert isinstance(block, GpuBlock)
         dense = network.config.grid(stage) <= largest_dense_grid
         assert isinstance(block.mixing, DenseMixing if dense else PairedMixing)
+        assert block.scales_behind is not dense
     with torch.inference_mode():
         expected = network(recipe_input(name).double())
         assert_equal_to_rounding(lowered(recipe_input(name).double()), expected)
