@@ -44,7 +44,7 @@ for index in np.argsort(-probabilities)[:5]:
 """
 """The least that classifies one image from an ONNX file."""
 
-TYPER = """
+TYPER = f"""
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,10 +55,10 @@ app = typer.Typer()
 @app.command()
 def predict(image: Path, model: Annotated[Path | None, typer.Option()] = None) -> None:
     sys.argv[1:] = [str(model), str(image)]
-    exec(compile({bare!r}, "bare", "exec"), {{}})
+    exec(compile({BARE!r}, "bare", "exec"), {{}})
 
 app()
-""".format(bare=BARE)
+"""
 """The same behind a command line of two parameters."""
 
 SEEDED = """

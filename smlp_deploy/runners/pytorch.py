@@ -264,7 +264,7 @@ class TracingPyTorchRunner(PyTorchRunner):
         self._watch(deployed.embeddings, "embedding", lambda _, output: output)
         self._watch(deployed.blocks, "block", lambda _, output: output)
         for index, block in enumerate(deployed.blocks):
-            self._watch_token_mixing(block, index)
+            self._watch_token_mixing(cast(LoweredBlock, block), index)
         return deployed
 
     def _watch(self, modules: nn.ModuleList, kind: str, look: Callable[[Tensor, Tensor], Tensor]) -> None:

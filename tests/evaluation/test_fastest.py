@@ -41,7 +41,7 @@ class Runtime:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     runtime = Runtime()
     monkeypatch.setattr(fastest, "open_runner", runtime.open)
-    monkeypatch.setattr(fastest.time, "perf_counter", lambda: runtime.now)
+    monkeypatch.setattr("smlp_deploy.evaluation.fastest.time.perf_counter", lambda: runtime.now)
     return runtime
 
 
