@@ -3,8 +3,8 @@
     python -m benchmarks.start [--before CHECKOUT] [--rounds N] [--only NAME ...] [--json FILE]
 
 Each command is a process of its own, and versions take turns. *wall* is the time that a user waits; *cpu* is less
-sensitive to what else the machine does. Memory is the largest resident size of the process. The networks are the bundled
-model and smlpnet_tiny with seeded weights.
+sensitive to what else the machine does. Memory is the largest resident size of the process. The networks are the
+bundled model and smlpnet_tiny with seeded weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ for index in np.argsort(-probabilities)[:5]:
 """
 """The least that classifies one image from an ONNX file."""
 
-TYPER = """
+TYPER = f"""
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,10 +55,10 @@ app = typer.Typer()
 @app.command()
 def predict(image: Path, model: Annotated[Path | None, typer.Option()] = None) -> None:
     sys.argv[1:] = [str(model), str(image)]
-    exec(compile({bare!r}, "bare", "exec"), {{}})
+    exec(compile({BARE!r}, "bare", "exec"), {{}})
 
 app()
-""".format(bare=BARE)
+"""
 """The same behind a command line of two parameters."""
 
 SEEDED = """
