@@ -3,8 +3,8 @@
     python -m benchmarks.start [--before CHECKOUT] [--rounds N] [--only NAME ...] [--json FILE]
 
 Each command is a process of its own, and versions take turns. *wall* is the time that a user waits; *cpu* is less
-sensitive to what else the machine does. Memory is the largest resident size of the process. The networks are the bundled
-model and smlpnet_tiny with seeded weights.
+sensitive to what else the machine does. Memory is the largest resident size of the process. The networks are the
+bundled model and smlpnet_tiny with seeded weights.
 """
 
 from __future__ import annotations
