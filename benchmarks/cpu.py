@@ -311,11 +311,13 @@ def main() -> None:
                 show_counters(variant, folder, arguments.batch[0], arguments.cores)
                 continue
             operations = json.loads((folder / "work.json").read_text())
-            results = list(measure(rows, folder, arguments.batch, rounds=arguments.rounds, cores=arguments.cores))
+            results: list[dict[str, Any]] = []
+            document["variants"][variant] = {"operations": operations, "runs": results}
+            for result in measure(rows, folder, arguments.batch, rounds=arguments.rounds, cores=arguments.cores):
+                results.append(result)
+                if arguments.json:  # after each, because a run takes long and may be stopped
+                    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
         show(variant, results, operations)
-        document["variants"][variant] = {"operations": operations, "runs": results}
-        if arguments.json:
-            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

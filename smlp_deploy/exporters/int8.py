@@ -2,20 +2,18 @@
 
 Rules:
 
-1. The convolutions that are not depthwise and the axial products are quantized: in each the weight, and the value it is
-   multiplied with. Depthwise convolutions, LayerNorm, GELU, the residual stream, the head and all biases are left as
-   they are. In the form for GPUs its products are quantized, and no convolution: TensorRT fuses GELU into a half
-   convolution but not into one in int8, which then moves more bytes (`docs/int8.md` has the figures).
+1. In the form for CPUs the convolutions that are not depthwise are quantized, and in the form for GPUs the products: in
+   each the weight, and the value it is multiplied with. Everything else is left as it is: in the form for GPUs its
+   convolutions too, because TensorRT fuses GELU into a half convolution but not into one in int8, which then moves more
+   bytes (`docs/int8.md` has the figures).
 2. A pair is placed on the value that the layer reads, after any transpose or reshape, because ONNX Runtime 1.32
    mishandles pairs that it has to move through a reshape. TensorRT moves them correctly.
 3. A value keeps its scale through transposes and reshapes, so that TensorRT quantizes it once and moves int8 values.
-4. Values that are concatenated share one scale, for the same reason.
-5. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
-6. Activation scales lie on a grid, a quarter octave apart: TensorRT compiles a scale into the kernel, so layers of
+4. Every scale is symmetric and exact in fp16 and bf16, so that the half pass changes no quantized value.
+5. Activation scales lie on a grid, a quarter octave apart: TensorRT compiles a scale into the kernel, so layers of
    equal scale share kernels. The graph's input keeps its own: no other layer could share the kernel that reads it.
-7. An axial matrix of the form for CPUs has one scale per row, the axis that the product keeps; the weight of a
-   convolution, or of a product of the form for GPUs, has one, or one for each output of its layer.
-8. Unused floating-point weights are dropped.
+6. A weight has one scale, or one for each output of its layer.
+7. Unused floating-point weights are dropped.
 
 ONNX Runtime's `QDQQuantizer` is not used: it leaves the nodes unsorted, and cannot make scales exact in 16 bits or
 share them between tensors.
@@ -159,26 +157,25 @@ class QuantizePass(ir.passes.InPlacePass):
             if layer.reads not in dequantized:
                 dequantized[layer.reads] = _add_pair(graph, layer.reads, scales[_source(layer.reads)])
             if layer.weight not in dequantized:
-                each = self.per_channel or (layer.node.op_type == "MatMul" and not _is_for_gpus(model))  # rule 7
-                dequantized[layer.weight] = _narrow_weight(graph, layer, axis=layer.kept_axis if each else None)
+                axis = layer.kept_axis if self.per_channel else None  # rule 6
+                dequantized[layer.weight] = _narrow_weight(graph, layer, axis=axis)
             layer.node.replace_input_with(layer.weight_at, dequantized[layer.weight])
             layer.node.replace_input_with(1 - layer.weight_at, dequantized[layer.reads])
         for weight in tuple(graph.initializers.values()):
-            if not weight.uses():  # rule 8
+            if not weight.uses():  # rule 7
                 del graph.initializers[str(weight.name)]
         return ir.passes.PassResult(model, modified=bool(layers))
 
 
 def _layers(model: ir.Model) -> list[_Layer]:
     """Rule 1: the layers to quantize, in the order of the graph."""
-    candidates = [layer for node in model.graph if (layer := _weighted(node)) is not None]
-    products = [layer for layer in candidates if layer.node.op_type == "MatMul"]
-    return products if _is_for_gpus(model) else candidates
+    kind = "MatMul" if _is_for_gpus(model) else "Conv"
+    return [layer for node in model.graph if node.op_type == kind and (layer := _weighted(node)) is not None]
 
 
 def _weighted(node: ir.Node) -> _Layer | None:
-    """The layer of a convolution that is not depthwise, or of a product with a constant."""
-    if node.op_type not in ("Conv", "MatMul") or node.attributes.get_int("group", 1) != 1:
+    """The layer of a convolution or a product with a weight, unless it is a depthwise convolution."""
+    if node.attributes.get_int("group", 1) != 1:
         return None
     for at in (0, 1):
         weight, reads = node.inputs[at], node.inputs[1 - at]
@@ -226,7 +223,7 @@ def _narrow_weight(graph: ir.Graph, layer: _Layer, *, axis: int | None) -> ir.Va
     assert tensor is not None
     values = tensor.numpy().astype(np.float64)
     axes = tuple(other for other in range(values.ndim) if other != axis)
-    scales = _exact_in_half(np.abs(values).max(axis=axes, keepdims=True) / _LARGEST)  # rule 5
+    scales = _exact_in_half(np.abs(values).max(axis=axes, keepdims=True) / _LARGEST)  # rule 4
     inputs = [
         _constant(graph, f"{name}_int8", np.rint(values / scales).astype(np.int8)),
         _constant(graph, f"{name}_scale", scales.reshape(() if axis is None else -1).astype(np.float32)),
@@ -248,7 +245,7 @@ def _node(operator: str, inputs: list[ir.Value], output: str, attributes: Mappin
 
 def _activation_scales(graph: ir.Graph, layers: Iterable[_Layer], ranges: Mapping[str, float]) -> dict[ir.Value, float]:
     """The scale of each activation that a layer reads, before any transpose or reshape."""
-    found: dict[ir.Value, float] = {}
+    scales = {}
     for layer in layers:
         source = _source(layer.reads)
         name = str(source.name)
@@ -256,13 +253,8 @@ def _activation_scales(graph: ir.Graph, layers: Iterable[_Layer], ranges: Mappin
             raise ArtifactError(
                 f"the calibration table has no range for {name!r}, which {layer.name} reads", fix="calibrate again"
             )
-        found[source] = ranges[name]
-    for node in graph:
-        if node.op_type == "Concat":  # rule 4
-            values = (value for value in (*node.inputs, *node.outputs) if value is not None)
-            sources = {_source(value) for value in values} & found.keys()
-            found.update(dict.fromkeys(sources, max((found[value] for value in sources), default=0.0)))
-    return {value: _scale(found[value], on_grid=value.producer() is not None) for value in found}
+        scales[source] = _scale(ranges[name], on_grid=source.producer() is not None)
+    return scales
 
 
 def _scale(largest: float, *, on_grid: bool) -> float:

@@ -269,7 +269,7 @@ class TestInt8Layers:
         return found
 
     @pytest.mark.parametrize(
-        "layer", ["embeddings.0/conv", "blocks.2/matmul_1", "blocks.3.hidden/conv", "blocks.4.out/conv"]
+        "layer", ["embeddings.0/conv", "blocks.2.mixing.fuse_height/conv", "blocks.3.hidden/conv", "blocks.4.out/conv"]
     )
     def test_a_coarse_scale_makes_its_layer_the_worst(
         self, digits_export: Export, int8: Path, tmp_path: Path, layer: str
@@ -285,33 +285,31 @@ class TestInt8Layers:
         }
 
     @pytest.mark.parametrize(
-        ("layer", "weight", "reads", "gives"),
+        ("form", "layer", "weight", "reads"),
         [
-            ("blocks.0/matmul", "blocks.0.width_matrix", "blocks.0/transpose", "blocks.0/matmul"),
-            ("blocks.3.fuse/conv", "blocks.3.fuse.weight", "blocks.3/transpose_1", "blocks.3.fuse/conv"),
+            ("cpu", "blocks.3.mixing.fuse/conv", "blocks.3.mixing.fuse.weight", "blocks.3/gelu_1"),
+            ("gpu", "blocks.3.mixing.fuse/matmul", "blocks.3.mixing.fuse.matrix", "blocks.3.mixing/reshape_1"),
         ],
     )
     def test_decibels_are_those_of_the_definition(
-        self, digits: Checkpoint, digits_export: Export, int8: Path, layer: str, weight: str, reads: str, gives: str
+        self, digits: Checkpoint, exported: Exported, form: str, layer: str, weight: str, reads: str
     ) -> None:
         def decibels(clean: FloatArray, noisy: FloatArray) -> float:
             exact = clean.astype(np.float64)
             return 10 * math.log10((exact**2).sum() / ((exact - noisy) ** 2).sum())
 
+        fp32, int8 = (exported(precision, form=form).path for precision in ("fp32", "int8"))
         images = np.stack([load_image(path, describe(digits).preprocessing) for path in IMAGES])
         tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(int8).graph.initializer}
         scale = np.float32(tensors[f"{reads}_scale_fp16"])
-        clean = self.values(digits_export.path, gives, images)
-        x = np.clip(np.rint(self.values(digits_export.path, reads, images) / scale), -128, 127) * scale
-        scales = tensors[f"{weight}_scale_fp16"].astype(np.float64)
-        if weight.endswith("matrix"):
-            alone = np.einsum("og,nhgc->nhoc", tensors[f"{weight}_int8"] * scales[:, None], x)
-        else:
-            alone = np.einsum("oi,nihw->nohw", tensors[f"{weight}_int8"][:, :, 0, 0] * scales, x)
-        report = verify_layers(int8, reference=digits_export.path, images=IMAGES)
+        clean = self.values(fp32, layer, images)
+        x = np.clip(np.rint(self.values(fp32, reads, images) / scale), -128, 127) * scale
+        narrow = tensors[f"{weight}_int8"].astype(np.float64) * tensors[f"{weight}_scale_fp16"].astype(np.float64)
+        alone = np.einsum("oi,nihw->nohw", narrow[:, :, 0, 0], x) if form == "cpu" else x @ narrow
+        report = verify_layers(int8, reference=fp32, images=IMAGES)
         found = next(noise for noise in report.layers if noise.name == layer)
         assert found.own_sqnr_db == pytest.approx(decibels(clean, alone.astype(np.float32)), abs=1e-3)
-        assert found.sqnr_db == pytest.approx(decibels(clean, self.values(int8, gives, images)), abs=0.05)
+        assert found.sqnr_db == pytest.approx(decibels(clean, self.values(int8, layer, images)), abs=0.05)
 
     def test_layers_are_found_whatever_the_numbers_in_their_names(
         self, digits: Checkpoint, digits_export: Export, int8: Path, tmp_path: Path
