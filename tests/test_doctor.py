@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,9 @@ class TestFourEnvironments:
         assert not names(findings, "error")
         assert findings["onnxruntime"].detail == f"onnxruntime {distribution('onnxruntime').version}"
         assert [name for name in findings if name.startswith("provider")] == ["provider cpu"]
+        how = r"(natively|in fp32)"
+        version = re.escape(distribution("openvino").version)
+        assert re.fullmatch(rf"{version}, on this CPU bf16 {how} and fp16 {how}", findings["openvino"].detail)
 
     def test_cpu_and_rtx(self, environments: Environments, tmp_path: Path) -> None:
         # cuda-bindings is for CUDA 12 or 13, whichever goes with the installed PyTorch.

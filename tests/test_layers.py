@@ -118,17 +118,19 @@ def test_listing_models_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("framework", "arguments"),
     [
-        ("predict", "--model", "absent.onnx", "a.jpg"),
-        ("eval", str(PACKAGE), "--model", "absent.onnx"),
-        ("build-engine", "absent.onnx", "--fp16"),
-        ("verify", "absent.engine", "--layers"),
+        ("onnx", ("predict", "--model", "absent.onnx", "a.jpg")),  # whose metadata decide what runs it
+        ("onnxruntime", ("predict", "--model", "absent.onnx", "--runtime", "onnxruntime", "a.jpg")),
+        ("openvino", ("predict", "--model", "absent.onnx", "--runtime", "openvino", "a.jpg")),
+        ("onnxruntime", ("eval", str(PACKAGE), "--model", "absent.onnx", "--runtime", "onnxruntime")),
+        ("onnxruntime", ("build-engine", "absent.onnx", "--fp16")),
+        ("onnxruntime", ("verify", "absent.engine", "--layers")),
     ],
 )
-def test_artifacts_are_used_without_torch(arguments: tuple[str, ...]) -> None:
+def test_artifacts_are_used_without_torch(framework: str, arguments: tuple[str, ...]) -> None:
     loaded = loaded_by(*arguments)
-    assert "onnxruntime" in loaded
+    assert framework in loaded
     assert "torch" not in loaded
 
 

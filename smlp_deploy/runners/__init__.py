@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def _open_onnx(path: Path, placement: Placement) -> Runner:
     if placement.runtime == OPENVINO:
         _require_openvino()
-    elif placement.runtime == ONNXRUNTIME or placement.onnx_provider != CPU:
+        from smlp_deploy.runners.openvino import OpenVinoRunner
+
+        return OpenVinoRunner.open(path)
+    if placement.runtime == ONNXRUNTIME or placement.onnx_provider != CPU:
         require_onnxruntime()
         from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 

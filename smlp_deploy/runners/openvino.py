@@ -6,9 +6,10 @@ fp32 with rounded weights; the runner's name says which. Quantized layers run in
 fp32, except the patch embeddings (`graphs/edit.py`, rule 8).
 
 A batch is spread over parallel requests of at most eight images each, so that memory does not grow with it, and their
-number is fixed when a network is compiled. On two cores with AVX2, smlpnet_tiny in fp32 with its batch left open was
-1.1 to 1.3 times slower than that, and one request for a whole batch 1.1 times. Requests of one image would be as fast
-for it, but 1.9 times slower for the bundled model, whose images take less time than a request costs.
+number is fixed when a network is compiled. On two cores with AVX2, under load from other work, that was as fast as one
+request for the whole batch (0.94 to 1.03 of its time for batches of 8 and 32), and 1.1 to 1.4 times as fast as if
+its size is left open. Requests of one image are as fast for smlpnet_tiny, but 1.9 times slower for the bundled model,
+whose images take less time than a request costs.
 """
 
 from __future__ import annotations
