@@ -57,7 +57,10 @@ def capture(network: nn.Module, *, image_size: int, batch: int | None, opset: in
         numpy_helper.from_array(run.constants[name] if name in run.constants else weights[name].numpy(), name)
         for name in run.read
     ]
-    graph = helper.make_graph(run.nodes, "smlpnet", [first], [last], constants, value_info=list(values.values()))
+    # First those of the constants, as onnx_ir writes them, so that its passes leave the rest of a graph as it is.
+    known = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in constants]
+    known += values.values()
+    graph = helper.make_graph(run.nodes, "smlpnet", [first], [last], constants, value_info=known)
     return helper.make_model(graph, ir_version=_IR_VERSION, opset_imports=[helper.make_opsetid("", opset)])
 
 
