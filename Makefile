@@ -56,7 +56,7 @@ $(GPU_ENV)/installed: pyproject.toml
 	touch $@
 
 # Copied as they lie, so that links between them are the same in the repository and on the site.
-PAGES := README.md CHANGELOG.md docs benchmarks/README.md smlp_deploy/data/README.md
+PAGES := README.md CHANGELOG.md docs benchmarks/README.md benchmarks/lowering.md smlp_deploy/data/README.md
 
 docs: .venv/docs
 	rm -rf build/docs && mkdir -p build/docs

@@ -191,7 +191,8 @@ sheets, and the measurements in `benchmarks/h100.json`. The limits are bounds; n
 
 NETWORKS = """
 `smlp profile` and `smlp build-engine` print the bytes of a graph ("MB read and written per image"); the operations
-follow from the network's shape. Weights are read once per batch and are not counted.
+follow from the network's shape; the form for GPUs has an eighth more ([forms](../benchmarks/lowering.md)), which the
+memory's time hides on all GPUs below. Weights are read once per batch and are not counted.
 """
 
 LIMITS = """

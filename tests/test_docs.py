@@ -20,7 +20,16 @@ GENERATED = DOCS / "terminal.md"
 """Written by scripts/captures.py; among its commands are some that are wrong on purpose."""
 PAGES = sorted(
     [
-        *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md", "smlp_deploy/data/README.md")),
+        *(
+            ROOT / name
+            for name in (
+                "README.md",
+                "CHANGELOG.md",
+                "benchmarks/README.md",
+                "benchmarks/lowering.md",
+                "smlp_deploy/data/README.md",
+            )
+        ),
         *DOCS.glob("*.md"),
     ]
 )

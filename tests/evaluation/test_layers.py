@@ -195,14 +195,19 @@ class TestRealNetworks:
         assert [point.error for point in same.points] == [0] * 15
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
-    def test_the_form_for_gpus_agrees(self, exported: Exported, digits_export: Export, precision: str) -> None:
+    def test_the_form_for_gpus_agrees(
+        self, exported: Exported, digits_export: Export, precision: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         artifact = exported(precision, form="gpu").path
-        for reference in (None, digits_export.path):
+        for reference in (None, exported(form="gpu").path, digits_export.path):
             report = verify_layers(artifact, reference=reference)
             assert report.first_over is None
             assert len(report.points) == 3 + 2 * 6
-            # An embedding per stage and the two layers of each MLP.
-            assert len(report.layers) == (3 + 2 * 6 if precision == "int8" else 0)
+            # The products of each block's token mixing; the form for CPUs has others.
+            measured = precision == "int8" and reference != digits_export.path
+            assert len(report.layers) == (2 * 6 if measured else 0)
+            said = "int8 layers are not compared: digits-fp32.onnx is of the form for another machine"
+            assert (said in caplog.text) is (precision == "int8" and reference == digits_export.path)
 
     @pytest.mark.parametrize(
         ("weight", "where"),
