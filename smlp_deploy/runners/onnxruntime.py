@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -33,7 +34,7 @@ from smlp_deploy.errors import ArtifactError, MissingDependencyError
 from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
-from smlp_deploy.images.batches import FloatArray, ImageArray
+from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
 from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches, padded
@@ -309,6 +310,9 @@ def _session(content: bytes, path: Path, provider: str, options: Options) -> tup
 def _create(content: bytes, provider: str, options: Options) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
+    if available_cores() < (os.cpu_count() or 1):
+        # Otherwise it starts a thread for each core of the machine and binds it there, whatever the process may use.
+        settings.intra_op_num_threads = available_cores()
     # Otherwise bytes valid as both ONNX and ONNX Runtime's own format are loaded as the latter, which was not checked.
     settings.add_session_config_entry("session.load_model_format", "ONNX")
     if provider == PROVIDERS["cpu"]:

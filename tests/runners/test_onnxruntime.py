@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -89,6 +90,27 @@ def test_a_provider_is_for_onnx_files(digits_export: Export) -> None:
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such file"):
         OnnxRuntimeRunner.open(tmp_path / "absent.onnx")
+
+
+ON_ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from pathlib import Path
+import numpy as np
+from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+with OnnxRuntimeRunner.open(Path(sys.argv[1])) as runner:
+    runner.infer(np.zeros((2, 3, 32, 32), np.float32))
+    cores = set().union(*(os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")))
+print(len(cores))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux with two cores"
+)
+def test_its_threads_stay_on_the_cores_of_the_process(digits_export: Export) -> None:
+    command = [sys.executable, "-c", ON_ONE_CORE, str(digits_export.path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 class DeadGpu:
