@@ -280,7 +280,9 @@ def test_a_table_read_back_gives_the_same_bytes_without_images(
 
 def test_a_table_that_does_not_fit_the_graph_is_an_error(model: ModelProto, table: CalibrationTable) -> None:
     ranges = {name: value for name, value in table.ranges.items() if name != "blocks.0/concat"}
-    with pytest.raises(ArtifactError, match=r"no range for 'cat', which blocks\.0\.fuse.* reads · calibrate again"):
+    with pytest.raises(
+        ArtifactError, match=r"no range for 'blocks.0/concat', which blocks\.0\.fuse.* reads · calibrate again"
+    ):
         quantize(model, replace(table, ranges=ranges), per_channel=False)
     with pytest.raises(ArtifactError, match="another checkpoint"):
         quantize(model, replace(table, checkpoint_sha256="0" * 64), per_channel=False)
