@@ -143,6 +143,7 @@ def main() -> None:
                         continue
                     measured = run(command, code, folder)
                     found.setdefault(what, {}).setdefault(version, []).append(measured)
+                    print(f"{what}, {version}: {measured}", file=sys.stderr)
     show(found)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
