@@ -1,8 +1,8 @@
 """A PyTorch network to an ONNX graph, by running it on tensors without values and recording every operation.
 
-`torch.onnx.export` traces any network, twice, and then decomposes and optimizes what it found: 30 s for smlpnet_tiny on
-two cores, where this takes a third of a second. It can, because a deployed network has a dozen kinds of operations,
-each of which is one function below.
+`torch.onnx.export` traces any network, twice, and then decomposes and optimizes what it found: 30 to 43 s for
+smlpnet_tiny on two busy cores, where this took 1.3 to 5 s. It can, because a deployed network has a dozen kinds of
+operations, each of which is one function below.
 
 Rules:
 

@@ -172,7 +172,7 @@ def _glibc(function: str) -> Callable[..., int] | None:
 
 
 def _opened(file: BinaryIO, prefix: bytes) -> Image.Image:
-    """The image in a file; Pillow loads its other 40 formats, in 0.1 s, only for one that needs them."""
+    """The image in a file; Pillow loads its other formats, in some 0.1 s, only for one that needs them."""
     if prefix.startswith((_JPEG, _PNG)):
         with suppress(UnidentifiedImageError):
             return Image.open(file, formats=("JPEG", "PNG"))
