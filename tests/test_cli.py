@@ -21,12 +21,14 @@ from PIL import Image
 from smlp_deploy import __version__, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import GpuError, SmlpError
+from smlp_deploy.evaluation import fastest
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from tests.support.fakes import Exported
 from tests.support.processes import after_bytes, at_open, run_verb, start, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -458,6 +460,19 @@ class TestPredict:
         assert outcome.code == 0
         assert len(outcome.out.splitlines()) == 13
         assert "12 images, 0 failed" in outcome.err
+
+    def test_of_several_files_of_a_model_the_fastest_is_taken(
+        self, smlp: Smlp, exported: Exported, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fastest, "user_cache_path", lambda _: Path("cache").absolute())
+        shutil.copy(exported("bf16").path, artifact.with_name("digits-bf16.onnx"))
+        outcome = smlp("predict", digit_images[0])
+        assert outcome.code == 0
+        (said,) = [line for line in outcome.err.splitlines() if line.startswith("note: no model given")]
+        assert "the fastest here of the 2 files of the newest model" in said
+        assert "digits-bf16.onnx" in said
+        assert "digits-fp32.onnx" in said
+        assert smlp("predict", digit_images[0]).err == outcome.err  # measured once
 
     def test_the_bundled_checkpoint_without_artifacts(self, smlp: Smlp, digit_images: list[Path]) -> None:
         outcome = smlp("predict", "--format", "jsonl", "--topk", "1", digit_images[0])
