@@ -136,7 +136,7 @@ def test_rule_5_the_residual_sums_are_in_their_order(model: ModelProto, digits: 
         assert node.op_type == ("Conv" if point.kind == "embedding" else "Add")
         if point.kind != "embedding":
             layer = made_by[node.input[1]].name
-            assert layer.startswith(f"blocks.{point.index}.{'fuse' if point.kind == 'tokens' else 'out'}/")
+            assert layer.startswith(f"blocks.{point.index}.{'mixing' if point.kind == 'tokens' else 'out'}/")
 
 
 def test_rule_5_the_residual_sums_of_the_form_for_gpus(
