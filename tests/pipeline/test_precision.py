@@ -175,8 +175,7 @@ def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) 
     result = build_engine(
         prepared, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), backend="tensorrt-rtx"
     )
-    assert result.summary.share("int8") > 0.8
-    assert result.summary.compute_by_precision.keys() == {"Int8", "Half"}
+    assert result.summary.compute_by_precision == {"Int8": 33, "Half": 10}
 
 
 def test_of_many_images_an_even_selection_is_used(
