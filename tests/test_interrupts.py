@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +13,8 @@ from smlp_deploy.interrupts import StopRequest, Terminated, handle_sigterm, put_
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals are handled in the main thread, and the test runs in another")
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
     yield
@@ -19,10 +23,8 @@ def handlers() -> Iterator[None]:
 
 
 def test_sigterm_is_an_exit_with_its_code() -> None:
-    handle_sigterm()
-    with pytest.raises(Terminated) as caught:
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.code == 143
+    lines = "import signal", "from smlp_deploy.interrupts import *", "handle_sigterm()", "signal.raise_signal(15)"
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)]).returncode == 143
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])

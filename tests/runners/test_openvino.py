@@ -186,7 +186,8 @@ class TestBatches:
         with OpenVinoRunner.open(digits_export.path) as runner:
             runner.infer(images(1))
             compiled = runner._networks[module._Split(1, 1)]._requests[0].get_compiled_model()
-            assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
+            # OpenVINO stays on the cores of this thread, which ONNX Runtime may have bound to one of them.
+            assert compiled.get_property("INFERENCE_NUM_THREADS") == min(2, len(os.sched_getaffinity(0)))
             assert compiled.get_property("NUM_STREAMS") == 1
 
     @pytest.mark.parametrize(
@@ -244,7 +245,9 @@ class TestPrecision:
             runner.infer(images(1))
             compiled = runner._networks[module._Split(1, 1)]._requests[0].get_compiled_model()
             assert compiled.get_property("INFERENCE_PRECISION_HINT") == load_openvino().Type.f32
-            assert set(_operations(runner)) <= {"f32", "i32", "i64"}
+            operations = set(_operations(runner))
+            assert "f32" in operations
+            assert not operations & {"bf16", "f16", "i8", "u8"}
 
     @pytest.mark.parametrize(
         ("precision", "capabilities", "asked", "remark"),
