@@ -22,6 +22,7 @@ import os
 import stat
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -340,8 +341,12 @@ class _Cache:
         return own and (sys.platform == "win32" or not status.st_mode & writable)
 
 
+@cache
 def _start() -> Any:
-    """OpenVINO's core, with its CPU plugin.
+    """OpenVINO's core with its CPU plugin: one for the process, which is never freed.
+
+    A plugin gives the thread that loads it a stack for signal handlers. The second of two plugins frees the first one's
+    while it is in use, and the next Ctrl-C would end the process with a segmentation fault.
 
     Raises:
         MissingDependencyError: it cannot be imported, or has no CPU plugin that starts.
