@@ -9,20 +9,42 @@ with Classifier.open("artifacts/model-fp32.onnx") as classifier:
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smlp_deploy.errors import SmlpError
     from smlp_deploy.inference.classify import Classifier, Prediction, Score
+    from smlp_deploy.metadata import Preprocessing
+    from smlp_deploy.pipeline.build import build_engine
+    from smlp_deploy.pipeline.export import export
+    from smlp_deploy.pipeline.verify import verify_artifact as verify
 
 __version__ = "0.1.0"
-__all__ = ["Classifier", "Prediction", "Score", "SmlpError", "__version__"]
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "Preprocessing",
+    "Score",
+    "SmlpError",
+    "__version__",
+    "build_engine",
+    "export",
+    "verify",
+]
+
+# ONNX Runtime reports its use to Microsoft unless this is set before its import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "Classifier": "smlp_deploy.inference.classify",
-    "Prediction": "smlp_deploy.inference.classify",
-    "Score": "smlp_deploy.inference.classify",
-    "SmlpError": "smlp_deploy.errors",
+    "Classifier": ("inference.classify", "Classifier"),
+    "Prediction": ("inference.classify", "Prediction"),
+    "Preprocessing": ("metadata", "Preprocessing"),
+    "Score": ("inference.classify", "Score"),
+    "SmlpError": ("errors", "SmlpError"),
+    "build_engine": ("pipeline.build", "build_engine"),
+    "export": ("pipeline.export", "export"),
+    "verify": ("pipeline.verify", "verify_artifact"),
 }
 
 
@@ -32,4 +54,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(f"smlp_deploy.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,14 +46,15 @@ def require(*modules: str, purpose: str, extra: str) -> None:
     Raises:
         MissingDependencyError: names what is missing, what it is needed for, and the extra that installs it.
     """
-    missing = [module for module in modules if not _is_installed(module)]
+    missing = [module for module in modules if not is_installed(module)]
     if missing:
         raise MissingDependencyError(
             f"{', '.join(missing)} not installed, needed {purpose}", fix=f'pip install "smlp-deploy[{extra}]"'
         )
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, without importing it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # its package

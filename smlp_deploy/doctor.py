@@ -20,8 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from platformdirs import user_cache_path
-
 from smlp_deploy.artifacts import ARTIFACTS_FOLDER
 from smlp_deploy.dependencies import (
     CUDA_RUNTIMES,
@@ -33,7 +31,7 @@ from smlp_deploy.dependencies import (
     provider_tensorrt,
 )
 from smlp_deploy.errors import SmlpError, printable
-from smlp_deploy.models.pretrained import cache_folder
+from smlp_deploy.files import cache_folder
 from smlp_deploy.runners.tensorrt import check_machine, read_manifest
 
 Status = Literal["ok", "warning", "error"]
@@ -133,9 +131,9 @@ def examine() -> tuple[Finding, ...]:
         packages = list(pool.map(lambda package: _package(package, gpu), _PACKAGES))
     reads_onnx = next(finding for finding in packages if finding.name == "onnx")
     folders = (
-        _folder("weights cache", cache_folder()),
-        _folder("kernels cache", user_cache_path("smlp-deploy") / "runtime"),
-        _folder("openvino cache", user_cache_path("smlp-deploy") / "openvino"),
+        _cache("weights cache", "weights"),
+        _cache("kernels cache", "runtime"),
+        _cache("openvino cache", "openvino"),
         _folder("artifacts", ARTIFACTS_FOLDER.absolute()),
     )
     cuda = (_cuda_versions(gpu), runtime.result())
@@ -381,6 +379,13 @@ def _openvino() -> Finding:
     native = json.loads(output)
     texts = [f"{precision} {'natively' if precision in native else 'in fp32'}" for precision in ("bf16", "fp16")]
     return _finding("openvino", "ok", f"{version}, on this CPU {' and '.join(texts)}")
+
+
+def _cache(name: str, folder: str) -> Finding:
+    try:
+        return _folder(name, cache_folder(folder))
+    except SmlpError as error:
+        return _finding(name, "warning", error.what, error.fix)
 
 
 def _folder(name: str, path: Path) -> Finding:

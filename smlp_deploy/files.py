@@ -7,9 +7,12 @@ import hashlib
 import logging
 import secrets
 import stat
+import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from smlp_deploy.errors import SmlpError
 
@@ -18,6 +21,9 @@ DATA_FOLDER = Path(__file__).parent / "data"
 
 BUNDLED_CHECKPOINT = DATA_FOLDER / "smlpnet_digits.safetensors"
 """The small trained model that commands use when none is given."""
+
+BUNDLED_MODEL = DATA_FOLDER / "smlpnet_digits.onnx"
+"""The same as an ONNX file, which runs without PyTorch."""
 
 MAX_TEXT_BYTES = 4 << 20
 """Limit for JSON files and lists of names."""
@@ -48,11 +54,12 @@ def replacing(target: Path) -> Iterator[Path]:
             check_writable(target)
             temporary.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # on a read-only file system even removing a file that is not there is an error
+            temporary.unlink()
 
 
 def check_writable(target: Path) -> None:
-    """Create the folder of `target`, and check that nothing but a regular file would be replaced.
+    """Create the folder of `target`, and check that files can be created in it and only a regular one is replaced.
 
     Raises:
         SmlpError: `target` cannot be written.
@@ -63,6 +70,7 @@ def check_writable(target: Path) -> None:
             raise SmlpError("cannot write: it is a directory", where=target, fix="name a file with -o")
         if target.exists() and not target.is_file():
             raise SmlpError("cannot write: it is not a regular file", where=target, fix="name a file with -o")
+        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 @contextmanager
@@ -92,21 +100,35 @@ def alone(target: Path, *, waiting_for: str | None = None) -> Iterator[None]:
 
     path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if waiting_for is None:
-            raise SmlpError(
-                "another run is writing it", where=target, fix="wait for it, or choose another -o"
-            ) from None
-        logger.warning("%s", waiting_for)
-        lock.acquire()
+    with _explained(target):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting_for is None:
+                raise SmlpError(
+                    "another run is writing it", where=target, fix="wait for it, or choose another -o"
+                ) from None
+            logger.warning("%s", waiting_for)
+            lock.acquire()
     try:
         yield
     finally:
         if waiting_for is None:  # else another process may be waiting for this lock file
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in the user's cache directory, which need not exist yet.
+
+    Raises:
+        SmlpError: there is no home directory, as in a container whose user has no entry in /etc/passwd.
+    """
+    with suppress(RuntimeError):  # older versions return a relative path instead
+        folder = user_cache_path("smlp-deploy") / name
+        if folder.is_absolute():
+            return folder
+    raise SmlpError("no home directory for the cache", fix="set HOME or XDG_CACHE_HOME")
 
 
 def write_text(target: Path, text: str) -> None:

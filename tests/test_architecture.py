@@ -60,7 +60,7 @@ def test_the_way_down_is_the_one_that_is_drawn(tmp_path: Path, monkeypatch: pyte
     graph = export.export_checkpoint(checkpoint, metadata, tmp_path / "x.onnx").graph
     prepared = build.prepare_graph(graph, None)
     options = BuildOptions(architectures=("sm89",))
-    build.build_engine(prepared, tmp_path / "x.engine", options, backend="tensorrt-rtx")
+    build.build_prepared(prepared, tmp_path / "x.engine", options, backend="tensorrt-rtx")
     # The proof itself lowers the network again: it runs it in true fp16 arithmetic, and records its activations.
     proof = ("evaluation/parity.py", "prove")
     way = [step for i, step in enumerate(called) if step[1] != "lower" or i < called.index(proof)]

@@ -18,10 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from smlp_deploy import __version__, reports
+from smlp_deploy import __version__, files, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import GpuError, SmlpError
-from smlp_deploy.evaluation import fastest
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.images.batches import FloatArray
@@ -464,7 +463,7 @@ class TestPredict:
     def test_of_several_files_of_a_model_the_fastest_is_taken(
         self, smlp: Smlp, exported: Exported, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(fastest, "user_cache_path", lambda _: Path("cache").absolute())
+        monkeypatch.setattr(files, "user_cache_path", lambda _: Path("cache").absolute())
         shutil.copy(exported("bf16").path, artifact.with_name("digits-bf16.onnx"))
         outcome = smlp("predict", digit_images[0])
         assert outcome.code == 0

@@ -3,12 +3,22 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pwd
 from pathlib import Path
 
 import pytest
 
 from smlp_deploy.errors import ArtifactError, SmlpError
-from smlp_deploy.files import read_file, read_text, replacing, sha256_of, write_text
+from smlp_deploy.files import (
+    alone,
+    cache_folder,
+    check_writable,
+    read_file,
+    read_text,
+    replacing,
+    sha256_of,
+    write_text,
+)
 
 
 def contents(folder: Path) -> list[str]:
@@ -129,3 +139,34 @@ def test_a_device_is_not_replaced_and_a_full_disk_is_named(tmp_path: Path) -> No
     with pytest.raises(SmlpError, match=r"cannot write: No space left on device · .*x · make room"):
         no_room()
     assert [path.name for path in tmp_path.iterdir()] == ["fifo"]
+
+
+UNWRITABLE = Path("/sys/x.json")
+"""In a file system where nobody can create files, not even root."""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="no sysfs here")
+class TestUnwritable:
+    def test_it_is_one_line(self) -> None:
+        for write in (check_writable, lambda path: write_text(path, "")):
+            with pytest.raises(
+                SmlpError, match=r"^cannot write: Permission denied · /sys/x\.json · choose another path"
+            ):
+                write(UNWRITABLE)
+
+    def test_the_lock_too(self) -> None:
+        with pytest.raises(SmlpError, match=r"^cannot write: Permission denied · /sys/x\.json"), alone(UNWRITABLE):
+            pytest.fail("locked")
+
+
+def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "x.json")
+    assert contents(tmp_path / "new") == []
+
+
+def test_there_is_no_cache_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # no entry for this user
+    with pytest.raises(SmlpError, match=r"^no home directory for the cache · set HOME or XDG_CACHE_HOME$"):
+        cache_folder("weights")

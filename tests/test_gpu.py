@@ -32,7 +32,7 @@ from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.defaults import default_images
 from smlp_deploy.metadata import BatchProfile, EngineManifest
-from smlp_deploy.pipeline.build import build_engine, prepare_graph
+from smlp_deploy.pipeline.build import build_prepared, prepare_graph
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.pipeline.precision import Int8Options
 from smlp_deploy.pipeline.verify import verify_artifact, verify_layers
@@ -90,14 +90,16 @@ def test_an_engine_computes_what_the_trained_network_computes(
         architectures=architectures_of(backend),
     )
     target = tmp_path / "x.engine"
-    build_engine(prepare_graph(Graph.read(digits_export.path), precision), target, options, backend=backend)
+    build_prepared(prepare_graph(Graph.read(digits_export.path), precision), target, options, backend=backend)
     report = verify_artifact(target)
     assert report.passed, report.failures
 
 
 def test_an_engine_agrees_block_by_block(digits_export: Export, tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=architectures_of(backend))
-    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
+    build_prepared(
+        prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend
+    )
     report = verify_layers(tmp_path / "x.engine", reference=digits_export.path)
     assert report.first_over is None, report.first_over
     assert len(report.points) == 3 + 2 * 6
@@ -105,7 +107,9 @@ def test_an_engine_agrees_block_by_block(digits_export: Export, tmp_path: Path, 
 
 def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=architectures_of(backend))
-    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
+    build_prepared(
+        prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend
+    )
     with Classifier.open(tmp_path / "x.engine") as classifier:
         labels = [prediction.scores[0].label for prediction in classifier.classify(digit_images)]
     assert sum(label == path.name.split("-")[1] for label, path in zip(labels, digit_images, strict=True)) >= 11
@@ -113,7 +117,9 @@ def test_an_engine_classifies(digits_export: Export, digit_images: list[Path], t
 
 def test_an_engine_is_timed_with_and_without_transfers(digits_export: Export, tmp_path: Path, backend: str) -> None:
     options = BuildOptions(architectures=architectures_of(backend))
-    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend)
+    build_prepared(
+        prepare_graph(Graph.read(digits_export.path), "fp16"), tmp_path / "x.engine", options, backend=backend
+    )
     targets = [Target(path=digits_export.path), Target(path=tmp_path / "x.engine")]
     _, engine = run_benchmark(targets, batch_sizes=(8,), rounds=2).models
     (timing,) = engine.batches
@@ -227,7 +233,7 @@ def test_cuda_visible_devices_is_honoured(hidden: str) -> None:
 def test_an_engine_is_run_by_uuid(digits_export: Export, tmp_path: Path, backend: str) -> None:
     gpu = list_gpus()[-1]  # the second, if there are several
     options = BuildOptions(architectures=architectures_of(backend))
-    build_engine(prepare_graph(Graph.read(digits_export.path), None), tmp_path / "x.engine", options, backend=backend)
+    build_prepared(prepare_graph(Graph.read(digits_export.path), None), tmp_path / "x.engine", options, backend=backend)
     with open_runner(tmp_path / "x.engine", device=gpu.uuid) as engine, open_runner(digits_export.path) as on_cpu:
         expected = logits_of(on_cpu, noise())
         assert np.abs(logits_of(engine, noise()) - expected).max() < 1e-4 * expected.std()
@@ -241,7 +247,7 @@ def built(source: Path, folder: Path, backend: str, precision: str = "fp16", **o
     target = folder / "x.engine"
     int8 = Int8Options(per_channel=backend == "tensorrt") if precision == "int8" else None
     build_options = BuildOptions(profile=PROFILE, architectures=architectures_of(backend), **options)
-    result = build_engine(
+    result = build_prepared(
         prepare_graph(Graph.read(source), precision, int8=int8), target, build_options, backend=backend
     )
     assert result.parity is not None, "the engine did not run here"
@@ -301,7 +307,7 @@ class TestBuilding:
         options = BuildOptions(profile=PROFILE, architectures=architectures_of(backend))
         prepared = prepare_graph(Graph.read(digits_export.path), "fp16")
         with pytest.raises(BuildError, match="parity failed on this GPU") as caught:
-            build_engine(prepared, target, options, backend=backend, bounds={"difference": 0.0})
+            build_prepared(prepared, target, options, backend=backend, bounds={"difference": 0.0})
         assert caught.value.where == str(failed_path(target))
         assert failed_path(target).is_file()
         assert not target.exists()

@@ -10,7 +10,7 @@ from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.inspect_file import inspect_file
-from smlp_deploy.pipeline.build import build_engine, prepare_graph
+from smlp_deploy.pipeline.build import build_prepared, prepare_graph
 from smlp_deploy.pipeline.export import Export
 
 
@@ -35,7 +35,7 @@ def test_an_onnx_file_tells_what_it_is(digits_export: Export) -> None:
 def test_an_engine_tells_what_the_file_beside_it_says(digits_export: Export, tmp_path: Path) -> None:
     path = tmp_path / "x.engine"
     options = BuildOptions(architectures=("sm89",))
-    build_engine(prepare_graph(Graph.read(digits_export.path), "fp16"), path, options, backend="tensorrt-rtx")
+    build_prepared(prepare_graph(Graph.read(digits_export.path), "fp16"), path, options, backend="tensorrt-rtx")
     facts = inspect_file(path)
     assert facts["kind"] == "engine"
     assert facts["metadata"]["precision"] == "fp16"

@@ -95,23 +95,28 @@ def _build(
     gpu: GpuDevice | None,
 ) -> None:
     """Build with the checked options, and show the result."""
-    from smlp_deploy.artifacts import engine_path
     from smlp_deploy.commands.sources import source_graph
     from smlp_deploy.commands.tables import show_kernels, show_parity, show_sensitivity
     from smlp_deploy.commands.terminal import building, say, suggest
     from smlp_deploy.files import write_bytes
-    from smlp_deploy.pipeline.build import build_engine, prepare_graph
+    from smlp_deploy.pipeline.build import build_engine
 
     graph = source_graph(source, form="gpu")
     with building("reading the graph") as progress:
-        prepared = prepare_graph(
-            graph, precision, wanted_input=wanted_input, bounds=bounds, int8=quantization, progress=progress
+        result = build_engine(
+            graph,
+            output,
+            precision=precision,
+            wanted_input=wanted_input,
+            options=options,
+            backend=backend,
+            bounds=bounds,
+            int8=quantization,
+            gpu=gpu,
+            progress=progress,
         )
-    if prepared.sensitivity is not None:
-        show_sensitivity(prepared.sensitivity)
-    path = output or engine_path(prepared.graph.metadata)
-    with building("building") as progress:
-        result = build_engine(prepared, path, options, backend=backend, bounds=bounds, gpu=gpu, progress=progress)
+    if result.sensitivity is not None:
+        show_sensitivity(result.sensitivity)
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)

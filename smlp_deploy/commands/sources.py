@@ -102,7 +102,8 @@ def default_model(given: Path | None, placement: Placement) -> Path:
     """The model to predict with; notes which one if none is given. An engine is one of them if it can run there."""
     from smlp_deploy.artifacts import artifacts_by_age, newest_artifact
     from smlp_deploy.commands.terminal import note
-    from smlp_deploy.files import BUNDLED_CHECKPOINT
+    from smlp_deploy.dependencies import is_installed
+    from smlp_deploy.files import BUNDLED_CHECKPOINT, BUNDLED_MODEL
 
     if given is not None:
         return given
@@ -115,7 +116,7 @@ def default_model(given: Path | None, placement: Placement) -> Path:
     if files:
         return _fastest(files, placement)
     note("no model given and none in artifacts/; using the bundled digits model")
-    return BUNDLED_CHECKPOINT
+    return BUNDLED_MODEL if is_installed("onnxruntime") else BUNDLED_CHECKPOINT
 
 
 def _fastest(files: Sequence[Path], placement: Placement) -> Path:

@@ -14,12 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from smlp_deploy import strictjson
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
-from smlp_deploy.files import read_text, write_text
+from smlp_deploy.files import cache_folder, read_text, write_text
 from smlp_deploy.images.batches import available_cores
 from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
@@ -100,14 +99,13 @@ class _Kept:
     """The results so far, in a file of the user's cache directory; nothing depends on whether it can be used."""
 
     def __init__(self, placement: Placement) -> None:
-        self._path = user_cache_path("smlp-deploy") / "speed.json"
         gpu = placement.gpu.name if placement.gpu else None
         versions = [installed_version(name) for name in _RUNTIMES]
         self._where = repr((placement.provider, placement.runtime, gpu, available_cores(), versions))
         self._results: dict[str, list[object]] = {}
         self._changed = False
         try:
-            document = strictjson.loads(read_text(self._path, error=SmlpError, fix=""))
+            document = strictjson.loads(read_text(_kept_results(), error=SmlpError, fix=""))
         except (SmlpError, ValueError):
             document = None  # none yet, or damaged
         if isinstance(document, dict):
@@ -127,14 +125,17 @@ class _Kept:
             return
         newest = dict(list(self._results.items())[-_MOST_KEPT:])
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps(newest))
+            write_text(_kept_results(), json.dumps(newest))
         except (OSError, SmlpError):
             self._changed = False  # a read-only home: the next command measures again
 
     def _key(self, path: Path) -> str:
         status = path.stat()
         return sha256(repr((str(path.resolve()), status.st_size, status.st_mtime_ns, self._where)).encode()).hexdigest()
+
+
+def _kept_results() -> Path:
+    return cache_folder("speed.json")
 
 
 def _is_result(value: object) -> bool:

@@ -92,6 +92,11 @@ def find_backend(target: str) -> str:
     return there[0]
 
 
+def default_options(backend: str) -> BuildOptions:
+    """How to build if nothing is asked for: ahead of time for the usual architectures, or for this machine's GPU."""
+    return BuildOptions(architectures=DEFAULT_ARCHITECTURES if TensorRT.load(backend).ahead_of_time else ())
+
+
 def check_alone(architectures: Sequence[str]) -> None:
     """Check that sm75 is not combined with another architecture.
 

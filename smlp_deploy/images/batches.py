@@ -1,4 +1,4 @@
-"""Image files to batches of network inputs, decoded by threads, in order; an unreadable file has its reason instead."""
+"""Images to batches of network inputs, decoded by threads, in order; an unreadable one has its reason instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from smlp_deploy.errors import ImageError
 from smlp_deploy.images.decode import keep_memory
-from smlp_deploy.images.preprocessing import Decoder, load_image
+from smlp_deploy.images.preprocessing import Decoder, ImageSource, load_image
 from smlp_deploy.metadata import ModelMetadata
 
 FloatArray = NDArray[np.float32]
@@ -45,13 +45,13 @@ class BatchMemory(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive image files.
+    """Consecutive images.
 
     Attributes:
-        paths: of all of them.
+        paths: of all of them; empty for one that is not given by its path.
         inputs: what the network takes, of the readable ones in order; see `ModelMetadata.input`. Other images are
             written to this memory once the next batch is requested.
-        errors: why a file could not be read, by its position in `paths`.
+        errors: why an image could not be read, by its position in `paths`.
     """
 
     paths: Sequence[str]
@@ -66,7 +66,7 @@ class Batch:
 
 
 def decoded_batches(
-    paths: Iterable[str | Path],
+    images: Iterable[ImageSource],
     metadata: ModelMetadata,
     *,
     batch_size: int,
@@ -80,7 +80,7 @@ def decoded_batches(
     three as a rule, and they are used again and again.
 
     Args:
-        paths: image files; read no further than images are decoded.
+        images: where they are; read no further than they are decoded.
         metadata: of the network, which says how images are prepared and what it takes.
         batch_size: images per batch; the last one may be smaller.
         workers: decoding threads.
@@ -89,7 +89,7 @@ def decoded_batches(
     """
     reader = _Reader(metadata, batch_size, workers, memory or _OrdinaryMemory(metadata), decoder)
     try:
-        yield from reader.read(iter(paths))
+        yield from reader.read(iter(images))
     finally:
         reader.close()
 
@@ -127,14 +127,14 @@ class _Reader:
         self._queue: deque[tuple[str, Future[str | None]]] = deque()
         self._started = 0  # images, since the beginning
 
-    def read(self, paths: Iterator[str | Path]) -> Iterator[Batch]:
-        self._decode_ahead(paths)
+    def read(self, images: Iterator[ImageSource]) -> Iterator[Batch]:
+        self._decode_ahead(images)
         for number in itertools.count():
             if not self._queue:
                 return
             files = [self._queue.popleft() for _ in range(min(self._batch_size, len(self._queue)))]
             reasons = [decoded.result() for _, decoded in files]
-            self._decode_ahead(paths)  # before the network runs, so that decoding continues meanwhile
+            self._decode_ahead(images)  # before the network runs, so that decoding continues meanwhile
             yield _batch([path for path, _ in files], reasons, self._memory_of(number))
 
     def close(self) -> None:
@@ -142,11 +142,12 @@ class _Reader:
         while self._memory:
             self._source.release(self._memory.pop())
 
-    def _decode_ahead(self, paths: Iterator[str | Path]) -> None:
-        for path in itertools.islice(paths, self._ahead * self._batch_size - len(self._queue)):
+    def _decode_ahead(self, images: Iterator[ImageSource]) -> None:
+        for image in itertools.islice(images, self._ahead * self._batch_size - len(self._queue)):
             number, row = divmod(self._started, self._batch_size)
-            decoded = self._pool.submit(self._decode, path, self._memory_of(number)[row])
-            self._queue.append((os.fspath(path), decoded))
+            decoded = self._pool.submit(self._decode, image, self._memory_of(number)[row])
+            path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
+            self._queue.append((path, decoded))
             self._started += 1
 
     def _memory_of(self, number: int) -> ImageArray:
@@ -156,10 +157,10 @@ class _Reader:
             self._memory.append(self._source.allocate(self._batch_size))
         return self._memory[position]
 
-    def _decode(self, path: str | Path, row: ImageArray) -> str | None:
+    def _decode(self, image: ImageSource, row: ImageArray) -> str | None:
         """Decode an image; returns the reason if it cannot be read."""
         try:
-            load_image(Path(path), self._preprocessing, row, self._decoder)
+            load_image(image, self._preprocessing, row, self._decoder)
         except ImageError as error:
             return str(error)
         return None

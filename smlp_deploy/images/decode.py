@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import math
 import os
 import re
@@ -27,6 +28,9 @@ from smlp_deploy.errors import ImageError
 # Pillow's names of the only formats that are read: it would run Ghostscript for an EPS. HEIF needs a registered plugin.
 # MPO is read as the JPEG that it begins with. TGA has no signature, so it is tried last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "ICO", "TGA")
+
+EncodedImage = bytes | bytearray | memoryview | BinaryIO
+"""An image file that is not on disk."""
 
 MAX_PIXELS = 89_478_485  # of one image, and of all that are decoded at once; Pillow warns above it
 MAX_FILE_SIZE = 3 << 28  # bytes; the largest image takes 0.7 GB uncompressed
@@ -78,16 +82,19 @@ _budget = PixelBudget(MAX_PIXELS)
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(source: Path | EncodedImage) -> Iterator[Image.Image]:
     """An image that Pillow has opened but not decoded, with its share of the budget until the block ends.
+
+    Args:
+        source: a file's path, its bytes, or an open binary file, which is read from where it stands.
 
     Raises:
         ImageError: the file is refused, or not an image.
         Exception: whatever else Pillow raises for damaged files; `reason_of` explains it.
     """
-    with _regular_file(path) as file, ExitStack() as held:
+    with _readable(source) as (file, size), ExitStack() as held:
         prefix = file.read(16)
-        alone = prefix.startswith(_ICO) or os.fstat(file.fileno()).st_size > _LARGE_FILE
+        alone = prefix.startswith(_ICO) or size > _LARGE_FILE
         if alone:
             held.enter_context(_budget.take(MAX_PIXELS))
         try:
@@ -103,6 +110,31 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             if pixels > _LARGE_IMAGE:
                 held.callback(give_memory_back)
             yield image
+
+
+@contextmanager
+def hold_pixels(image: Image.Image) -> Iterator[None]:
+    """The share of the budget for an image that a caller has opened.
+
+    Raises:
+        ImageError: it is too large.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"more than {MAX_PIXELS} pixels")
+    with _budget.take(image.width * image.height):
+        yield
+
+
+@contextmanager
+def _readable(source: Path | EncodedImage) -> Iterator[tuple[BinaryIO, int]]:
+    """A file to read, and its size."""
+    if isinstance(source, Path):
+        with _regular_file(source) as file:
+            yield file, os.fstat(file.fileno()).st_size
+        return
+    content = bytes(source if isinstance(source, (bytes, bytearray, memoryview)) else source.read(MAX_FILE_SIZE + 1))
+    _check_size(len(content))
+    yield io.BytesIO(content), len(content)
 
 
 @contextmanager
@@ -129,9 +161,13 @@ def _check_kind(status: os.stat_result) -> None:
         raise ImageError("is a directory without images")
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("not a regular file")
-    if not status.st_size:
+    _check_size(status.st_size)
+
+
+def _check_size(size: int) -> None:
+    if not size:
         raise ImageError("empty file")
-    if status.st_size > MAX_FILE_SIZE:
+    if size > MAX_FILE_SIZE:
         raise ImageError(f"larger than {MAX_FILE_SIZE} bytes")
 
 

@@ -8,6 +8,7 @@ Normalize) bit for bit; only an image hundreds of times as long as it is wide ma
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,8 +22,12 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from smlp_deploy.errors import GpuError, ImageError
-from smlp_deploy.images.decode import open_image, reason_of
+from smlp_deploy.images.decode import EncodedImage, hold_pixels, open_image, reason_of
 from smlp_deploy.metadata import Preprocessing
+
+ImageSource = str | os.PathLike[str] | EncodedImage | Image.Image | NDArray[np.uint8]
+"""An image: the path, the bytes or the open binary file of an image file, an image of Pillow's, or RGB pixels, uint8
+H, W, 3."""
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -59,22 +64,26 @@ class Decoder(Protocol):
 
 
 def load_image(
-    path: Path, preprocessing: Preprocessing, out: NDArray[Any] | None = None, decoder: Decoder | None = None
+    source: ImageSource, preprocessing: Preprocessing, out: NDArray[Any] | None = None, decoder: Decoder | None = None
 ) -> NDArray[Any]:
-    """The network's input for one image file; see `prepare`. After an error, `out` may have any values.
+    """The network's input for one image; see `prepare`. After an error, `out` may have any values.
 
     Args:
-        path: the file.
+        source: the image.
         preprocessing: how to prepare it.
         out: where to write it.
-        decoder: asked first; by default Pillow decodes everything.
+        decoder: of files, asked first; by default Pillow decodes everything.
 
     Raises:
-        ImageError: the file cannot be read as an image; the message is a one-line reason.
+        ImageError: it cannot be read as an image; the message is a one-line reason.
         GpuError: the decoder cannot go on.
     """
     try:
-        with open_image(path) as image:
+        if isinstance(source, (Image.Image, np.ndarray)):
+            opened = source if isinstance(source, Image.Image) else _from_pixels(source)
+            with hold_pixels(opened):
+                return prepare(opened, preprocessing, out)
+        with open_image(Path(source) if isinstance(source, (str, os.PathLike)) else source) as image:
             decoded = None if decoder is None else decoder.decode(image)
             return prepare(image if decoded is None else decoded, preprocessing, out)
     except (GpuError, ImageError):
@@ -82,6 +91,13 @@ def load_image(
     # Pillow's decoders raise almost anything on damaged files; only this one image is affected.
     except Exception as error:
         raise ImageError(reason_of(error)) from None
+
+
+def _from_pixels(pixels: NDArray[Any]) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        shape = "x".join(map(str, pixels.shape))
+        raise ImageError(f"an array of {pixels.dtype} {shape}, not of uint8 HxWx3, which RGB pixels are")
+    return Image.fromarray(pixels)
 
 
 def prepare(image: Image.Image, preprocessing: Preprocessing, out: NDArray[Any] | None = None) -> NDArray[Any]:

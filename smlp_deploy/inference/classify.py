@@ -1,20 +1,23 @@
-"""Batched classification: paths in, one prediction or error per path out, in order."""
+"""Batched classification: images in, one prediction or error per image out, in order."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 from weakref import WeakSet
 
 import numpy as np
+from PIL import Image
 
 from smlp_deploy.errors import UsageError
-from smlp_deploy.images.batches import Batch, FloatArray, available_cores, decoded_batches
-from smlp_deploy.images.preprocessing import Decoder
+from smlp_deploy.images.batches import Batch, FloatArray, ImageArray, available_cores, decoded_batches
+from smlp_deploy.images.preprocessing import Decoder, ImageSource
+from smlp_deploy.inference.shared import SharedRunner
 from smlp_deploy.inference.stream import Outcome, infer_stream, memory_of
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
@@ -34,8 +37,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The result of one input: its best classes, best first, or a one-line error.
+    """The result of one image: its best classes, best first, or a one-line error.
 
+    `path` is empty for an image that was not given by its path.
     `decode` is "gpu" if ordinary JPEG files of its run were decoded on a GPU.
     """
 
@@ -46,7 +50,10 @@ class Prediction:
 
 
 class Classifier:
-    """Classifies image files with one loaded network; a context manager, because it holds the network's memory.
+    """Classifies images with one loaded network; a context manager, because it holds the network's memory.
+
+    Several threads may use it at the same time. The network computes one batch at a time, on all of its cores or on its
+    GPU, so threads overlap in what is around it: reading, decoding and preparing images.
 
     Args:
         runner: the network.
@@ -54,6 +61,7 @@ class Classifier:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self._shared = SharedRunner(runner)
         self._running: WeakSet[Generator[Prediction]] = WeakSet()
 
     @classmethod
@@ -64,6 +72,7 @@ class Classifier:
         provider: str | None = None,
         device: str | None = None,
         runtime: str = "auto",
+        threads: int | None = None,
         placement: Placement | None = None,
     ) -> Self:
         """Load an artifact or checkpoint, with the labels and preprocessing inside it.
@@ -75,12 +84,19 @@ class Classifier:
             device: "cpu", or a GPU: "cuda" for the first, "cuda:1" or "1" by its number in CUDA, or its UUID. By
                 default engines run on the first GPU, and everything else on the CPU.
             runtime: what runs an ONNX file: "onnxruntime", "openvino" (on the CPU), or "auto" for the default.
-            placement: all three in one, if they were read before.
+            threads: cores that an ONNX file computes on, on the CPU; by default all that this process may use.
+            placement: all four in one, if they were read before.
 
         Raises:
             SmlpError: the file cannot be used, or cannot run there.
         """
-        return cls(open_runner(Path(path), provider=provider, device=device, runtime=runtime, placement=placement))
+        placement = placement or Placement.of(device=device, provider=provider, runtime=runtime, threads=threads)
+        return cls(open_runner(Path(path), placement=placement))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The name of each class, by its index."""
+        return self.runner.metadata.labels
 
     def __enter__(self) -> Self:
         return self
@@ -88,26 +104,52 @@ class Classifier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the network's memory; no thread may be using it any more."""
         for predictions in list(self._running):  # whose threads write to the runner's memory
             predictions.close()
-        self.runner.__exit__(kind, error, traceback)
+        self.runner.__exit__(None, None, None)
+
+    def predict_logits(self, batch: ImageArray) -> FloatArray:
+        """The network's output for images that are prepared already.
+
+        Args:
+            batch: what the network takes: N, 3, S, S float32, normalized, or N, S, S, 3 uint8, if
+                `runner.metadata.input` says so; see `metadata.Preprocessing`.
+
+        Returns:
+            N, classes, float32.
+
+        Raises:
+            UsageError: it has another shape or type.
+            SmlpError: the network cannot run it.
+        """
+        metadata = self.runner.metadata
+        fits = batch.shape[1:] == metadata.input_shape and batch.dtype == metadata.input
+        if not fits or not len(batch):
+            given, wanted = ("x".join(map(str, shape)) for shape in (batch.shape, metadata.input_shape))
+            raise UsageError(f"a batch of {batch.dtype} {given}; the network takes {metadata.input} Nx{wanted}")
+        return self._shared.user().infer(batch)
 
     def classify(
         self,
-        paths: Iterable[str | Path],
+        images: ImageSource | Iterable[ImageSource],
         *,
         batch_size: int | None = None,
         topk: int | None = None,
         workers: int | None = None,
         decoder: Decoder | None = None,
     ) -> Iterator[Prediction]:
-        """One prediction per path, in the order of the paths.
+        """One prediction per image, in their order.
 
-        Worker threads decode up to two batches ahead of the network, or two images each if that is more, and `paths` is
-        read no further, so memory is bounded for any number of paths. The iterator ends when the classifier is closed.
+        Worker threads decode up to two batches ahead of the network, or two images each if that is more, and read no
+        further, so memory is bounded for any number of images. The iterator ends when the classifier is closed.
 
         Args:
-            paths: image files.
+            images: one or more of them: paths, the bytes of image files, open binary files, images of Pillow's, or RGB
+                pixels as uint8 H, W, 3.
             batch_size: images per run of the network, at most as many as an engine takes; by default what it is fastest
                 with, 32 on a CPU.
             topk: classes per prediction; by default 5, or all if there are fewer.
@@ -119,11 +161,12 @@ class Classifier:
         """
         if workers is not None and workers < 1:
             raise UsageError(f"{workers} is not at least 1", where="--workers")
+        sources = _as_several(images)
         predictions = self._stream(
-            paths,
+            sources,
             batch_size=self.resolve_batch_size(batch_size),
             topk=self.resolve_topk(topk),
-            workers=workers or available_cores(),
+            workers=workers or (available_cores() if sources is images else 1),
             decoder=decoder,
         )
         self._running.add(predictions)
@@ -155,18 +198,19 @@ class Classifier:
         return topk
 
     def _stream(
-        self, paths: Iterable[str | Path], *, batch_size: int, topk: int, workers: int, decoder: Decoder | None
+        self, images: Iterable[ImageSource], *, batch_size: int, topk: int, workers: int, decoder: Decoder | None
     ) -> Generator[Prediction]:
+        runner = self._shared.user()
         batches = decoded_batches(
-            paths,
-            self.runner.metadata,
+            images,
+            runner.metadata,
             batch_size=batch_size,
             workers=workers,
-            memory=memory_of(self.runner),
+            memory=memory_of(runner),
             decoder=decoder,
         )
         with closing(batches):
-            for batch, outcomes in infer_stream(self.runner, batches):
+            for batch, outcomes in infer_stream(runner, batches):
                 yield from self._predictions(batch, outcomes, topk, decode=None if decoder is None else "gpu")
 
     def _predictions(
@@ -192,3 +236,10 @@ class Classifier:
             chosen = columns[order[start : start + topk]].tolist()
             values = probabilities[row, chosen].tolist()
             yield tuple(Score(i, labels[i], value) for i, value in zip(chosen, values, strict=True))
+
+
+def _as_several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
+    """Several images as they are, one of them in a list; an array of four dimensions is several."""
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    is_one = images.ndim < 4 if isinstance(images, np.ndarray) else isinstance(images, kinds) or hasattr(images, "read")
+    return cast(Iterable[ImageSource], [images] if is_one else images)

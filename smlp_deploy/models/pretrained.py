@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from platformdirs import user_cache_path
-
-from smlp_deploy.errors import DownloadError
-from smlp_deploy.files import alone, sha256_of, write_text
+from smlp_deploy.errors import DownloadError, SmlpError
+from smlp_deploy.files import alone, cache_folder, sha256_of, write_text
 from smlp_deploy.models.variants import OFFICIAL_URL, VARIANTS, Variant, find_variant
 
 logger = logging.getLogger(__name__)
@@ -42,9 +40,13 @@ ByteProgress = Callable[[int, int | None], None]
 """Called with the bytes so far, and the total if the server states it."""
 
 
-def cache_folder() -> Path:
-    """Where weights are kept: the user's cache directory."""
-    return user_cache_path("smlp-deploy") / "weights"
+def weights_folder() -> Path:
+    """Where weights are kept: in the user's cache directory.
+
+    Raises:
+        SmlpError: there is no home directory.
+    """
+    return cache_folder("weights")
 
 
 def find_checkpoint(source: str, *, progress: ByteProgress | None = None) -> Path:
@@ -81,7 +83,10 @@ def weights_url(variant: Variant) -> str:
 
 def cached_weights(variant: Variant) -> Path | None:
     """A variant's weights if they are in the cache, unverified."""
-    path = cache_folder() / variant.weights_file if variant.weights_file else None
+    try:
+        path = weights_folder() / variant.weights_file if variant.weights_file else None
+    except SmlpError:
+        return None
     return path if path is not None and path.is_file() else None
 
 
@@ -92,7 +97,7 @@ def fetch_weights(variant: Variant, *, progress: ByteProgress | None = None) -> 
         DownloadError: none were released, the network failed, or the cached file differs from what was fetched.
     """
     url = weights_url(variant)
-    path = cache_folder() / url.rpartition("/")[2]
+    path = weights_folder() / url.rpartition("/")[2]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smlp_deploy.artifacts import engine_manifest_path, failed_path, untried_path
+from smlp_deploy.artifacts import engine_manifest_path, engine_path, failed_path, untried_path
 from smlp_deploy.dependencies import GpuDevice, find_gpu, require_onnxruntime
 from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, prove
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.kernels import UNKNOWN, KernelSummary, summarize
-from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
+from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT, default_options, find_backend
 from smlp_deploy.files import check_writable, replacing
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import default_images
@@ -53,7 +53,7 @@ class Prepared:
 class EngineBuild:
     """The result of a build: the engine, the manifest beside it, its kernels, and the timing cache if one was used.
 
-    `parity` is the engine's comparison with its ONNX source, or None if the engine could not run here; `not_run` says
+    `sensitivity` is each int8 layer's sensitivity and chosen precision, if measured; `parity` is the engine's comparison with its ONNX source, or None if the engine could not run here; `not_run` says
     why.
     """
 
@@ -63,6 +63,53 @@ class EngineBuild:
     parity: ParityReport | None
     timing_cache: bytes | None
     not_run: str = ""
+    sensitivity: SensitivityReport | None = None
+
+
+def build_engine(
+    source: str | Path | Graph,
+    target: str | Path | None = None,
+    *,
+    precision: str | None = None,
+    wanted_input: str = "uint8",
+    options: BuildOptions | None = None,
+    backend: str | None = None,
+    bounds: Bounds | None = None,
+    int8: Int8Options | None = None,
+    gpu: GpuDevice | None = None,
+    progress: Progress | None = None,
+) -> EngineBuild:
+    """Build a TensorRT engine from an ONNX file, with its manifest beside it; see `prepare_graph`, `build_prepared`.
+
+    Args:
+        source: the ONNX file, or its graph.
+        target: the engine's file; by default in artifacts/.
+        precision: "fp32", "fp16", "bf16" or "int8"; None for that of the file.
+        wanted_input: what the engine takes: "uint8", pixels, or "float32", normalized images.
+        options: how to build it; by default `default_options` of the backend.
+        backend: "tensorrt" or "tensorrt-rtx"; by default the one that is installed.
+        bounds: of the numeric gates; replace those of the precision.
+        int8: how to quantize.
+        gpu: where TensorRT builds it, unless ahead of time, and where it is tried; None for the first.
+        progress: told of each step.
+
+    Raises:
+        SmlpError: the graph, its conversion or the engine fails; see `prepare_graph` and `build_prepared`.
+    """
+    graph = source if isinstance(source, Graph) else Graph.read(Path(source))
+    backend = backend or find_backend("auto")
+    prepared = prepare_graph(graph, precision, wanted_input=wanted_input, bounds=bounds, int8=int8, progress=progress)
+    path = Path(target) if target is not None else engine_path(prepared.graph.metadata)
+    built = build_prepared(
+        prepared,
+        path,
+        options or default_options(backend),
+        backend=backend,
+        bounds=bounds,
+        gpu=gpu,
+        progress=progress,
+    )
+    return replace(built, sensitivity=prepared.sensitivity)
 
 
 def prepare_graph(
@@ -108,7 +155,7 @@ def prepare_graph(
     return Prepared(source=source, graph=graph, images=images, parity=parity, sensitivity=sensitivity)
 
 
-def build_engine(
+def build_prepared(
     prepared: Prepared,
     target: Path,
     options: BuildOptions,

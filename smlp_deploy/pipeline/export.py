@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from smlp_deploy.artifacts import calibration_path, failed_path, parity_path, sensitivity_path
+from smlp_deploy.artifacts import calibration_path, default_path, failed_path, parity_path, sensitivity_path
 from smlp_deploy.dependencies import require_onnxruntime
 from smlp_deploy.evaluation.parity import Bounds, ParityReport
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
@@ -16,8 +17,10 @@ from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.images.defaults import default_images
 from smlp_deploy.interrupts import Progress
-from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.metadata import ModelMetadata, Preprocessing
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.description import describe
+from smlp_deploy.models.pretrained import find_checkpoint
 from smlp_deploy.pipeline.precision import Int8Options, Quantization, plan_quantization, to_input, to_precision
 from smlp_deploy.pipeline.verify import prove_against_checkpoint
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -35,6 +38,65 @@ class Export:
     report: ParityReport
     report_path: Path
     sensitivity: SensitivityReport | None = None
+
+
+def export(
+    checkpoint: str | Path | Checkpoint,
+    target: str | Path | None = None,
+    *,
+    precision: str = "fp32",
+    form: str = "gpu",
+    batch: int | None = None,
+    wanted_input: str = "float32",
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+    ema: bool = False,
+    opset: int = DEFAULT_OPSET,
+    images: Sequence[Path] | None = None,
+    bounds: Bounds | None = None,
+    int8: Int8Options | None = None,
+    progress: Progress | None = None,
+) -> Export:
+    """Export a checkpoint to an ONNX file, and compare it with the trained network; see `export_checkpoint`.
+
+    Args:
+        checkpoint: the weights: a file, a variant whose official weights are fetched, or a loaded checkpoint.
+        target: the file to write; by default in artifacts/.
+        precision: "fp32", "fp16", "bf16" or "int8".
+        form: of the axial layers: "gpu" or "cpu", whichever it will run on.
+        batch: the one batch size the file accepts, or None for any.
+        wanted_input: what the file takes: "float32", normalized images, or "uint8", pixels.
+        labels: class names that replace the checkpoint's own.
+        preprocessing: replaces the checkpoint's own, or those of its fields that are given.
+        ema: take the averaged weights of a checkpoint that has both.
+        opset: version of ONNX's default operator set.
+        images: real images to compare on; by default the bundled ones, or those of the calibration.
+        bounds: of the numeric gates; replace those of the precision.
+        int8: how to quantize, for the precision int8.
+        progress: told of the steps of quantization.
+
+    Returns:
+        The file and its report. If a gate failed, `report.passed` is false and the file has a `.failed` name.
+
+    Raises:
+        SmlpError: the checkpoint cannot be used, or the graph could not be made or written.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(find_checkpoint(str(checkpoint)), ema=ema)
+    fields = asdict(preprocessing) if isinstance(preprocessing, Preprocessing) else preprocessing
+    names = None if labels is None else tuple(labels)
+    metadata = describe(checkpoint, labels=names, preprocessing=fields, batch=batch, precision=precision)
+    metadata = replace(metadata, form=form, input=wanted_input)
+    return export_checkpoint(
+        checkpoint,
+        metadata,
+        default_path(metadata) if target is None else Path(target),
+        opset=opset,
+        images=images,
+        bounds=bounds,
+        int8=int8,
+        progress=progress,
+    )
 
 
 def export_checkpoint(

@@ -42,9 +42,9 @@ REFERENCE_BATCH = 8
 
 
 def verify_artifact(
-    candidate: Path,
+    candidate: str | Path,
     *,
-    reference: Path | None = None,
+    reference: str | Path | None = None,
     images: Sequence[Path] | None = None,
     bounds: Bounds | None = None,
     placement: Placement = ANYWHERE,
@@ -65,8 +65,9 @@ def verify_artifact(
     require_proof("to run the trained network")
     from smlp_deploy.models.checkpoint import load_checkpoint
 
+    candidate = Path(candidate)
     with open_runner(candidate, placement=placement) as runner:
-        path = reference or find_reference(runner.metadata, candidate)
+        path = Path(reference) if reference is not None else find_reference(runner.metadata, candidate)
         checkpoint = load_checkpoint(path, ema=runner.metadata.ema)
         if checkpoint.sha256 != runner.metadata.checkpoint_sha256:
             logger.warning("%s is not the file that %s was made from; comparing anyway", path, candidate)

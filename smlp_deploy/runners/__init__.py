@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.artifacts import is_checkpoint
 from smlp_deploy.dependencies import require, require_onnxruntime, require_torch
 from smlp_deploy.errors import ArtifactError
 from smlp_deploy.runners.base import Runner
@@ -21,12 +21,14 @@ def _open_onnx(path: Path, placement: Placement) -> Runner:
         _require_openvino()
         from smlp_deploy.runners.openvino import OpenVinoRunner
 
-        return OpenVinoRunner.open(path)
+        return OpenVinoRunner.open(path, cores=placement.threads)
     if placement.runtime == ONNXRUNTIME or placement.onnx_provider != CPU:
         require_onnxruntime()
         from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner.open(path, provider=placement.onnx_provider, gpu=placement.gpu)
+        return OnnxRuntimeRunner.open(
+            path, provider=placement.onnx_provider, gpu=placement.gpu, cores=placement.threads
+        )
     require("onnx", purpose="to read ONNX files", extra="cpu")
     from smlp_deploy.graphs.file import Graph
 
@@ -56,7 +58,6 @@ def _open_engine(path: Path, placement: Placement) -> Runner:
 _OPENERS: dict[str, Callable[[Path, Placement], Runner]] = {
     ".onnx": _open_onnx,
     ".engine": _open_engine,
-    **dict.fromkeys(CHECKPOINT_SUFFIXES, _open_checkpoint),
 }
 
 
@@ -86,9 +87,11 @@ def open_runner(
         ArtifactError, CheckpointError: the file cannot be used.
         MissingDependencyError: its backend is not installed.
     """
-    opener = _OPENERS.get(path.suffix.lower())
+    opener = _open_checkpoint if is_checkpoint(path) else _OPENERS.get(path.suffix.lower())
     if opener is None:
-        raise ArtifactError("no runner for this kind of file", where=path, fix=f"expected {', '.join(_OPENERS)}")
+        raise ArtifactError(
+            "no runner for this kind of file", where=path, fix="expected an ONNX file, an engine or a checkpoint"
+        )
     placement = placement or Placement.of(device=device, provider=provider, runtime=runtime)
     placement.check(path)
     return opener(path, placement)
@@ -100,11 +103,11 @@ def open_graph(graph: Graph, *, placement: Placement = ANYWHERE) -> Runner:
         _require_openvino()
         from smlp_deploy.runners.openvino import OpenVinoRunner
 
-        return OpenVinoRunner(graph)
+        return OpenVinoRunner(graph, cores=placement.threads)
     require_onnxruntime()
     from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(graph, provider=placement.onnx_provider, gpu=placement.gpu)
+    return OnnxRuntimeRunner(graph, provider=placement.onnx_provider, gpu=placement.gpu, cores=placement.threads)
 
 
 def open_compiled(path: Path, *, placement: Placement = ANYWHERE) -> Runner:

@@ -20,7 +20,6 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as KernelMissing
-from platformdirs import user_cache_path
 
 from smlp_deploy.dependencies import (
     PROVIDER_TENSORRT,
@@ -30,7 +29,8 @@ from smlp_deploy.dependencies import (
     installed_version,
     provider_tensorrt,
 )
-from smlp_deploy.errors import ArtifactError, MissingDependencyError
+from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
+from smlp_deploy.files import cache_folder
 from smlp_deploy.graphs.check import check_sizes
 from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
@@ -59,6 +59,7 @@ class OnnxRuntimeRunner(Closing):
         provider: "cpu", "cuda" or "tensorrt"; never falls back to another. The others than "cpu" silence ONNX Runtime's
             default logger in the whole process.
         gpu: which GPU these run on; None for the first.
+        cores: to compute on; by default all that this process may use.
 
     Attributes:
         arithmetic: what products are computed in; see `arithmetic_of`.
@@ -69,7 +70,10 @@ class OnnxRuntimeRunner(Closing):
         MissingDependencyError: the provider is not in this ONNX Runtime, or does not start here.
     """
 
-    def __init__(self, graph: Graph, *, provider: str = "cpu", gpu: GpuDevice | None = None) -> None:
+    def __init__(
+        self, graph: Graph, *, provider: str = "cpu", gpu: GpuDevice | None = None, cores: int | None = None
+    ) -> None:
+        self._cores = cores
         self._provider = _available(provider)
         _load_libraries(provider)
         self.on_gpu = provider != "cpu"
@@ -104,7 +108,7 @@ class OnnxRuntimeRunner(Closing):
 
     def _begin(self, content: bytes, options: Options) -> onnxruntime.InferenceSession:
         """Create a session."""
-        session, emulated = _session(content, self._path, self._provider, options)
+        session, emulated = _session(content, self._path, self._provider, options, self._cores)
         # A listed provider may not start: without its libraries or a GPU, ONNX Runtime falls back to the CPU.
         if session.get_providers()[0] != self._provider:
             raise _does_not_start(self._provider, f"only {session.get_providers()[0]}")
@@ -123,7 +127,7 @@ class OnnxRuntimeRunner(Closing):
         return self._session
 
     @classmethod
-    def open(cls, path: Path, *, provider: str = "cpu", gpu: GpuDevice | None = None) -> Self:
+    def open(cls, path: Path, *, provider: str = "cpu", gpu: GpuDevice | None = None, cores: int | None = None) -> Self:
         """Run a file that `smlp export` wrote.
 
         Raises:
@@ -132,7 +136,7 @@ class OnnxRuntimeRunner(Closing):
             ConfigError: its metadata is damaged.
         """
         _available(provider)
-        return cls(Graph.read(path), provider=provider, gpu=gpu)
+        return cls(Graph.read(path), provider=provider, gpu=gpu, cores=cores)
 
     def infer(self, batch: ImageArray) -> FloatArray:
         if self.metadata.batch is not None:
@@ -263,11 +267,11 @@ def tensorrt_options(
     gpu = gpu or find_gpu()
     machine = f"{gpu.name} {gpu.driver}" if gpu else "no GPU"
     folder = f"onnxruntime {onnxruntime.__version__} tensorrt {tensorrt} {machine}"
-    kept = user_cache_path("smlp-deploy") / "runtime" / "".join(c if c.isalnum() else "-" for c in folder)
-    engines = kept / f"{hashlib.sha256(content).hexdigest()[:32]}-{largest}"
     try:
+        kept = cache_folder("runtime") / "".join(c if c.isalnum() else "-" for c in folder)
+        engines = kept / f"{hashlib.sha256(content).hexdigest()[:32]}-{largest}"
         engines.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # results stay correct; only the next start is slower
+    except (OSError, SmlpError) as error:  # results stay correct; only the next start is slower
         logger.warning("engines are not kept: %s", error)
         return options
     return options | {
@@ -291,13 +295,16 @@ def _does_not_start(provider: str, reason: str) -> MissingDependencyError:
     )
 
 
-def _session(content: bytes, path: Path, provider: str, options: Options) -> tuple[onnxruntime.InferenceSession, bool]:
+def _session(
+    content: bytes, path: Path, provider: str, options: Options, cores: int | None
+) -> tuple[onnxruntime.InferenceSession, bool]:
     """A session for checked bytes, and whether it emulates bf16."""
     try:
         try:
-            return _create(content, provider, options), False
+            return _create(content, provider, options, cores), False
         except KernelMissing:
-            return _create(emulate_bf16(ModelProto.FromString(content)).SerializeToString(), provider, options), True
+            emulated = emulate_bf16(ModelProto.FromString(content)).SerializeToString()
+            return _create(emulated, provider, options, cores), True
     # onnxruntime's exceptions have no common base class.
     except Exception as error:
         if provider != PROVIDERS["cpu"] and not _starts(provider):
@@ -307,12 +314,13 @@ def _session(content: bytes, path: Path, provider: str, options: Options) -> tup
         ) from None
 
 
-def _create(content: bytes, provider: str, options: Options) -> onnxruntime.InferenceSession:
+def _create(content: bytes, provider: str, options: Options, cores: int | None = None) -> onnxruntime.InferenceSession:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _ERRORS_ONLY
-    if available_cores() < (os.cpu_count() or 1):
+    cores = cores or available_cores()
+    if cores < (os.cpu_count() or 1):
         # Otherwise it starts a thread for each core of the machine and binds it there, whatever the process may use.
-        settings.intra_op_num_threads = available_cores()
+        settings.intra_op_num_threads = cores
     # Otherwise bytes valid as both ONNX and ONNX Runtime's own format are loaded as the latter, which was not checked.
     settings.add_session_config_entry("session.load_model_format", "ONNX")
     if provider == PROVIDERS["cpu"]:

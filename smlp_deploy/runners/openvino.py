@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
-from smlp_deploy.files import read_file, write_bytes
+from smlp_deploy.files import cache_folder, read_file, write_bytes
 from smlp_deploy.graphs.check import MAX_FILE_BYTES
 from smlp_deploy.graphs.edit import dequantize_embeddings
 from smlp_deploy.graphs.file import Graph
@@ -130,7 +129,7 @@ class OpenVinoRunner(Closing):
         self._model = None if self._cache.is_filled() else self._read()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, cores: int | None = None) -> Self:
         """Run a file that `smlp export` wrote.
 
         Raises:
@@ -139,7 +138,7 @@ class OpenVinoRunner(Closing):
             ConfigError: its metadata is damaged.
         """
         _start()
-        return cls(Graph.read(path))
+        return cls(Graph.read(path), cores=cores)
 
     def infer(self, batch: ImageArray) -> FloatArray:
         logits = np.empty((len(batch), self.metadata.config.num_classes), np.float32)
@@ -295,14 +294,18 @@ class _Cache:
     It is used only while nobody else can write there, because OpenVINO does not check what it loads.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     @classmethod
     def of(cls, content: bytes, facts: CpuFacts) -> Self:
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(content)
-        return cls(user_cache_path("smlp-deploy") / "openvino" / digest.hexdigest()[:32])
+        return cls(digest.hexdigest()[:32])
+
+    @property
+    def _folder(self) -> Path:
+        return cache_folder("openvino") / self._name
 
     def is_filled(self) -> bool:
         return self._is_ours() and any(self._folder.glob("*.blob"))
@@ -334,7 +337,7 @@ class _Cache:
     def _is_ours(self) -> bool:
         try:
             status = self._folder.stat()
-        except OSError:
+        except (OSError, SmlpError):
             return False
         own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
         writable = stat.S_IWGRP | stat.S_IWOTH

@@ -29,21 +29,31 @@ class Placement:
         gpu: the GPU that was chosen.
         only_cpu: the CPU was chosen.
         runtime: what runs ONNX files: "onnxruntime", "openvino", or "auto" for the default.
+        threads: cores that ONNX files compute on, on the CPU; None for all that this process may use.
     """
 
     provider: str | None = None
     gpu: GpuDevice | None = None
     only_cpu: bool = False
     runtime: str = AUTO
+    threads: int | None = None
 
     @classmethod
-    def of(cls, *, device: str | None = None, provider: str | None = None, runtime: str = AUTO) -> Self:
-        """The placement that three options give.
+    def of(
+        cls,
+        *,
+        device: str | None = None,
+        provider: str | None = None,
+        runtime: str = AUTO,
+        threads: int | None = None,
+    ) -> Self:
+        """The placement that four options give.
 
         Args:
             device: "cpu", or a GPU as `find_gpu` takes it; None for each kind of file's default.
             provider: see the attribute.
             runtime: see the attribute; a provider is ONNX Runtime's, and OpenVINO runs on the CPU.
+            threads: see the attribute.
 
         Raises:
             UsageError: there is no such GPU, or two of them contradict each other.
@@ -63,8 +73,10 @@ class Placement:
             raise UsageError(
                 f"--runtime openvino contradicts --device {device}", fix="leave out one: OpenVINO runs on the CPU"
             )
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} is not at least 1", where="threads")
         gpu = None if device is None or is_cpu else find_gpu(device)
-        return cls(provider=provider, gpu=gpu, only_cpu=is_cpu, runtime=runtime)
+        return cls(provider=provider, gpu=gpu, only_cpu=is_cpu, runtime=runtime, threads=threads)
 
     @property
     def onnx_provider(self) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import (
@@ -32,7 +31,7 @@ from smlp_deploy.dependencies import (
     tensorrt_log,
 )
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
-from smlp_deploy.files import check_regular, read_file, read_text, sha256_of, write_bytes
+from smlp_deploy.files import cache_folder, check_regular, read_file, read_text, sha256_of, write_bytes
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import EngineManifest, trace_points
 from smlp_deploy.runners.base import Closing, in_batches, padded
@@ -339,11 +338,15 @@ def _check_input(execution: Execution, path: Path, manifest: EngineManifest) -> 
 
 
 def runtime_cache_path(manifest: EngineManifest, gpu: GpuDevice | None = None) -> Path:
-    """Where to cache the kernels that TensorRT-RTX compiles for this engine, GPU (by default the first) and driver."""
+    """Where to cache the kernels that TensorRT-RTX compiles for this engine, GPU (by default the first) and driver.
+
+    Raises:
+        SmlpError: there is no home directory.
+    """
     gpu = gpu or find_gpu()
     assert gpu is not None, "an engine was loaded without a GPU"
     name = "".join(c if c.isalnum() else "-" for c in gpu.name)
-    return user_cache_path("smlp-deploy") / "runtime" / f"{manifest.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
+    return cache_folder("runtime") / f"{manifest.engine_sha256[:32]}-{name}-{gpu.driver}.cache"
 
 
 def context_maker(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, stack: ExitStack) -> Callable[[], Any]:
@@ -362,15 +365,23 @@ def context_maker(trt: Any, engine: Any, cache_path: Callable[[], Path] | None, 
     config.set_execution_context_allocation_strategy(strategy)
     # Compiled when a batch size first runs, not later in the background, so that a captured graph has the best kernels.
     config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    if cache_path is not None:
+    path = _where_kept(cache_path) if cache_path is not None else None
+    if path is not None:
         cache = config.create_runtime_cache()
-        path = cache_path()
         stored = path.read_bytes() if path.is_file() else b""
         if stored and not cache.deserialize(stored):
             logger.info("%s was written in another environment, so the kernels are compiled again", path)
         config.set_runtime_cache(cache)
         stack.callback(_keep, cache, path, stored)
     return lambda: engine.create_execution_context(config)
+
+
+def _where_kept(cache_path: Callable[[], Path]) -> Path | None:
+    try:
+        return cache_path()
+    except SmlpError as error:  # results stay correct; only the next start is slower
+        logger.warning("compiled kernels were not cached: %s", error)
+        return None
 
 
 def _keep(cache: Any, path: Path, stored: bytes) -> None:

@@ -48,7 +48,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path / "cache"
-    monkeypatch.setattr(fastest, "user_cache_path", lambda _: cache)
+    monkeypatch.setattr("smlp_deploy.files.user_cache_path", lambda _: cache)
     return cache
 
 

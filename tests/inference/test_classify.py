@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,72 @@ def test_a_dead_gpu_is_no_image_s_fault(mixed: list[Path]) -> None:
     with pytest.raises(GpuError, match="illegal memory access"):
         list(Classifier(runner).classify(mixed))
     assert runner.batch_sizes == [3]
+
+
+class TestSources:
+    """Images that are no paths give what their files give."""
+
+    def test_all_kinds(self, digits_export: Export, digit_images: list[Path]) -> None:
+        path = digit_images[3]
+        with Image.open(path) as opened, path.open("rb") as file, Classifier.open(digits_export.path) as classifier:
+            (expected,) = classifier.classify(path)
+            content = path.read_bytes()
+            pixels = np.asarray(opened.convert("RGB"))
+            sources = (str(path), content, bytearray(content), memoryview(content), file, opened, pixels)
+            found = list(classifier.classify(sources, batch_size=1))
+            alone = [next(iter(classifier.classify(source))) for source in sources if source is not file]
+            several = list(classifier.classify(np.stack([pixels, pixels]), batch_size=1))
+        assert [prediction.scores for prediction in found + alone + several] == [expected.scores] * 15
+        assert [prediction.path for prediction in found] == [str(path), *[""] * 6]
+
+    @pytest.mark.parametrize(
+        ("source", "error"),
+        [
+            (b"", "empty file"),
+            (b"no image", "not an image in a supported format"),
+            (np.zeros((4, 4), np.uint8), "an array of uint8 4x4, not of uint8 HxWx3"),
+            (np.zeros((4, 4, 3), np.float32), "an array of float32 4x4x3, not of uint8 HxWx3"),
+            (np.zeros((0, 4, 3), np.uint8), "an array of uint8 0x4x3, not of uint8 HxWx3"),
+            (Image.new("F", (4, 4)), "32-bit pixels"),
+            (Image.new("1", (10_000, 10_000)), "more than 89478485 pixels"),
+        ],
+    )
+    def test_a_bad_one_is_an_error_among_the_others(self, source: Any, error: str, photo: Image.Image) -> None:
+        first, second, third = Classifier(FakeRunner(quadrant_means)).classify([photo, source, photo])
+        assert not first.error
+        assert first == third
+        assert second.error is not None
+        assert second.error.startswith(error)
+
+    def test_a_truncated_upload(self, photo: Image.Image) -> None:
+        file = io.BytesIO()
+        photo.save(file, "JPEG")
+        (prediction,) = Classifier(FakeRunner(quadrant_means)).classify(file.getvalue()[:2000])
+        assert prediction.error is not None
+        assert prediction.error.startswith("damaged image")
+
+
+def test_prepared_images(digits_export: Export, digit_images: list[Path]) -> None:
+    with Classifier.open(digits_export.path) as classifier:
+        preprocessing = classifier.runner.metadata.preprocessing
+        logits = classifier.predict_logits(np.stack([load_image(path, preprocessing) for path in digit_images]))
+        best = [classifier.labels[index] for index in logits.argmax(axis=1)]
+        assert best == [prediction.scores[0].label for prediction in classifier.classify(digit_images)]
+        for wrong in (np.zeros((1, 3, 31, 32), np.float32), np.zeros((1, 3, 32, 32)), np.zeros((0, 3, 32, 32), "f4")):
+            with pytest.raises(
+                UsageError, match=r"^a batch of float\d\d .x3x3.x32; the network takes float32 Nx3x32x32$"
+            ):
+                classifier.predict_logits(wrong)
+
+
+def test_several_threads_get_their_own_results(digits_export: Export, digit_images: list[Path]) -> None:
+    with Classifier.open(digits_export.path, threads=1) as classifier:
+        expected = [next(iter(classifier.classify(path))) for path in digit_images]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda path: next(iter(classifier.classify(path))), digit_images * 8))
+    assert found == expected * 8
+
+
+def test_threads_are_counted(digits_export: Export) -> None:
+    with pytest.raises(UsageError, match=r"^0 is not at least 1 · threads$"):
+        Classifier.open(digits_export.path, threads=0)

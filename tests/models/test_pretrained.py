@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from smlp_deploy import files
 from smlp_deploy.errors import DownloadError
 from smlp_deploy.models import pretrained
-from smlp_deploy.models.pretrained import cache_folder, fetch_weights, find_checkpoint
+from smlp_deploy.models.pretrained import fetch_weights, find_checkpoint, weights_folder
 from smlp_deploy.models.variants import VARIANTS
 
 SMALL = VARIANTS["smlpnet_small"]
@@ -100,7 +101,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(files, "user_cache_path", lambda name: tmp_path / "cache" / name)
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_a_cut_download_is_resumed(mirror: Mirror) -> None:
     mirror.cut_at = 3000
     with pytest.raises(DownloadError, match=r"connection ended after 3000 of 10240 bytes.*try again to resume"):
         fetch_weights(SMALL)
-    assert not (cache_folder() / "smlp_s.pth").exists()
+    assert not (weights_folder() / "smlp_s.pth").exists()
     mirror.cut_at = None
     assert fetch_weights(SMALL).read_bytes() == CONTENT
     assert mirror.asked == [None, "bytes=3000-"]
@@ -179,7 +180,7 @@ def test_what_cannot_be_known_to_be_the_same_is_fetched_anew(
     if change == "another mirror":
         monkeypatch.setenv("SMLP_WEIGHTS_URL", mirror.url.replace("127.0.0.1", "localhost"))
     if change == "damaged record":
-        (cache_folder() / "smlp_s.pth.part.json").write_text('["smlp_s.pth"]')
+        (weights_folder() / "smlp_s.pth.part.json").write_text('["smlp_s.pth"]')
     assert fetch_weights(SMALL).read_bytes() == CONTENT
     assert mirror.asked == [None, None]
 
@@ -203,7 +204,7 @@ def test_a_wrong_length_is_refused(mirror: Mirror, length: int | None, reason: s
     mirror.length = length
     with pytest.raises(DownloadError, match=reason):
         fetch_weights(SMALL)
-    assert not (cache_folder() / "smlp_s.pth").exists()
+    assert not (weights_folder() / "smlp_s.pth").exists()
 
 
 def test_what_follows_the_stated_length_is_no_part_of_the_file(mirror: Mirror) -> None:
@@ -215,7 +216,7 @@ def test_a_web_page_is_known_by_its_content_too(mirror: Mirror) -> None:
     mirror.content = b"\n<!DOCTYPE html><title>Sign in</title>".ljust(len(CONTENT))
     with pytest.raises(DownloadError, match="a web page, not weights"):
         fetch_weights(SMALL)
-    assert not list(cache_folder().glob("*.part"))
+    assert not list(weights_folder().glob("*.part"))
 
 
 def test_a_server_that_falls_silent_is_given_up(mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_a_server_that_drips_is_given_up(mirror: Mirror, monkeypatch: pytest.Mon
     mirror.drip = True
     with pytest.raises(DownloadError, match=r"the server sent only \d+ bytes in 0 seconds.*try again to resume"):
         fetch_weights(SMALL)
-    assert (cache_folder() / "smlp_s.pth.part").stat().st_size < len(CONTENT)
+    assert (weights_folder() / "smlp_s.pth.part").stat().st_size < len(CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_redirects_lead_to_http_only(mirror: Mirror, target: str, reason: str) -
     mirror.redirect = target
     with pytest.raises(DownloadError, match=reason):
         fetch_weights(SMALL)
-    assert not list(cache_folder().glob("smlp_s.pth*[!k]"))
+    assert not list(weights_folder().glob("smlp_s.pth*[!k]"))
 
 
 def test_redirects_do_not_leave_encryption() -> None:
@@ -266,12 +267,13 @@ def test_redirects_do_not_leave_encryption() -> None:
 FETCH = """
 import logging, resource, signal, sys
 from pathlib import Path
+from smlp_deploy import files
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.models import pretrained
 from smlp_deploy.models.variants import VARIANTS
 
 logging.basicConfig(format="%(message)s")
-pretrained.user_cache_path = lambda name: Path(sys.argv[1]) / name
+files.user_cache_path = lambda name: Path(sys.argv[1]) / name
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 try:
@@ -283,7 +285,7 @@ except SmlpError as error:
 
 def fetching(*arguments: str) -> subprocess.Popen[str]:
     """Another process that fetches into the same cache."""
-    cache = str(cache_folder().parent.parent)
+    cache = str(weights_folder().parent.parent)
     command = [sys.executable, "-c", FETCH, cache, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -294,7 +296,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_can_be_resumed(mirror: Mirror) 
     assert error.startswith("could not fetch http://127.0.0.1")
     assert "File too large" in error
     assert error.count("\n") == 1
-    assert not (cache_folder() / "smlp_s.pth").exists()
+    assert not (weights_folder() / "smlp_s.pth").exists()
     assert fetch_weights(SMALL).read_bytes() == CONTENT
     assert mirror.asked == [None, "bytes=4096-"]
 
@@ -308,7 +310,7 @@ def test_of_two_processes_one_fetches_and_both_have_the_file(mirror: Mirror) -> 
     assert second.stderr.readline() == "another process is fetching smlp_s.pth; waiting for it\n"
     mirror.go_on.set()
     outputs = [process.communicate()[0] for process in (first, second)]
-    assert outputs == [f"{cache_folder() / 'smlp_s.pth'}\n"] * 2
+    assert outputs == [f"{weights_folder() / 'smlp_s.pth'}\n"] * 2
     assert (first.returncode, second.returncode) == (0, 0)
     assert len(mirror.asked) == 1
 
@@ -324,8 +326,8 @@ def test_a_killed_process_leaves_no_lock(mirror: Mirror) -> None:
 
 
 def test_a_part_longer_than_the_file_is_thrown_away(mirror: Mirror) -> None:
-    cache_folder().mkdir(parents=True)
-    (cache_folder() / "smlp_s.pth.part").write_bytes(bytes(len(CONTENT) + 5))
+    weights_folder().mkdir(parents=True)
+    (weights_folder() / "smlp_s.pth.part").write_bytes(bytes(len(CONTENT) + 5))
     assert fetch_weights(SMALL).read_bytes() == CONTENT
 
 
@@ -333,7 +335,7 @@ def test_a_web_page_is_not_weights(mirror: Mirror) -> None:
     mirror.kind = "text/html"
     with pytest.raises(DownloadError, match="a web page, not weights"):
         fetch_weights(SMALL)
-    assert not (cache_folder() / "smlp_s.pth").exists()
+    assert not (weights_folder() / "smlp_s.pth").exists()
 
 
 def test_an_absent_file_names_the_address_and_the_place(mirror: Mirror) -> None:
@@ -350,8 +352,8 @@ def test_a_changed_file_in_the_cache_is_noticed(mirror: Mirror) -> None:
 
 
 def test_a_file_put_there_by_hand_is_taken_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    cache_folder().mkdir(parents=True)
-    path = cache_folder() / "smlp_s.pth"
+    weights_folder().mkdir(parents=True)
+    path = weights_folder() / "smlp_s.pth"
     path.write_bytes(CONTENT)
     assert fetch_weights(SMALL) == path
     assert "put there by hand" in caplog.text

@@ -31,7 +31,7 @@ from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import build as engine
 from smlp_deploy.pipeline import precision
-from smlp_deploy.pipeline.build import Prepared, build_engine, check_precision, prepare_graph
+from smlp_deploy.pipeline.build import Prepared, build_prepared, check_precision, prepare_graph
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.precision import to_input
 from smlp_deploy.pipeline.verify import verify_layers
@@ -49,7 +49,7 @@ def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Pa
     graph = prepare_graph(Graph.read(digits_export.path), "fp16")
     assert graph.parity is not None
     assert graph.parity.passed
-    result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+    result = build_prepared(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.engine", "x.engine.json"]
     assert manifest.engine_sha256 == sha256_of(result.path)
@@ -97,12 +97,12 @@ class TestInput:
         assert prepared.parity.passed
         assert prepared.parity.candidate.endswith(f"{precision or 'fp32'}-uint8.onnx")
         assert prepared.graph.metadata.precision == (precision or "fp32")
-        pixels = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        pixels = build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         manifest = read_manifest(tmp_path / "x.engine")
         assert manifest.metadata.input == "uint8"
         assert manifest.graph_parity is not None
         floats = prepare_graph(digits_export.graph, precision, wanted_input="float32")
-        other = build_engine(floats, tmp_path / "y.engine", SM89, backend="tensorrt-rtx")
+        other = build_prepared(floats, tmp_path / "y.engine", SM89, backend="tensorrt-rtx")
         assert read_manifest(tmp_path / "y.engine").metadata.input == "float32"
         assert pixels.summary.count <= other.summary.count + 1
         assert pixels.summary.bytes_per_image < other.summary.bytes_per_image
@@ -134,7 +134,7 @@ class TestInput:
 @pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
 def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
     graph = prepare_graph(Graph.read(digits_export.path), precision)
-    result = build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+    result = build_prepared(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert result.summary.compute_by_precision.keys() == {element}
 
 
@@ -145,7 +145,7 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     monkeypatch.setattr(precision, "to_half", lambda model, precision: model)
     graph = prepare_graph(Graph.read(digits_export.path), "fp16")
     with pytest.raises(BuildError, match=r"no kernel computes in fp16: \{'Float': 43\}"):
-        build_engine(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+        build_prepared(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
 
 
@@ -199,7 +199,7 @@ def test_the_manifest_names_the_gpu_that_it_was_built_on(
     monkeypatch.setattr(TensorRT, "load", lambda _: adapter)
     monkeypatch.setattr(engine, "find_gpu", lambda: H100)
     monkeypatch.setattr(engine, "use_gpu", lambda _: None)
-    result = build_engine(graph, tmp_path / "x.engine", BuildOptions(), backend="tensorrt", gpu=chosen)
+    result = build_prepared(graph, tmp_path / "x.engine", BuildOptions(), backend="tensorrt", gpu=chosen)
     assert result.not_run == "tensorrt not installed, needed to run tensorrt engines"
     manifest = read_manifest(result.path)
     gpu = chosen or H100
@@ -225,7 +225,7 @@ class TestWhereTheEngineRuns:
 
         monkeypatch.setattr(TensorRTRunner, "load", load)
         monkeypatch.setattr(engine, "use_gpu", where.append)
-        result = build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx", gpu=H100)
+        result = build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx", gpu=H100)
         assert where == [H100, H100]
         manifest = EngineManifest.from_json(result.manifest_path.read_text(), where=result.manifest_path)
         assert manifest.ran_here is True
@@ -240,7 +240,7 @@ class TestWhereTheEngineRuns:
             wrong = FakeRunner(lambda batch: -half.infer(batch), prepared.graph.metadata)
             monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
             with pytest.raises(BuildError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
-                build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+                build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed", "x.engine.failed.json"}
         manifest = read_manifest(tmp_path / "x.engine.failed")
         assert manifest.ran_here is True
@@ -262,7 +262,7 @@ class TestWhereTheEngineRuns:
         (tmp_path / "x.engine").write_bytes(b"an older one")
         monkeypatch.setattr(TensorRTRunner, "load", load)
         with pytest.raises(BuildError, match=r"could not be run on this GPU: .*(cannot open|load) · .*engine\.failed"):
-            build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+            build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"x.engine", "x.engine.failed", "x.engine.failed.json"}
         assert (tmp_path / "x.engine").read_bytes() == b"an older one"
@@ -281,7 +281,7 @@ class TestWhereTheEngineRuns:
 
         monkeypatch.setattr(TensorRTRunner, "load", load)
         with pytest.raises(KeyboardInterrupt):
-            build_engine(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
+            build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"x.engine.untried", "x.engine.untried.json"}
         assert "it is kept as" in caplog.text
 
@@ -292,13 +292,13 @@ class TestTf32:
     def test_it_is_for_fp32(self, exported: Exported, tmp_path: Path) -> None:
         prepared = prepare_graph(exported("fp16").graph, None)
         with pytest.raises(UsageError, match="TF32 is for fp32 engines; this one is fp16 · --tf32"):
-            build_engine(prepared, tmp_path / "x.engine", replace(SM89, tf32=True), backend="tensorrt-rtx")
+            build_prepared(prepared, tmp_path / "x.engine", replace(SM89, tf32=True), backend="tensorrt-rtx")
 
     def test_its_manifest_says_so(self, digits_export: Export, tmp_path: Path) -> None:
         prepared = prepare_graph(digits_export.graph, None)
         for tf32, arithmetic in ((True, "tf32"), (False, "fp32")):
             path = tmp_path / f"{arithmetic}.engine"
-            build_engine(prepared, path, replace(SM89, tf32=tf32), backend="tensorrt-rtx")
+            build_prepared(prepared, path, replace(SM89, tf32=tf32), backend="tensorrt-rtx")
             assert read_manifest(path).arithmetic == arithmetic
 
     def test_its_gates_are_its_own(self, digits_export: Export, tmp_path: Path) -> None:
@@ -605,7 +605,7 @@ def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_p
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(
+        build_prepared(
             prepare_graph(Graph.read(digits_export.path), None),
             target,
             SM89,

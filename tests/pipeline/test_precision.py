@@ -21,7 +21,7 @@ from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
-from smlp_deploy.pipeline.build import build_engine, prepare_graph
+from smlp_deploy.pipeline.build import build_prepared, prepare_graph
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 from smlp_deploy.pipeline.verify import verify_artifact
@@ -172,7 +172,7 @@ def test_an_int8_engine_has_int8_kernels(digits_export: Export, tmp_path: Path) 
     prepared = prepare_graph(digits_export.graph, "int8")
     assert prepared.parity is not None
     assert prepared.parity.passed
-    result = build_engine(
+    result = build_prepared(
         prepared, tmp_path / "x.engine", BuildOptions(architectures=("sm89",)), backend="tensorrt-rtx"
     )
     assert result.summary.compute_by_precision == {"Int8": 33, "Half": 10}

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
-from smlp_deploy import dependencies
+from smlp_deploy import dependencies, files
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.metadata import METADATA_KEY
@@ -186,7 +186,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
     monkeypatch.setattr(onnxruntime, "InferenceSession", machine.session())
     monkeypatch.setattr(onnxruntime, "preload_dlls", machine.preload, raising=False)
-    monkeypatch.setattr(module, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(files, "user_cache_path", lambda name: tmp_path / "cache" / name)
     return machine
 
 
@@ -409,3 +409,26 @@ class TestTensorRTProvider:
             runner.infer(images(1))
         with pytest.raises(AssertionError, match="closed"):
             runner.infer(images(2))
+
+
+WRITES_NOTHING = """
+import sys
+from pathlib import Path
+import numpy as np
+from smlp_deploy.runners import open_runner
+with open_runner(Path(sys.argv[1]), runtime="onnxruntime") as runner:
+    print(runner.infer(np.zeros((1, 3, 32, 32), np.float32)).shape)
+"""
+
+
+def test_no_telemetry(digits_export: Export, tmp_path: Path) -> None:
+    # ONNX Runtime's begins with an identifier of the machine in the user's cache directory.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", WRITES_NOTHING, digits_export.path],
+        env=variables | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "(1, 10)\n"), done.stderr
+    assert list(tmp_path.rglob("*")) == []

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from smlp_deploy import dependencies
+from smlp_deploy import dependencies, files
 from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import GATES, prove
 from smlp_deploy.exporters.onnx import export_onnx
@@ -44,7 +44,7 @@ GraphOf = Callable[[str, int], Graph]
 def cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of the test's own; the folder does not exist yet."""
     folder = tmp_path / "cache"
-    monkeypatch.setattr(module, "user_cache_path", lambda name: folder / name)
+    monkeypatch.setattr(files, "user_cache_path", lambda name: folder / name)
     return folder / "smlp-deploy" / "openvino"
 
 
@@ -369,8 +369,8 @@ class TestOpening:
         assert names == {"auto": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
     def test_a_missing_openvino_is_one_clear_line(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = dependencies._is_installed
-        monkeypatch.setattr(dependencies, "_is_installed", lambda name: name != "openvino" and found(name))
+        found = dependencies.is_installed
+        monkeypatch.setattr(dependencies, "is_installed", lambda name: name != "openvino" and found(name))
         with pytest.raises(
             MissingDependencyError,
             match=r'^openvino not installed, needed for --runtime openvino · pip install "smlp-deploy\[cpu\]"$',

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
+from smlp_deploy import files
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.graphs.file import Graph
@@ -57,7 +58,7 @@ def gpu(
         bench.install(patch)
         patch.setattr(tensorrt, "_binding", binding)
         patch.setattr(tensorrt, "find_gpu", lambda: L4)
-        patch.setattr(tensorrt, "user_cache_path", lambda _: cache or Path(folder))
+        patch.setattr(files, "user_cache_path", lambda _: cache or Path(folder))
         yield bench
 
 

@@ -1,0 +1,133 @@
+"""smlp as it runs in a container: what the wheel installs, without PyTorch, and little else.
+
+    python -m scripts.container
+
+The root is read-only, the user has no home and no entry in /etc/passwd, there is no network and no room in /tmp, shared
+memory has 64 MB, and one folder can be written to. Linux namespaces and mounts give all that without a container
+engine; they need root. Each check runs one command and looks at its exit code, its output and the files it left.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+IMAGES = sorted((ROOT / "images").glob("*.jpg"))
+USER = "10001"
+
+_ENTER = """
+set -e
+volume=$1; shift
+mount --make-rprivate /
+mount -t tmpfs -o size=64m tmpfs /dev/shm
+mount --bind "$volume" "$volume"
+cut -d ' ' -f 5 /proc/self/mountinfo | sort -u | while read -r point; do
+    case "$point" in /dev/shm | "$volume" | /proc* | /sys*) ;; *) mount -o remount,bind,ro "$point" ;; esac
+done
+cd "$volume"
+exec setpriv --reuid "$0" --regid "$0" --clear-groups env -i "$@"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A command, and what it must do.
+
+    Attributes:
+        command: the arguments of smlp.
+        code: its exit code.
+        says: what it must print, on stdout or stderr.
+        variables: of its environment.
+    """
+
+    command: Sequence[str]
+    code: int = 0
+    says: str = ""
+    variables: Sequence[str] = ()
+
+
+def checks(photos: Path) -> list[Check]:
+    """All checks; `photos` has a folder for each class."""
+    images = tuple(str(path) for path in sorted(photos.glob("*/*.jpg")))
+    no_home = "no home directory for the cache"
+    return [
+        Check(command=("--help",), says="predict"),
+        Check(command=("predict", *images), says="3 93.0%"),
+        Check(command=("predict", *images, "-o", "records.jsonl"), says="12 images, 0 failed"),
+        Check(command=("predict", *images, "--html", "page.html"), code=1, says='pip install "smlp-deploy[report]"'),
+        Check(
+            command=("predict", images[0], "-o", "/records.jsonl"), code=1, says="cannot write: Read-only file system"
+        ),
+        Check(command=("predict", images[0], "--runtime", "openvino"), says="1 image, 0 failed"),
+        Check(command=("eval", str(photos)), says="top-1"),
+        Check(
+            command=("eval", str(photos), "-o", "/records.jsonl"), code=1, says="cannot write: Read-only file system"
+        ),
+        Check(command=("doctor",), says=no_home),
+        Check(command=("inspect", "absent.onnx"), code=1, says="no such file"),
+        Check(command=("export",), code=1, says='pip install "smlp-deploy[export]"'),
+        Check(command=("build-engine",), code=1, says="pip install"),
+        Check(command=("download", "smlpnet_small"), code=1, says=no_home),
+        Check(command=("download", "smlpnet_small"), code=1, says="could not fetch", variables=("HOME=.",)),
+        Check(command=("predict", images[0]), says="1 image, 0 failed", variables=("HOME=/",)),
+    ]
+
+
+def install(folder: Path) -> Path:
+    """An environment with the wheel and its extra `cpu`; returns the folder of its programs."""
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    subprocess.run((*pip, "wheel", "--no-deps", "--wheel-dir", folder / "wheels", ROOT), check=True)  # noqa: S603
+    (wheel,) = (folder / "wheels").glob("*.whl")
+    environment = folder / "environment"
+    venv.create(environment, symlinks=True)
+    constraints = ("--constraint", ROOT / "constraints.txt")
+    target = ("--python", environment / "bin" / "python", "install", "--no-compile")
+    subprocess.run((*pip, *target, *constraints, f"{wheel}[cpu]"), check=True)  # noqa: S603
+    return environment / "bin"
+
+
+def run(check: Check, programs: Path, volume: Path) -> str:
+    """What is wrong with a command's result; empty if nothing is."""
+    enter = ("unshare", "--mount", "--net", "--", "sh", "-c", _ENTER, USER, str(volume))
+    command = (*enter, f"PATH={programs}:/usr/bin:/bin", *check.variables, "smlp", *check.command)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    output = done.stdout + done.stderr
+    if done.returncode != check.code:
+        return f"exit code {done.returncode} in place of {check.code}\n{output}"
+    if "Traceback" in output or check.says not in output:
+        return f"did not print {check.says!r}\n{output}"
+    locks = [path.name for path in volume.rglob("*") if path.name.endswith((".lock", ".tmp"))]
+    return f"left {', '.join(locks)}" if locks else ""
+
+
+def main() -> None:
+    with TemporaryDirectory(prefix="smlp-container-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        programs = install(folder)
+        volume, photos = folder / "volume", folder / "photos"
+        volume.mkdir()
+        shutil.chown(volume, int(USER), int(USER))
+        for path in IMAGES:
+            named = photos / path.name.split("-")[1]
+            named.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, named)
+        wrong = 0
+        for check in checks(photos):
+            problem = run(check, programs, volume)
+            wrong += bool(problem)
+            print("wrong" if problem else "right", *check.variables, "smlp", *check.command[:2], *check.command[-2:])
+            if problem:
+                print(problem)
+        sys.exit(f"{wrong} wrong" if wrong else None)
+
+
+if __name__ == "__main__":
+    main()
