@@ -69,8 +69,8 @@ ROWS = (
 )
 
 
-def write_files(variant: str, folder: Path) -> None:
-    """Write the weights and all of `FILES`, and the multiplications and additions of an image to `work.json`."""
+def write_files(variant: str, folder: Path, subjects: set[str]) -> None:
+    """Write the weights, those of `FILES` in `subjects`, and the operations of an image to `work.json`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,14 +94,17 @@ def write_files(variant: str, folder: Path) -> None:
         metadata = replace(describe(checkpoint), form=form)
         return export_onnx(checkpoint.network(), metadata, path=folder / "lowered.onnx")
 
-    save("unlowered", export_unlowered(checkpoint.network(), describe(checkpoint), path=folder / "unlowered.onnx"))
-    save("gpu-fp32", lowered("gpu"))
     fp32 = lowered("cpu")
     save("fp32", fp32)
-    for precision in ("fp16", "bf16"):
+    if "unlowered" in subjects:
+        save("unlowered", export_unlowered(checkpoint.network(), describe(checkpoint), path=folder / "unlowered.onnx"))
+    if "gpu-fp32" in subjects:
+        save("gpu-fp32", lowered("gpu"))
+    for precision in sorted(subjects & {"fp16", "bf16"}):
         save(precision, to_precision(fp32, precision))
-    quantization = plan_quantization(fp32, Int8Options(images=tuple(bundled_images())))
-    save("int8", to_precision(fp32, "int8", quantization=quantization))
+    if "int8" in subjects:
+        quantization = plan_quantization(fp32, Int8Options(images=tuple(bundled_images())))
+        save("int8", to_precision(fp32, "int8", quantization=quantization))
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         checkpoint.network()(torch.zeros(1, 3, checkpoint.config.image_size, checkpoint.config.image_size))
     (folder / "work.json").write_text(json.dumps(counter.get_total_flops()))
@@ -306,7 +309,7 @@ def main() -> None:
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_files(variant, folder)
+            write_files(variant, folder, set(FILES) if arguments.counters else {row.subject for row in rows})
             if arguments.counters:
                 show_counters(variant, folder, arguments.batch[0], arguments.cores)
                 continue
