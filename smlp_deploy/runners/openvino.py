@@ -311,8 +311,10 @@ class _Cache:
         return self._is_ours() and any(self._folder.glob("*.blob"))
 
     def read(self, name: str) -> bytes | None:
+        if not self._is_ours():
+            return None
         path = self._folder / f"{name}.blob"
-        if not self._is_ours() or not path.exists():
+        if not path.exists():
             return None
         try:
             os.utime(path)

@@ -329,6 +329,14 @@ class TestCache:
             assert runner.infer(images(1)).shape == (1, 10)
         assert "is not kept, so the next start is slower" in caplog.text
 
+    def test_without_a_home_nothing_is_kept(
+        self, digits_export: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(files, "user_cache_path", lambda name: Path("~/.cache") / name)
+        with OpenVinoRunner.open(digits_export.path) as runner:
+            assert runner.infer(images(1)).shape == (1, 10)
+        assert "is not kept, so the next start is slower: no home directory for the cache" in caplog.text
+
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
     def test_a_folder_that_others_can_write_to_is_not_used(
         self, digits_export: Export, cache_folder: Path, caplog: pytest.LogCaptureFixture
