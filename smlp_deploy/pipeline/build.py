@@ -53,7 +53,7 @@ class Prepared:
 class EngineBuild:
     """The result of a build: the engine, the manifest beside it, its kernels, and the timing cache if one was used.
 
-    `sensitivity` is each int8 layer's sensitivity and chosen precision, if measured. `parity` is the engine's comparison
+    `sensitivity` is each int8 layer's sensitivity and chosen precision, if measured. `parity` is its comparison
     with its ONNX source, or None if the engine could not run here; `not_run` says why.
     """
 
