@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
+from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.base import Runner, arithmetic_of, batch_size_of, common_input, input_of
 
 LARGEST_BATCH = 32
 ODD_BATCH = 7
+_DECODED = 8
+"""Images decoded at a time: three times as many are kept in memory."""
 MIN_NOISE = 4
 NOISE_SEED = 2109
 
@@ -276,7 +279,7 @@ class _Samples:
         self.unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[_Sample]:
-        batches = decoded_batches(self._paths, self._metadata, batch_size=LARGEST_BATCH, workers=available_cores())
+        batches = decoded_batches(self._paths, self._metadata, batch_size=_DECODED, workers=available_cores())
         for batch in batches:
             for path, image in batch.with_each(batch.inputs.copy()):
                 if isinstance(image, str):
@@ -314,6 +317,7 @@ def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_P
     preprocessing = candidate.metadata.preprocessing
     for index, (names, images) in enumerate(_chunks(iter(samples), samples.largest_batch)):
         expected = reference.infer(input_of(reference, images, preprocessing))
+        give_memory_back()  # what the reference needed
         batch = input_of(candidate, images, preprocessing)
         for size in (1, min(ODD_BATCH, len(batch))) if index == 0 else ():
             some = max(size, min(MIN_NOISE, len(batch)))

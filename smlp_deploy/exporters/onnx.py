@@ -58,6 +58,7 @@ def export_onnx(network: SMLPNet, metadata: ModelMetadata, *, path: Path, opset:
     lowered = lower(network, metadata.form)
     size, ends = network.config.image_size, (INPUT_NAME, OUTPUT_NAME)
     model = capture(lowered, image_size=size, batch=metadata.batch, opset=opset, ends=ends)
+    del lowered  # with a copy of the weights
     model.producer_name, model.producer_version = "smlp-deploy", libraries.get("smlp-deploy", "")
     try:
         return Graph.of(model, metadata, path=path)

@@ -84,11 +84,15 @@ class Checkpoint:
     left_out: int = 0
     not_built: tuple[str, ...] = ()
 
-    def network(self) -> SMLPNet:
-        """The trained network with its own copy of the weights, in evaluation mode."""
+    def network(self, *, shared: bool = False) -> SMLPNet:
+        """The trained network, in evaluation mode.
+
+        Args:
+            shared: the weights are the checkpoint's own, not to be changed, in place of a copy.
+        """
         network = _empty_network(self.config)
-        copies = {key: tensor.clone() for key, tensor in self.state_dict.items()}
-        network.load_state_dict(copies, strict=True, assign=True)
+        weights = self.state_dict if shared else {key: tensor.clone() for key, tensor in self.state_dict.items()}
+        network.load_state_dict(weights, strict=True, assign=True)
         return network.eval()
 
 

@@ -130,8 +130,9 @@ def export_checkpoint(
     """
     require_onnxruntime()
     check_writable(target)
+    give_memory_back()  # of reading the checkpoint, as much as its weights
     precision = metadata.precision
-    graph = export_onnx(checkpoint.network(), metadata, path=target, opset=opset)
+    graph = export_onnx(checkpoint.network(shared=True), metadata, path=target, opset=opset)
     give_memory_back()  # of the networks, several copies of the weights
     quantization = plan_quantization(graph, int8 or Int8Options(), progress=progress) if precision == "int8" else None
     graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)

@@ -64,7 +64,7 @@ class PyTorchRunner(Closing):
         self._gpu, self._device = gpu, device_of(gpu)
         self.on_gpu = gpu is not None
         with _errors():
-            network = self._prepared(checkpoint.network())
+            network = self._prepared(checkpoint.network(shared=True))
             self._network: nn.Module | None = network.to(self._device)
 
     def infer(self, batch: FloatArray) -> FloatArray:

@@ -26,7 +26,7 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 from smlp_deploy.pipeline.verify import verify_artifact, verify_layers
-from smlp_deploy.runners import open_runner
+from smlp_deploy.runners import open_runner, placement
 from smlp_deploy.runners import openvino as module
 from smlp_deploy.runners.base import arithmetic_of
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -375,6 +375,19 @@ class TestOpening:
             with open_runner(digits_export.path, runtime=runtime) as runner:
                 names[runtime] = runner.name.partition(" ")[0]
         assert names == {"auto": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+    @pytest.mark.parametrize(
+        ("precision", "taken"), list(zip(PRECISIONS, ["onnxruntime", *["openvino"] * 3], strict=True))
+    )
+    def test_it_is_the_fastest_for_the_precision(
+        self, graph_of: GraphOf, monkeypatch: pytest.MonkeyPatch, precision: str, taken: str
+    ) -> None:
+        metadata = graph_of(precision, 20).metadata
+        assert Placement.of().runtime_for(metadata) == taken
+        assert Placement.of(device="cpu").runtime_for(metadata) == taken
+        assert Placement.of(provider="cpu").runtime_for(metadata) == "onnxruntime"
+        monkeypatch.setattr(placement, "is_installed", lambda name: name != "openvino")
+        assert Placement.of().runtime_for(metadata) == "onnxruntime"
 
     def test_a_missing_openvino_is_one_clear_line(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
         found = dependencies.is_installed
