@@ -572,6 +572,9 @@ class TestPages:
         assert "page written to page.html" in outcome.err
         page = Path("page.html").read_text()
         assert f"<h1>{title}</h1>" in page
+        assert f"smlp {arguments[0]} " in page
+        assert "--html page.html" in page
+        assert files.sha256_of(artifact) in page
         assert "<b>7.jpg" not in page
         if arguments[0] in ("predict", "eval"):
             assert "&lt;b&gt;7.jpg" in page

@@ -42,7 +42,7 @@ def predict(
 
     With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
-    from smlp_deploy.commands.output import write_page
+    from smlp_deploy.commands.output import page_origin, write_page
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import counting, say, suggest
     from smlp_deploy.images.find import find_images
@@ -87,7 +87,8 @@ def predict(
         if html is not None:
             from smlp_deploy.reports import predictions_page
 
-            write_page(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
+            page = predictions_page(page_origin([path]), first, model=classifier.runner.name, total=done, failed=failed)
+            write_page(html, page)
     say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
     if failed and not allow_errors:
         raise typer.Exit(1)
