@@ -9,16 +9,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnx
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from smlp_deploy import __version__, files, reports
+from smlp_deploy import __version__, dependencies, files, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
@@ -145,6 +147,7 @@ def test_version(smlp: Smlp) -> None:
         (["benchmark", "a.onnx", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine"),
         (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
+        (["predict", "--format", "parquet", "a.jpg"], "Parquet goes to a file · --format parquet · add -o"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
         (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),
         ([], "no verb given"),
@@ -543,6 +546,29 @@ class TestPredict:
         outcome = smlp("predict", "--topk", "11", "a.jpg")
         assert outcome.code == 2
         assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+
+
+class TestParquet:
+    def test_the_suffix_or_the_format_asks_for_it(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        images = [*digit_images[:2], Path("absent.jpg")]
+        records = smlp("predict", "--allow-errors", "--format", "jsonl", *images).out.splitlines()
+        assert smlp("predict", "-o", "x.parquet", *images).code == 1
+        assert smlp("predict", "--allow-errors", "-o", "y", "--format", "parquet", *images).code == 0
+        rows = pq.read_table("x.parquet").to_pylist()
+        expected = [{"path_bytes": None, "predictions": None, "error": None} | json.loads(line) for line in records]
+        assert rows == expected == pq.read_table("y").to_pylist()
+
+    def test_without_pyarrow_no_image_is_read(
+        self, smlp: Smlp, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dependencies, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+        outcome = smlp("predict", "-o", "x.parquet", *digit_images)
+        assert outcome == (
+            1,
+            "",
+            'error: pyarrow not installed, needed to write Parquet files · pip install "smlp-deploy[parquet]"\n',
+        )
+        assert not list(Path().iterdir())
 
 
 class TestPages:

@@ -77,6 +77,7 @@ class RecordFormat(StrEnum):
     table = "table"
     jsonl = "jsonl"
     csv = "csv"
+    parquet = "parquet"
 
 
 # Inputs.

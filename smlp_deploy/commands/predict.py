@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,22 +47,24 @@ def predict(
     from smlp_deploy.commands.terminal import counting, say, suggest
     from smlp_deploy.images.find import find_images
     from smlp_deploy.inference.classify import Classifier
+    from smlp_deploy.inference.facts import Facts, Listing
     from smlp_deploy.inference.records import RunIdentity, write_records
+    from smlp_deploy.inference.resume import RecordFile
     from smlp_deploy.interrupts import put_off
 
     kind = _check(format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    images = find_images(inputs, o.standard_input())
+    images = Listing(find_images(inputs, o.standard_input()))
     placement = o.choose_placement(device, provider, runtime, [model])
     path = default_model(model, placement)
     first: list[Prediction] = []
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
         topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
         decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
-
-        def identity() -> RunIdentity:
-            return RunIdentity.of(
+        identity = None
+        if output is not None and kind is not o.RecordFormat.table:
+            identity = RunIdentity.of(
                 path,
                 classifier.runner.metadata,
                 provider=placement.kind_of(path, classifier.runner.metadata),
@@ -71,7 +73,6 @@ def predict(
                 batch_size=size,
                 decode=decoder.name if decoder else None,
             )
-
         with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
             sink.skip(images)
             predictions = classifier.classify(
@@ -84,6 +85,10 @@ def predict(
             on_terminal = output is None and sys.stdout.isatty()
             with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
                 done, failed = write_records(predictions, sink, stop, batch_size=size, advance=advance)
+            if isinstance(sink, RecordFile) and identity is not None and kind is o.RecordFormat.parquet:
+                from smlp_deploy.inference.parquet import conclude
+
+                conclude(sink, Facts.of(identity, images, failed=failed))
         if html is not None:
             from smlp_deploy.reports import predictions_page
 
@@ -119,8 +124,16 @@ def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None,
     from smlp_deploy.commands.output import check_html
 
     kind = _choose_format(given, output)
+    if kind is o.RecordFormat.parquet:
+        from smlp_deploy.inference.parquet import require_parquet
+
+        if output is None:
+            raise UsageError("Parquet goes to a file", where="--format parquet", fix="add -o records.parquet")
+        require_parquet()
     if resume and (output is None or kind is o.RecordFormat.table):
-        raise UsageError("only a JSONL or CSV file can be continued", where="--resume", fix="add -o records.jsonl")
+        raise UsageError(
+            "only a JSONL, CSV or Parquet file can be continued", where="--resume", fix="add -o records.jsonl"
+        )
     check_html(html, beside=output)
     if html is not None and resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
@@ -136,7 +149,7 @@ def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.Recor
         return o.RecordFormat(output.suffix.removeprefix("."))
     except ValueError:
         raise UsageError(
-            "no format has this suffix", where=output, fix="end it in .jsonl or .csv, or add --format"
+            "no format has this suffix", where=output, fix="end it in .jsonl, .csv or .parquet, or add --format"
         ) from None
 
 
@@ -150,11 +163,11 @@ def _remembering(predictions: Iterable[Prediction], first: list[Prediction], mos
 
 @contextlib.contextmanager
 def _record_sink(
-    output: Path | None, identity: Callable[[], RunIdentity], *, kind: o.RecordFormat, topk: int, resume: bool
+    output: Path | None, identity: RunIdentity | None, *, kind: o.RecordFormat, topk: int, resume: bool
 ) -> Iterator[RecordFile[Prediction] | RecordStream]:
-    """Where records go: standard output or a file. Undecodable bytes of file names are kept.
+    """Where records go: standard output or a file, a resumable one if its identity is given.
 
-    `identity` is called only where it is stored, because it hashes the whole model.
+    Undecodable bytes of file names are kept.
     """
     from smlp_deploy.commands.tables import predictions_writer
     from smlp_deploy.files import replacing
@@ -168,9 +181,9 @@ def _record_sink(
             yield RecordStream(sys.stdout, predictions_writer(sys.stdout))
         else:
             yield RecordStream(sys.stdout, FORMATS[kind].writer(sys.stdout, topk=topk))
-    elif kind is o.RecordFormat.table:
+    elif identity is None:
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
             yield RecordStream(stream, predictions_writer(stream))
     else:
-        with RecordFile.open(output, identity(), resume=resume) as records:
+        with RecordFile.open(output, identity, resume=resume) as records:
             yield records
