@@ -29,6 +29,7 @@ _VERBS = {
     ),
     "profile": ("commands.profile", "profile", "Build", "smlp profile artifacts/my-fp16.onnx --gpu-arch sm89"),
     "predict": ("commands.predict", "predict", "Run", "smlp predict photos/ -o predictions.jsonl"),
+    "merge": ("commands.merge", "merge", "Run", "smlp merge out/ -o all.parquet"),
     "verify": ("commands.verify", "verify", "Prove", "smlp verify artifacts/my-int8.onnx --reference my.pth --layers"),
     "eval": (
         "commands.eval",

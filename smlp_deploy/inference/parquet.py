@@ -18,16 +18,19 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from smlp_deploy.dependencies import require
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.inference.classify import Prediction
-from smlp_deploy.inference.facts import Facts, name_bytes
+from smlp_deploy.inference.facts import Facts, NamesHash, name_bytes
 from smlp_deploy.inference.resume import RecordFile, sha256_of_json
 
 ROW_GROUP = 1 << 14
 """Records in a row group, the unit that is in memory at a time."""
+
+_READ = 1 << 10
+"""Rows of a file that are decoded at a time; a merge reads all shards at once."""
 
 _FACTS = b"smlp.run"
 
@@ -80,6 +83,50 @@ def read_facts(path: Path) -> Facts:
             return Facts.from_json((pq.read_metadata(stream).metadata or {})[_FACTS])
     except (OSError, KeyError, ValueError, pa.ArrowException):
         raise SmlpError("is not a Parquet file of smlp predict", where=path, fix="delete it to run it again") from None
+
+
+def read_batches(stream: BinaryIO, path: Path) -> Iterator[Any]:
+    """The rows of a file that `smlp predict` wrote, as record batches.
+
+    Raises:
+        SmlpError: the file `path` is damaged, or has other columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(stream)
+        if not file.schema_arrow.equals(_schema()):
+            raise SmlpError("has other columns", where=path, fix="delete it to run it again")
+        yield from file.iter_batches(batch_size=_READ)
+    except (OSError, pa.ArrowException) as error:
+        raise SmlpError(f"is damaged: {error}", where=path, fix="delete it to run it again") from None
+
+
+def regroup(batches: Iterable[Any], rows: int) -> Iterator[Any]:
+    """Record batches with the same rows, `rows` in each but the last, and each in one piece."""
+    import pyarrow as pa
+
+    pending: list[Any] = []
+    missing = rows
+    for batch in batches:
+        while batch.num_rows >= missing:
+            pending.append(batch.slice(0, missing))
+            yield pa.Table.from_batches(pending).combine_chunks().to_batches()[0]
+            batch, pending, missing = batch.slice(missing), [], rows
+        if batch.num_rows:
+            pending.append(batch)
+            missing -= batch.num_rows
+    if pending:
+        yield pa.Table.from_batches(pending).combine_chunks().to_batches()[0]
+
+
+def counting_names(batches: Iterable[Any], names: NamesHash) -> Iterator[Any]:
+    """Pass record batches through, adding the names of their rows to a hash."""
+    for batch in batches:
+        for text, name in zip(batch.column("path").to_pylist(), batch.column("path_bytes").to_pylist(), strict=True):
+            names.add(text.encode() if name is None else name)
+        yield batch
 
 
 def _batches(lines: Iterable[bytes]) -> Iterator[Any]:

@@ -85,8 +85,8 @@ def run_versions() -> dict[str, str | None]:
 
 
 def sha256_of_json(value: Any) -> str:
-    """The sha256 of a value's JSON text."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    """The sha256 of a value's JSON text, with its keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class RecordFile(Generic[R]):
@@ -230,7 +230,7 @@ class RecordFile(Generic[R]):
         now = json.loads(json.dumps(vars(self._identity)))
         try:
             then = json.loads(self._identity_path.read_text(encoding="utf-8"))
-            different = next(_differences(then, now), None)
+            different = next(differences(then, now), None)
         except (OSError, ValueError, KeyError, TypeError):
             raise SmlpError(
                 f"cannot continue it: {self._identity_path.name}, which records its settings, is missing or damaged",
@@ -268,10 +268,14 @@ class RecordFile(Generic[R]):
             self._identity_path.unlink()
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A description of each value that changed."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A description of each value that changed.
+
+    Raises:
+        KeyError, TypeError: `then` lacks one.
+    """
     for key, value in now.items():
         if isinstance(value, dict):
-            yield from (f"{key} {text}" for text in _differences(then[key], value))
+            yield from (f"{key} {text}" for text in differences(then[key], value))
         elif then[key] != value:
             yield f"{key.replace('_', ' ')} was {then[key]}, now it is {value}"
