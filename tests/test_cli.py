@@ -156,7 +156,7 @@ def test_version(smlp: Smlp) -> None:
         ),
         (["predict", "--shard", "1/4", "-o", "out", "--html", "p.html", "a.jpg"], "a page shows all images · --html"),
         (["merge", "absent", "-o", "all.parquet"], "is not a folder · absent"),
-        (["merge", "."], "Missing option '--output' / '-o'"),
+        (["merge", "."], "Missing option '-o' / '--output'"),
         (["predict", "--format", "parquet", "a.jpg"], "Parquet goes to a file · --format parquet · add -o"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
         (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),

@@ -114,7 +114,7 @@ class Facts:
             numbers = isinstance(found.images, int) and isinstance(found.failed, int)
             whole = found.run.keys() >= {"model", "preprocessing", "versions", "batch_size"}
             counted = isinstance(found.listing["images"], int) and isinstance(found.listing["sha256"], str)
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, RecursionError):
             raise ValueError("not the facts of a file of predictions") from None
         if not (mappings and numbers and whole and counted and isinstance(found.shard, str | None)):
             raise ValueError("not the facts of a file of predictions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.files import replacing
@@ -123,7 +124,7 @@ def _merge_jsonl(parts: Sequence[_Part], target: Path, facts: Facts) -> str:
     size = facts.run["batch_size"]
     names = NamesHash()
     with ExitStack() as stack, target.open("wb") as merged:
-        files = [stack.enter_context(part.path.open("rb")) for part in parts]
+        files = [stack.enter_context(_open(part.path)) for part in parts]
         for lines in _dealt([_in_groups(file, size) for file in files], parts):
             for line in lines:
                 try:
@@ -132,6 +133,14 @@ def _merge_jsonl(parts: Sequence[_Part], target: Path, facts: Facts) -> str:
                     raise _not_the_listings(parts[0].path.parent) from None
             merged.writelines(lines)
     return names.hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        fix = "raise the limit with ulimit -n" if error.errno == errno.EMFILE else None
+        raise SmlpError(f"cannot read: {error.strerror}", where=path, fix=fix) from None
 
 
 def _in_groups(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
@@ -145,7 +154,7 @@ def _merge_parquet(parts: Sequence[_Part], target: Path, facts: Facts) -> str:
     size = facts.run["batch_size"]
     names = NamesHash()
     with ExitStack() as stack:
-        files = [stack.enter_context(part.path.open("rb")) for part in parts]
+        files = [stack.enter_context(_open(part.path)) for part in parts]
         read = (parquet.read_batches(file, part.path) for file, part in zip(files, parts, strict=True))
         pieces = [parquet.regroup(batches, size) for batches in read]
         batches = parquet.regroup(_dealt(pieces, parts), parquet.ROW_GROUP)

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from smlp_deploy import __version__
 from smlp_deploy.dependencies import require
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.inference.classify import Prediction
@@ -181,7 +182,7 @@ def _schema(facts: Facts | None = None) -> Any:
 
 def _metadata(facts: Facts) -> dict[bytes, str]:
     return {
-        b"smlp.version": str(facts.run["versions"]["smlp-deploy"]),
+        b"smlp.version": __version__,
         b"smlp.model_sha256": str(facts.run["model"]),
         b"smlp.preprocessing_sha256": sha256_of_json(facts.run["preprocessing"]),
         _FACTS: facts.to_json(),

@@ -126,9 +126,9 @@ def run_shard(
         raise UsageError("shards are Parquet or JSONL", where=identity.format)
     target = shard.file(folder, identity.format)
     listing = Listing(images)
-    if resume and target.exists() and not _partial(target).exists():
-        return ShardRun(path=target, facts=_finished(target, identity, listing, shard), skipped=True)
     stop = StopRequest() if stop is None else stop  # it is false until a signal arrives
+    if resume and target.exists() and not _partial(target).exists():
+        return ShardRun(path=target, facts=_finished(target, identity, listing, shard, stop), skipped=True)
     with RecordFile.open(target, identity, resume=resume) as records:
         mine = shard.of(listing, batch_size=identity.batch_size)
         records.skip(mine)
@@ -156,17 +156,19 @@ def _facts_path(target: Path) -> Path:
     return target.with_name(target.name + ".json")
 
 
-def _finished(target: Path, identity: RunIdentity, listing: Listing, shard: Shard) -> Facts:
+def _finished(target: Path, identity: RunIdentity, listing: Listing, shard: Shard, stop: StopRequest) -> Facts:
     """What a finished file is of, after checking that this run would give the same.
 
     Raises:
         UsageError: it would not.
+        StoppedError: a signal arrived.
         SmlpError: nothing is known of the file.
     """
     found = read_facts(target)
     if not (different := difference(found, Facts.of(identity, listing, failed=0, shard=str(shard)), listed=False)):
-        for _ in listing:
+        for _ in stop.before(listing):
             pass
+        stop.report(0, partial=None)
         different = difference(found, Facts.of(identity, listing, failed=0, shard=str(shard)))
     if different:
         fix = "choose another folder with -o, or delete it to run it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -300,6 +301,17 @@ class TestResume:
         with pytest.raises(UsageError, match="is of another run: listing sha256 was"):
             runs.shard(2, out, identity=runs.identity(kind), images=swapped, resume=True)
 
+    def test_a_signal_ends_the_comparison_of_the_listing(self, runs: Runs, out: Path, kind: str) -> None:
+        runs.shard(2, out, identity=runs.identity(kind))
+        stop = StopRequest()
+
+        def images() -> Iterator[Path]:
+            yield runs.images[0]
+            stop.receive(signal.SIGTERM)
+
+        with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+            runs.shard(2, out, identity=runs.identity(kind), images=images(), stop=stop)
+
     def test_nor_one_of_which_nothing_is_known(self, runs: Runs, out: Path, kind: str) -> None:
         path = runs.shard(2, out, identity=runs.identity(kind)).path
         (path if kind == "parquet" else path.with_name(path.name + ".json")).write_bytes(b"{}")
@@ -332,6 +344,20 @@ class TestResume:
         assert not runs.shard(2, out, identity=runs.identity(kind), resume=True).skipped
 
 
+def test_a_limit_on_open_files_is_one_line(runs: Runs, out: Path, tmp_path: Path) -> None:
+    for number in range(1, 7):
+        runs.shard(number, out, count=6)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest:  # noqa: PTH123 - its number is the lowest that is free
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 4, limits[1]))
+    try:
+        with pytest.raises(SmlpError, match=r"cannot read: Too many open files · .*part-0000.* · .*ulimit -n"):
+            merge_shards(out, tmp_path / "all.parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not (tmp_path / "all.parquet").exists()
+
+
 def test_other_formats_have_no_shards(runs: Runs, out: Path) -> None:
     with pytest.raises(UsageError, match="shards are Parquet or JSONL · csv"):
         runs.shard(1, out, identity=runs.identity("csv"))
@@ -347,7 +373,7 @@ def test_the_hash_of_a_listing_tells_names_apart() -> None:
     assert len({sha256("ab", "c"), sha256("a", "bc"), sha256("abc"), sha256("c", "ab"), sha256("\ud800", "b")}) == 5
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "1", '{"run": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "1", '{"run": 1}', "\xff", "[" * 99_999])
 def test_other_json_is_not_facts(text: str, runs: Runs) -> None:
     with pytest.raises(ValueError, match=r"not the facts|Expecting"):
         Facts.from_json(text)
