@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import json
 import os
 import re
@@ -567,6 +568,31 @@ class TestParquet:
         rows = pq.read_table("x.parquet").to_pylist()
         expected = [{"path_bytes": None, "predictions": None, "error": None} | json.loads(line) for line in records]
         assert rows == expected == pq.read_table("y").to_pylist()
+
+    def test_a_listing_on_standard_input_is_dealt_without_its_length(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in (1, 2):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in digit_images)))
+            outcome = smlp("predict", "-", "--shard", f"{number}/2", "--batch-size", "5", "-o", "out")
+            count = (7, 5)[number - 1]
+            path = f"out/part-0000{number}-of-00002.parquet"
+            assert outcome.err.endswith(f"shard {number}/2: {count} images, 0 failed, written to {path}\n")
+        assert smlp("merge", "out", "-o", "all.parquet").err == (
+            "12 images, 0 failed, of 2 shards, written to all.parquet\n"
+        )
+        paths = pq.read_table("all.parquet").column("path").to_pylist()
+        assert paths == list(map(str, digit_images))
+
+    def test_a_finished_shard_of_another_model_is_wrong_usage(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], micro_pth: Path
+    ) -> None:
+        command: list[str | Path] = ["predict", digit_images[0], "--shard", "1/1", "-o", "out", "--resume"]
+        assert smlp(*command).code == 0
+        again = smlp(*command)
+        assert (again.code, "shard 1/1 is finished already: 1 image, 0 failed, in out/part-" in again.err) == (0, True)
+        other = smlp(*command, "-m", micro_pth)
+        assert (other.code, "is of another run: " in one_error(other)) == (2, True)
 
     def test_without_pyarrow_no_image_is_read(
         self, smlp: Smlp, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
