@@ -24,7 +24,7 @@ from smlp_deploy.images.dataset import find_labelled_images
 from smlp_deploy.models.checkpoint import load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import export_checkpoint
-from smlp_deploy.reports import benchmark_page, evaluation_page
+from smlp_deploy.reports import Origin, benchmark_page, evaluation_page
 from smlp_deploy.runners import open_runner
 
 SCREENS = ROOT / "docs" / "screens"
@@ -45,11 +45,13 @@ def eval_page(paths: list[Path]) -> str:
     """The accuracy report; its paths are relative to the current folder."""
     write_held_out(Path("held-out"))
     with open_runner(paths[0]) as first, open_runner(paths[1]) as second:
-        return evaluation_page(evaluate([first, second], find_labelled_images(Path("held-out"), first.metadata.labels)))
+        samples = find_labelled_images(Path("held-out"), first.metadata.labels)
+        return evaluation_page(Origin.of(["eval", "held-out"], paths), evaluate([first, second], samples))
 
 
 def speed_page(paths: list[Path]) -> str:
-    return benchmark_page(run_benchmark([Target(path=path) for path in (*paths, BUNDLED_CHECKPOINT)]))
+    models = [*paths, BUNDLED_CHECKPOINT]
+    return benchmark_page(Origin.of(["benchmark"], models), run_benchmark([Target(path=path) for path in models]))
 
 
 def shoot(html: str, target: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from smlp_deploy import __version__
+from smlp_deploy.commands import output
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.interrupts import Terminated, handle_sigterm
 
@@ -28,6 +29,7 @@ _VERBS = {
     ),
     "profile": ("commands.profile", "profile", "Build", "smlp profile artifacts/my-fp16.onnx --gpu-arch sm89"),
     "predict": ("commands.predict", "predict", "Run", "smlp predict photos/ -o predictions.jsonl"),
+    "merge": ("commands.merge", "merge", "Run", "smlp merge out/ -o all.parquet"),
     "verify": ("commands.verify", "verify", "Prove", "smlp verify artifacts/my-int8.onnx --reference my.pth --layers"),
     "eval": (
         "commands.eval",
@@ -92,6 +94,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
     handle_sigterm()
     given = sys.argv[1:] if arguments is None else arguments
+    output.remember(given)
     try:
         app = command_line(*(verb for verb in given[:1] if verb in _VERBS))
         code = app(args=arguments, prog_name="smlp", standalone_mode=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import json
 import os
 import re
@@ -9,16 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnx
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from smlp_deploy import __version__, files, reports
+from smlp_deploy import __version__, dependencies, files, reports
 from smlp_deploy.cli import main
 from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
@@ -85,6 +88,7 @@ def test_help_of_every_verb(smlp: Smlp) -> None:
         "profile",
         "verify",
         "predict",
+        "merge",
         "eval",
         "benchmark",
         "doctor",
@@ -145,6 +149,16 @@ def test_version(smlp: Smlp) -> None:
         (["benchmark", "a.onnx", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine"),
         (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
+        (["predict", "--shard", "1/4", "a.jpg"], "shards go to a folder · --shard · add -o out/"),
+        (["predict", "--shard", "5/4", "-o", "out", "a.jpg"], "'5/4' is not a shard · --shard · for example 1/4"),
+        (
+            ["predict", "--shard", "1/4", "-o", "/dev/null/x", "--format", "csv", "a.jpg"],
+            "are Parquet or JSONL · --format",
+        ),
+        (["predict", "--shard", "1/4", "-o", "out", "--html", "p.html", "a.jpg"], "a page shows all images · --html"),
+        (["merge", "absent", "-o", "all.parquet"], "is not a folder · absent"),
+        (["merge", "."], "Missing option '-o' / '--output'"),
+        (["predict", "--format", "parquet", "a.jpg"], "Parquet goes to a file · --format parquet · add -o"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
         (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),
         ([], "no verb given"),
@@ -545,6 +559,54 @@ class TestPredict:
         assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
 
 
+class TestParquet:
+    def test_the_suffix_or_the_format_asks_for_it(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        images = [*digit_images[:2], Path("absent.jpg")]
+        records = smlp("predict", "--allow-errors", "--format", "jsonl", *images).out.splitlines()
+        assert smlp("predict", "-o", "x.parquet", *images).code == 1
+        assert smlp("predict", "--allow-errors", "-o", "y", "--format", "parquet", *images).code == 0
+        rows = pq.read_table("x.parquet").to_pylist()
+        expected = [{"path_bytes": None, "predictions": None, "error": None} | json.loads(line) for line in records]
+        assert rows == expected == pq.read_table("y").to_pylist()
+
+    def test_a_listing_on_standard_input_is_dealt_without_its_length(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in (1, 2):
+            monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{path}\n" for path in digit_images)))
+            outcome = smlp("predict", "-", "--shard", f"{number}/2", "--batch-size", "5", "-o", "out")
+            count = (7, 5)[number - 1]
+            path = f"out/part-0000{number}-of-00002.parquet"
+            assert outcome.err.endswith(f"shard {number}/2: {count} images, 0 failed, written to {path}\n")
+        assert smlp("merge", "out", "-o", "all.parquet").err == (
+            "12 images, 0 failed, of 2 shards, written to all.parquet\n"
+        )
+        paths = pq.read_table("all.parquet").column("path").to_pylist()
+        assert paths == list(map(str, digit_images))
+
+    def test_a_finished_shard_of_another_model_is_wrong_usage(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], micro_pth: Path
+    ) -> None:
+        command: list[str | Path] = ["predict", digit_images[0], "--shard", "1/1", "-o", "out", "--resume"]
+        assert smlp(*command).code == 0
+        again = smlp(*command)
+        assert (again.code, "shard 1/1 is finished already: 1 image, 0 failed, in out/part-" in again.err) == (0, True)
+        other = smlp(*command, "-m", micro_pth)
+        assert (other.code, "is of another run: " in one_error(other)) == (2, True)
+
+    def test_without_pyarrow_no_image_is_read(
+        self, smlp: Smlp, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dependencies, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
+        outcome = smlp("predict", "-o", "x.parquet", *digit_images)
+        assert outcome == (
+            1,
+            "",
+            'error: pyarrow not installed, needed to write Parquet files · pip install "smlp-deploy[parquet]"\n',
+        )
+        assert not list(Path().iterdir())
+
+
 class TestPages:
     """`--html` of every verb that has it; what is on the pages is examined in tests/reports."""
 
@@ -572,6 +634,9 @@ class TestPages:
         assert "page written to page.html" in outcome.err
         page = Path("page.html").read_text()
         assert f"<h1>{title}</h1>" in page
+        assert f"smlp {arguments[0]} " in page
+        assert "--html page.html" in page
+        assert files.sha256_of(artifact) in page
         assert "<b>7.jpg" not in page
         if arguments[0] in ("predict", "eval"):
             assert "&lt;b&gt;7.jpg" in page

@@ -29,7 +29,7 @@ def benchmark(
     quiet: o.QuietOption = False,
 ) -> None:
     """Time models side by side in turns (A B A B), each in its own process."""
-    from smlp_deploy.commands.output import check_html, show
+    from smlp_deploy.commands.output import check_html, page_origin, show
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.tables import show_benchmark
     from smlp_deploy.commands.terminal import building, suggest
@@ -63,7 +63,9 @@ def benchmark(
         json_text=report.to_json,
         table=lambda: show_benchmark(report),
         html=html,
-        page=lambda: benchmark_page(report),
+        page=lambda: benchmark_page(
+            page_origin([*paths, *(target.path for target in others if target.graph is None)]), report
+        ),
     )
     if not as_json:
         suggest("smlp", "profile", next((path for path in paths if path.suffix.lower() == ".onnx"), "ONNX"))

@@ -28,7 +28,7 @@ def evaluate(
     With -o, each image's answers are kept in FILE.partial until the report is complete; --resume continues a run that
     was stopped.
     """
-    from smlp_deploy.commands.output import check_html, show
+    from smlp_deploy.commands.output import check_html, page_origin, show
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.tables import show_evaluation
     from smlp_deploy.commands.terminal import building, suggest
@@ -64,7 +64,7 @@ def evaluate(
         json_text=report.to_json,
         table=lambda: show_evaluation(report),
         html=html,
-        page=lambda: evaluation_page(report),
+        page=lambda: evaluation_page(page_origin(paths), report),
     )
     below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
     if below:

@@ -77,6 +77,7 @@ class RecordFormat(StrEnum):
     table = "table"
     jsonl = "jsonl"
     csv = "csv"
+    parquet = "parquet"
 
 
 # Inputs.
@@ -430,8 +431,13 @@ RecordsOutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="Write records here instead of to stdout.")
 ]
 ReportOutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Write the JSON report here.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Run the I-th of N shards of the images, into a file in the folder -o."),
+]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Continue an interrupted run with the same -o, or start one.")
+    bool,
+    typer.Option("--resume", help="Continue an interrupted run with the same -o, or start one; skip a finished shard."),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")]
 DecodeOption = Annotated[

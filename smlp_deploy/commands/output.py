@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from smlp_deploy.errors import SmlpError, UsageError
+
+if TYPE_CHECKING:
+    from smlp_deploy.reports import Origin
+
+_arguments: Sequence[str] = ()
+"""Of the command line that runs; pages show it."""
+
+
+def remember(arguments: Sequence[str]) -> None:
+    """Keep the command line's arguments for pages."""
+    global _arguments
+    _arguments = arguments
+
+
+def page_origin(models: Iterable[Path | None]) -> Origin:
+    """What a page says of its making: this command, and those models that are not None."""
+    from smlp_deploy.reports import Origin
+
+    return Origin.of(_arguments, list(dict.fromkeys(path for path in models if path is not None)))
 
 
 def show(

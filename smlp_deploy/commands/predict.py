@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,11 @@ from smlp_deploy.errors import UsageError
 if TYPE_CHECKING:
     from smlp_deploy.images.gpu_decode import GpuDecoder
     from smlp_deploy.inference.classify import Classifier, Prediction
+    from smlp_deploy.inference.facts import Listing
     from smlp_deploy.inference.records import RecordStream, RunIdentity
     from smlp_deploy.inference.resume import RecordFile
+    from smlp_deploy.inference.shards import Shard
+    from smlp_deploy.interrupts import StopRequest
 
 
 def predict(
@@ -31,6 +35,7 @@ def predict(
     topk: o.TopkOption = None,
     format_: o.RecordFormatOption = None,
     output: o.RecordsOutputOption = None,
+    shard: o.ShardOption = None,
     resume: o.ResumeOption = False,
     workers: o.WorkersOption = None,
     decode: o.DecodeOption = o.DecodeOn.cpu,
@@ -42,27 +47,27 @@ def predict(
 
     With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
-    from smlp_deploy.commands.output import write_page
     from smlp_deploy.commands.sources import default_model
-    from smlp_deploy.commands.terminal import counting, say, suggest
+    from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.images.find import find_images
     from smlp_deploy.inference.classify import Classifier
-    from smlp_deploy.inference.records import RunIdentity, write_records
+    from smlp_deploy.inference.facts import Listing
+    from smlp_deploy.inference.records import RunIdentity
     from smlp_deploy.interrupts import put_off
 
-    kind = _check(format_, output, html, resume=resume)
+    part, kind = _check_shard(shard, format_, output, html)
+    kind = kind or _check(format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    images = find_images(inputs, o.standard_input())
+    images = Listing(find_images(inputs, o.standard_input()))
     placement = o.choose_placement(device, provider, runtime, [model])
     path = default_model(model, placement)
-    first: list[Prediction] = []
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
         topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
         decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
-
-        def identity() -> RunIdentity:
-            return RunIdentity.of(
+        identity = None
+        if output is not None and kind is not o.RecordFormat.table:
+            identity = RunIdentity.of(
                 path,
                 classifier.runner.metadata,
                 provider=placement.kind_of(path, classifier.runner.metadata),
@@ -71,11 +76,45 @@ def predict(
                 batch_size=size,
                 decode=decoder.name if decoder else None,
             )
+        run = _Run(
+            classifier, path, images, stop, identity, decoder, kind=kind, topk=topk, batch_size=size, workers=workers
+        )
+        failed = run.whole(output, html, resume=resume) if part is None else run.shard(part, output, resume=resume)
+    if failed and not allow_errors:
+        raise typer.Exit(1)
+    suggest("smlp", *(["merge", output, "-o", f"all.{kind}"] if part else ["verify", path]))
 
-        with _record_sink(output, identity, kind=kind, topk=topk, resume=resume) as sink:
-            sink.skip(images)
-            predictions = classifier.classify(
-                stop.before(images), batch_size=size, topk=topk, workers=workers, decoder=decoder
+
+@dataclass(frozen=True)
+class _Run:
+    """A run over images; `identity` is None if its records go where no run can be continued."""
+
+    classifier: Classifier
+    model: Path
+    images: Listing
+    stop: StopRequest
+    identity: RunIdentity | None
+    decoder: GpuDecoder | None
+    _: KW_ONLY
+    kind: o.RecordFormat
+    topk: int
+    batch_size: int
+    workers: int | None
+
+    def whole(self, output: Path | None, html: Path | None, *, resume: bool) -> int:
+        """Write the records of all images to a file, or to standard output, and a page; returns how many failed."""
+        from smlp_deploy.commands.terminal import counting, say
+        from smlp_deploy.inference.records import write_records
+
+        first: list[Prediction] = []
+        with _record_sink(output, self.identity, kind=self.kind, topk=self.topk, resume=resume) as sink:
+            sink.skip(self.images)
+            predictions = self.classifier.classify(
+                self.stop.before(self.images),
+                batch_size=self.batch_size,
+                topk=self.topk,
+                workers=self.workers,
+                decoder=self.decoder,
             )
             if html is not None:
                 from smlp_deploy.reports import IMAGES_SHOWN
@@ -83,15 +122,56 @@ def predict(
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
             with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
-                done, failed = write_records(predictions, sink, stop, batch_size=size, advance=advance)
+                done, failed = write_records(predictions, sink, self.stop, batch_size=self.batch_size, advance=advance)
+            self._conclude(sink, failed)
         if html is not None:
+            from smlp_deploy.commands.output import page_origin, write_page
             from smlp_deploy.reports import predictions_page
 
-            write_page(html, predictions_page(first, model=classifier.runner.name, total=done, failed=failed))
-    say(f"{done} {'image' if done == 1 else 'images'}, {failed} failed" + (f", written to {output}" if output else ""))
-    if failed and not allow_errors:
-        raise typer.Exit(1)
-    suggest("smlp", "verify", path)
+            name = self.classifier.runner.name
+            write_page(html, predictions_page(page_origin([self.model]), first, model=name, total=done, failed=failed))
+        say(f"{_counted(done)}, {failed} failed" + (f", written to {output}" if output else ""))
+        return failed
+
+    def _conclude(self, sink: RecordFile[Prediction] | RecordStream, failed: int) -> None:
+        from smlp_deploy.inference.facts import Facts
+        from smlp_deploy.inference.resume import RecordFile
+
+        if self.kind is o.RecordFormat.parquet and isinstance(sink, RecordFile) and self.identity is not None:
+            from smlp_deploy.inference.parquet import conclude
+
+            conclude(sink, Facts.of(self.identity, self.images, failed=failed))
+
+    def shard(self, shard: Shard, folder: Path | None, *, resume: bool) -> int:
+        """Write the records of one shard to its file, unless that is finished; returns how many failed."""
+        from smlp_deploy.commands.terminal import counting, say
+        from smlp_deploy.inference.shards import run_shard
+
+        assert folder is not None, "checked before"
+        assert self.identity is not None, "a shard is no table"
+        with counting("images", done=0, records_on_terminal=False) as advance:
+            run = run_shard(
+                self.classifier,
+                self.identity,
+                self.images,
+                folder,
+                shard=shard,
+                resume=resume,
+                stop=self.stop,
+                workers=self.workers,
+                decoder=self.decoder,
+                advance=advance,
+            )
+        result = f"{_counted(run.facts.images)}, {run.facts.failed} failed"
+        if run.skipped:
+            say(f"shard {shard} is finished already: {result}, in {run.path}")
+        else:
+            say(f"shard {shard}: {result}, written to {run.path}")
+        return run.facts.failed
+
+
+def _counted(images: int) -> str:
+    return f"{images} image" if images == 1 else f"{images} images"
 
 
 def _gpu_decoder(classifier: Classifier) -> GpuDecoder:
@@ -118,12 +198,48 @@ def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None,
     from smlp_deploy.commands.output import check_html
 
     kind = _choose_format(given, output)
+    if kind is o.RecordFormat.parquet:
+        from smlp_deploy.inference.parquet import require_parquet
+
+        if output is None:
+            raise UsageError("Parquet goes to a file", where="--format parquet", fix="add -o records.parquet")
+        require_parquet()
     if resume and (output is None or kind is o.RecordFormat.table):
-        raise UsageError("only a JSONL or CSV file can be continued", where="--resume", fix="add -o records.jsonl")
+        raise UsageError(
+            "only a JSONL, CSV or Parquet file can be continued", where="--resume", fix="add -o records.jsonl"
+        )
     check_html(html, beside=output)
     if html is not None and resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
     return kind
+
+
+def _check_shard(
+    text: str | None, given: o.RecordFormat | None, output: Path | None, html: Path | None
+) -> tuple[Shard | None, o.RecordFormat | None]:
+    """The shard that is asked for and its format; None for both without one.
+
+    Raises:
+        UsageError: the options contradict each other.
+        MissingDependencyError: the package for Parquet is missing.
+    """
+    if text is None:
+        return None, None
+    from smlp_deploy.inference.shards import KINDS, Shard
+
+    shard = Shard.parse(text)
+    kind = given or o.RecordFormat.parquet
+    if kind.value not in KINDS:
+        raise UsageError("shards are Parquet or JSONL", where=f"--format {kind}", fix="choose one of them")
+    if output is None or output.is_file():
+        raise UsageError("shards go to a folder", where=output or "--shard", fix="add -o out/")
+    if html is not None:
+        raise UsageError("a page shows all images", where="--html", fix="leave out --shard")
+    if kind is o.RecordFormat.parquet:
+        from smlp_deploy.inference.parquet import require_parquet
+
+        require_parquet()
+    return shard, kind
 
 
 def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.RecordFormat:
@@ -135,7 +251,7 @@ def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.Recor
         return o.RecordFormat(output.suffix.removeprefix("."))
     except ValueError:
         raise UsageError(
-            "no format has this suffix", where=output, fix="end it in .jsonl or .csv, or add --format"
+            "no format has this suffix", where=output, fix="end it in .jsonl, .csv or .parquet, or add --format"
         ) from None
 
 
@@ -149,11 +265,11 @@ def _remembering(predictions: Iterable[Prediction], first: list[Prediction], mos
 
 @contextlib.contextmanager
 def _record_sink(
-    output: Path | None, identity: Callable[[], RunIdentity], *, kind: o.RecordFormat, topk: int, resume: bool
+    output: Path | None, identity: RunIdentity | None, *, kind: o.RecordFormat, topk: int, resume: bool
 ) -> Iterator[RecordFile[Prediction] | RecordStream]:
-    """Where records go: standard output or a file. Undecodable bytes of file names are kept.
+    """Where records go: standard output or a file, a resumable one if its identity is given.
 
-    `identity` is called only where it is stored, because it hashes the whole model.
+    Undecodable bytes of file names are kept.
     """
     from smlp_deploy.commands.tables import predictions_writer
     from smlp_deploy.files import replacing
@@ -167,9 +283,9 @@ def _record_sink(
             yield RecordStream(sys.stdout, predictions_writer(sys.stdout))
         else:
             yield RecordStream(sys.stdout, FORMATS[kind].writer(sys.stdout, topk=topk))
-    elif kind is o.RecordFormat.table:
+    elif identity is None:
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8", errors="surrogateescape") as stream:
             yield RecordStream(stream, predictions_writer(stream))
     else:
-        with RecordFile.open(output, identity(), resume=resume) as records:
+        with RecordFile.open(output, identity, resume=resume) as records:
             yield records

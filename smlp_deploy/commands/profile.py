@@ -45,6 +45,6 @@ def profile(
         json_text=lambda: json.dumps([asdict(found) for found in (first, *others)], indent=2, default=str),
         table=lambda: show_comparison(first, others[0]) if others else show_profile(first, top=top),
         html=html,
-        page=lambda: profile_page(first),
+        page=lambda: profile_page(output.page_origin([file]), first),
     )
     suggest("smlp", "build-engine", file)

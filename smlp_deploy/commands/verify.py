@@ -45,7 +45,7 @@ def verify(
     placement = o.choose_placement(device, provider, runtime, [candidate])
     if layers:
         report = _divergence(candidate, reference, images, max_error, placement)
-        _show_layers(candidate, report, save=save, html=html, as_json=as_json)
+        _show_layers(candidate, reference, report, save=save, html=html, as_json=as_json)
         return
     if max_error is not None or save is not None:
         raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
@@ -81,7 +81,7 @@ def _verify_whole(
         json_text=report.to_json,
         table=lambda: show_parity(report, on_stderr=False),
         html=html,
-        page=lambda: parity_page(report),
+        page=lambda: parity_page(output.page_origin([candidate, reference]), report),
     )
     if not report.passed:
         raise SmlpError(
@@ -121,7 +121,13 @@ def _divergence(
 
 
 def _show_layers(
-    candidate: Path, report: DivergenceReport, *, save: Path | None, html: Path | None, as_json: bool
+    candidate: Path,
+    reference: Path | None,
+    report: DivergenceReport,
+    *,
+    save: Path | None,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Show the error at each point.
 
@@ -141,7 +147,7 @@ def _show_layers(
         json_text=report.to_json,
         table=lambda: show_divergence(report),
         html=html,
-        page=lambda: divergence_page(report),
+        page=lambda: divergence_page(output.page_origin([candidate, reference]), report),
     )
     if (over := report.first_over) is not None:
         raise SmlpError(

@@ -106,7 +106,11 @@ class Codec:
     reader: _Reader
 
 
-FORMATS = {"jsonl": Codec(jsonl_writer, read_jsonl), "csv": Codec(csv_writer, read_csv)}
+FORMATS = {
+    "jsonl": Codec(jsonl_writer, read_jsonl),
+    "csv": Codec(csv_writer, read_csv),
+    "parquet": Codec(jsonl_writer, read_jsonl),  # during the run; see parquet.py
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class RunIdentity:
         preprocessing: from image to network input.
         provider: what the model runs on; "openvino" for that runtime on the CPU.
         decode: the library that decodes ordinary JPEG files on a GPU, with its version; None for Pillow.
-        format: "jsonl" or "csv".
+        format: "jsonl", "csv" or "parquet".
         topk: classes per record.
         batch_size: images per run of the network.
     """

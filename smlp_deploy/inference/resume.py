@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TextIO, TypeVar
 
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError, UsageError
-from smlp_deploy.files import alone, check_writable, write_text
+from smlp_deploy.files import alone, check_writable, replacing, write_text
 
 
 class Record(Protocol):
@@ -85,8 +85,8 @@ def run_versions() -> dict[str, str | None]:
 
 
 def sha256_of_json(value: Any) -> str:
-    """The sha256 of a value's JSON text."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    """The sha256 of a value's JSON text, with its keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class RecordFile(Generic[R]):
@@ -109,7 +109,7 @@ class RecordFile(Generic[R]):
         self._identity = identity
         self._identity_path = target.with_name(target.name + ".partial.json")
         self._text = io.StringIO(newline="")
-        self._result: str | None = None
+        self._result: Callable[[Path], object] | None = None
         self._file: io.FileIO | None = None
 
     @classmethod
@@ -191,7 +191,15 @@ class RecordFile(Generic[R]):
 
     def conclude(self, text: str) -> None:
         """Write `text` to the target instead of the records when the block ends without an error."""
-        self._result = text
+        content = text.encode()
+        self.conclude_with(lambda target: target.write_bytes(content))
+
+    def conclude_with(self, write: Callable[[Path], object]) -> None:
+        """Let `write` make the target from the records in `partial` when the block ends without an error.
+
+        It gets the path of a temporary file, which then becomes the target.
+        """
+        self._result = write
 
     def discard(self) -> None:
         """Delete all records, because they are not worth continuing from."""
@@ -222,7 +230,7 @@ class RecordFile(Generic[R]):
         now = json.loads(json.dumps(vars(self._identity)))
         try:
             then = json.loads(self._identity_path.read_text(encoding="utf-8"))
-            different = next(_differences(then, now), None)
+            different = next(differences(then, now), None)
         except (OSError, ValueError, KeyError, TypeError):
             raise SmlpError(
                 f"cannot continue it: {self._identity_path.name}, which records its settings, is missing or damaged",
@@ -243,7 +251,10 @@ class RecordFile(Generic[R]):
             os.fsync(self._file.fileno())
             self.partial.replace(self._target)
         else:
-            write_text(self._target, self._result)
+            with replacing(self._target) as temporary:
+                self._result(temporary)
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())
             self.partial.unlink()
         self._identity_path.unlink()
 
@@ -257,10 +268,14 @@ class RecordFile(Generic[R]):
             self._identity_path.unlink()
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A description of each value that changed."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A description of each value that changed.
+
+    Raises:
+        KeyError, TypeError: `then` lacks one.
+    """
     for key, value in now.items():
         if isinstance(value, dict):
-            yield from (f"{key} {text}" for text in _differences(then[key], value))
+            yield from (f"{key} {text}" for text in differences(then[key], value))
         elif then[key] != value:
             yield f"{key.replace('_', ' ')} was {then[key]}, now it is {value}"

@@ -12,6 +12,7 @@ from smlp_deploy.reports.page import (
     Bar,
     Card,
     Fact,
+    Origin,
     Section,
     Table,
     number,
@@ -36,7 +37,7 @@ _CLASSES_SHOWN = 30
 _BARS = 5
 
 
-def predictions_page(predictions: Sequence[Prediction], *, model: str, total: int, failed: int) -> str:
+def predictions_page(origin: Origin, predictions: Sequence[Prediction], *, model: str, total: int, failed: int) -> str:
     """A model's predictions.
 
     Args:
@@ -59,18 +60,20 @@ def predictions_page(predictions: Sequence[Prediction], *, model: str, total: in
     return render(
         "Predictions",
         f"Best classes of {model}, with softmax probabilities.",
+        origin,
         facts=[Fact(f"{total:,}", plural(total, "image")), Fact(f"{failed:,}", "failed")],
         sections=[Section(name="images", title="Images", text=[which], cards=cards)],
     )
 
 
-def evaluation_page(report: Evaluation) -> str:
+def evaluation_page(origin: Origin, report: Evaluation) -> str:
     """Accuracy of models, their confusions, and the images they misclassify."""
     require_report()
     on = f"on {report.evaluated:,} {plural(report.evaluated, 'image')}"
     return render(
         "Accuracy",
         f"{on[3:]}, {len(report.unreadable):,} unreadable; the dataset names its classes by {report.named_by}.",
+        origin,
         facts=[
             Fact(f"{percent(m.top1.value)} top-1", f"(95 %: {_interval(m.top1)}) {on} · {m.name}")
             for m in report.models

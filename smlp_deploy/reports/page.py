@@ -1,7 +1,7 @@
 """A self-contained HTML page: no scripts, no external resources, images and charts embedded.
 
-A page has facts and sections of text, charts, tables and images; `templates/` lays them out. All text passes through
-jinja2's escaping and `errors.printable`, so that file names and labels stay text.
+A page has facts, sections of text, charts, tables and images, and its origin; `templates/` lays them out. All text
+passes through jinja2's escaping and `errors.printable`, so that file names and labels stay text.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import base64
 import io
 import math
+import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from smlp_deploy import __version__
-from smlp_deploy.dependencies import require
+from smlp_deploy.dependencies import TENSORRT_DISTRIBUTIONS, installed_version, require
 from smlp_deploy.errors import printable
+from smlp_deploy.files import sha256_of
 from smlp_deploy.images.decode import open_image
 from smlp_deploy.images.preprocessing import resize_and_crop
+from smlp_deploy.inference.resume import run_versions
 from smlp_deploy.metadata import Preprocessing
 
 if TYPE_CHECKING:
@@ -88,6 +93,35 @@ class Fact(NamedTuple):
     meaning: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """When, how and of what a page was made.
+
+    Attributes:
+        date: to the minute, in UTC.
+        command: the command line.
+        models: the sha256 of each file, by its path as given.
+        versions: of Python, smlp-deploy and the packages that decode and compute.
+    """
+
+    date: str
+    command: str
+    models: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, arguments: Sequence[str], models: Sequence[Path]) -> Self:
+        """The origin of a page that is made now, by `smlp` with the given arguments; reads the files."""
+        tensorrt = {name: installed_version(name) for name in sum(TENSORRT_DISTRIBUTIONS.values(), ())}
+        versions = {"python": platform.python_version()} | run_versions() | tensorrt
+        return cls(
+            date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            command=shlex.join(["smlp", *arguments]),
+            models={str(path): sha256_of(path) for path in models},
+            versions={name: version for name, version in versions.items() if version},
+        )
+
+
 def require_report() -> None:
     """Check that the packages that write pages are installed.
 
@@ -145,7 +179,7 @@ def shown(things: Sequence[object], most: int) -> str:
     return f"the first {most:,} of {len(things):,}" if len(things) > most else f"all {len(things):,}"
 
 
-def render(title: str, subtitle: str, *, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
+def render(title: str, subtitle: str, origin: Origin, *, facts: Sequence[Fact], sections: Sequence[Section]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -157,7 +191,14 @@ def render(title: str, subtitle: str, *, facts: Sequence[Fact], sections: Sequen
         lstrip_blocks=True,
     )
     template = environment.get_template("report.html")
-    return template.render(title=title, subtitle=subtitle, facts=facts, sections=sections, version=__version__)
+    every = [*sections, _origin_section(origin)]
+    return template.render(title=title, subtitle=subtitle, facts=facts, sections=every, version=__version__)
+
+
+def _origin_section(origin: Origin) -> Section:
+    made = {"date": origin.date, "command": origin.command}
+    models = {f"sha256 of {name}": sha256 for name, sha256 in origin.models.items()}
+    return Section(name="origin", title="This run", tables=[facts_table({**made, **models, **origin.versions})])
 
 
 def _on_one_line(value: Any) -> Any:

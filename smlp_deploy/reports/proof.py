@@ -10,6 +10,7 @@ from smlp_deploy.reports import charts
 from smlp_deploy.reports.page import (
     ROWS_SHOWN,
     Fact,
+    Origin,
     Section,
     Table,
     Verdict,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from smlp_deploy.evaluation.parity import HalfReport, ParityReport
 
 
-def parity_page(report: ParityReport) -> str:
+def parity_page(origin: Origin, report: ParityReport) -> str:
     """Whether two runners compute the same function, gate by gate."""
     require_report()
     verdict = Verdict(report.passed, "passed" if report.passed else "FAILED")
@@ -47,6 +48,7 @@ def parity_page(report: ParityReport) -> str:
     return render(
         "Parity",
         f"{report.candidate} ({report.precision}) against {report.reference}.",
+        origin,
         facts=[
             Fact(verdict, f"failed: {failed}" if failed else f"{len(gates)} gates"),
             Fact(number(report.max_relative, ".2e"), "largest logit difference, in standard deviations of the logits"),
@@ -86,7 +88,7 @@ def _half_section(half: HalfReport) -> Section:
     return Section(name="half", title="fp16 arithmetic and range", tables=[facts_table(facts)])
 
 
-def divergence_page(report: DivergenceReport) -> str:
+def divergence_page(origin: Origin, report: DivergenceReport) -> str:
     """How the difference between two forms of a network grows from point to point."""
     require_report()
     over = report.first_over
@@ -116,6 +118,7 @@ def divergence_page(report: DivergenceReport) -> str:
     return render(
         "Layer by layer",
         f"{report.candidate} ({report.precision}) against {report.reference}, {report.images:,} images.",
+        origin,
         facts=[
             Fact(verdict, f"at most {report.max_error:g}"),
             *(

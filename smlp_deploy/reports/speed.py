@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from smlp_deploy.reports import charts
 from smlp_deploy.reports.page import (
     Fact,
+    Origin,
     Section,
     Table,
     facts_table,
@@ -27,29 +28,31 @@ if TYPE_CHECKING:
 _KERNELS_SHOWN = 20
 
 
-def benchmark_page(report: Benchmark) -> str:
+def benchmark_page(origin: Origin, report: Benchmark) -> str:
     """How fast models run, side by side."""
     require_report()
     first, *others = report.models
-    fastest = max(first.batches, key=lambda timing: timing.images_per_second)
+    position, fastest = max(enumerate(first.batches), key=lambda numbered: numbered[1].images_per_second)
     facts = [Fact(f"{four_digits(fastest.images_per_second)} images/s", f"at batch {fastest.batch} · {first.name}")]
     for model in others:
-        timing = model.batches[0]
+        timing = model.batches[position]
         if timing.ratio:
             value, interval = _ratio(timing.ratio)
             known = f"(95 %: {interval}) " if interval else ""
             facts.append(Fact(f"{value}×", f"{known}as fast at batch {timing.batch} · {model.name}"))
+    machine = {name: value for name, value in report.environment.items() if name not in origin.versions}
     return render(
         "Speed",
         "Models timed in turns on one machine. A ratio is the speedup over model 1: the median over the rounds, with"
         " its 95 % bootstrap interval.",
+        origin,
         facts=facts,
         sections=[
             _speed_section(report),
             _latency_section(report),
             *([_end_to_end_section(report)] if first.end_to_end else []),
             _starts_section(report),
-            Section(name="environment", title="Environment", tables=[facts_table(report.environment)]),
+            Section(name="environment", title="Environment", tables=[facts_table(machine)]),
         ],
     )
 
@@ -148,7 +151,7 @@ def _starts_section(report: Benchmark) -> Section:
     return Section(name="starts", title="Start and memory", text=text, tables=[table])
 
 
-def profile_page(profile: GraphProfile) -> str:
+def profile_page(origin: Origin, profile: GraphProfile) -> str:
     """The kernels that TensorRT compiles a graph to, where their memory traffic is, and their least time."""
     require_report()
     summary = profile.summary
@@ -157,6 +160,7 @@ def profile_page(profile: GraphProfile) -> str:
         "Kernels",
         f"{profile.source}: {profile.precision}, compiled for {profile.architecture} at batch {summary.batch}."
         " Bytes are estimated from the kernels' shapes; nothing was run.",
+        origin,
         facts=[
             Fact(f"{summary.count:,} kernels", f"convolutions and matrix products: {summary.compute or 'none'}"),
             Fact(f"{summary.bytes_per_image / 1e6:,.2f} MB", f"read and written per image{unknown}"),

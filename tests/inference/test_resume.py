@@ -202,23 +202,24 @@ def predict(tmp_path_factory: pytest.TempPathFactory, digits_export: Export, dig
             path.write_text("no image")
         else:
             path.symlink_to(digit_images[number % len(digit_images)])
-    for kind in ("jsonl", "csv"):
+    for kind in ("jsonl", "csv", "parquet"):
         code, err = predict.finish(predict.folder / f"whole.{kind}")
         assert (code, "600 images, 86 failed" in err) == (0, True), err
     return predict
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("jsonl", 20), ("csv", 6)])
+@pytest.mark.parametrize(("kind", "kills"), [("jsonl", 20), ("csv", 6), ("parquet", 6)])
 def test_killed_again_and_again_it_loses_and_doubles_nothing(
     predict: Predict, tmp_path: Path, kind: str, kills: int
 ) -> None:
     expected = (predict.folder / f"whole.{kind}").read_bytes()
+    longest = (predict.folder / "whole.jsonl").stat().st_size
     rng = random.Random(kind)
     target = tmp_path / f"x.{kind}"
     partial = tmp_path / f"x.{kind}.partial"
     while kills:
         at = partial.stat().st_size if partial.exists() else 0
-        code, _ = predict.stop(target, signal.SIGKILL, "--resume", after=at + 1 + rng.randrange(len(expected) // 10))
+        code, _ = predict.stop(target, signal.SIGKILL, "--resume", after=at + 1 + rng.randrange(longest // 10))
         if code == -signal.SIGKILL:
             kills -= 1
         else:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from smlp_deploy import dependencies, reports
+from smlp_deploy import __version__, dependencies, reports
 from smlp_deploy.errors import MissingDependencyError
 from smlp_deploy.evaluation.accuracy import (
     Answer,
@@ -39,6 +39,7 @@ from smlp_deploy.images import decode as decoding
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.dataset import LabelledImage
 from smlp_deploy.inference.classify import Prediction, Score
+from smlp_deploy.reports import Origin
 from smlp_deploy.reports.page import four_digits, thumbnail
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
@@ -201,15 +202,23 @@ def profile() -> GraphProfile:
     )
 
 
+ORIGIN = Origin(
+    date="2026-11-27 08:09 UTC",
+    command=f"smlp eval '{HOSTILE}'",
+    models={f"{HOSTILE}.onnx": "5a" * 32},
+    versions={"smlp-deploy": "9.8.7", "numpy": "2.3.4"},
+)
+
+
 def pages(folder: Path) -> dict[str, str]:
     """Each kind of page."""
     return {
-        "predictions": reports.predictions_page(predictions(folder), model=HOSTILE, total=10, failed=1),
-        "evaluation": reports.evaluation_page(evaluation(folder)),
-        "parity": reports.parity_page(parity(folder)),
-        "divergence": reports.divergence_page(divergence()),
-        "benchmark": reports.benchmark_page(benchmark()),
-        "profile": reports.profile_page(profile()),
+        "predictions": reports.predictions_page(ORIGIN, predictions(folder), model=HOSTILE, total=10, failed=1),
+        "evaluation": reports.evaluation_page(ORIGIN, evaluation(folder)),
+        "parity": reports.parity_page(ORIGIN, parity(folder)),
+        "divergence": reports.divergence_page(ORIGIN, divergence()),
+        "benchmark": reports.benchmark_page(ORIGIN, benchmark()),
+        "profile": reports.profile_page(ORIGIN, profile()),
     }
 
 
@@ -250,22 +259,31 @@ class TestEveryPage:
             assert page.tags["table"] or name == "predictions"
             assert page.tags["svg"] == page.values("role").count("img")
 
+    def test_says_when_how_and_of_what_it_was_made(self, all_pages: dict[str, str]) -> None:
+        for html in all_pages.values():
+            text = Page(html).text
+            assert "date 2026-11-27 08:09 UTC" in text
+            assert f"command smlp eval '{HOSTILE}'" in text
+            assert f"sha256 of {HOSTILE}.onnx {'5a' * 32}" in text
+            assert "smlp-deploy 9.8.7" in text
+            assert "numpy 2.3.4" in text
+
     def test_the_same_values_give_the_same_page(self, tmp_path: Path) -> None:
         assert pages(tmp_path) == pages(tmp_path)
 
 
 class TestPredictions:
     def test_how_many_are_shown(self, tmp_path: Path) -> None:
-        text = Page(reports.predictions_page(predictions(tmp_path), model="digits", total=1234, failed=1)).text
+        text = Page(reports.predictions_page(ORIGIN, predictions(tmp_path), model="digits", total=1234, failed=1)).text
         assert "1,234 images" in text
         assert "1 failed" in text
         assert "The first 2 of 1,234 images." in text
         assert "40.0 %" in text
-        all_of_them = reports.predictions_page(predictions(tmp_path), model="digits", total=2, failed=1)
+        all_of_them = reports.predictions_page(ORIGIN, predictions(tmp_path), model="digits", total=2, failed=1)
         assert "All images, in order." in all_of_them
 
     def test_what_cannot_be_printed_is_escaped(self, tmp_path: Path) -> None:
-        page = Page(reports.predictions_page(predictions(tmp_path), model="digits", total=2, failed=1))
+        page = Page(reports.predictions_page(ORIGIN, predictions(tmp_path), model="digits", total=2, failed=1))
         assert r"a\x1b[2J\udcff.jpg" in page.text
         assert "no picture" in page.text
         assert page.tags["img"] == 1
@@ -273,7 +291,7 @@ class TestPredictions:
 
 class TestEvaluation:
     def test_headline_pairs_and_groups(self, tmp_path: Path) -> None:
-        text = Page(reports.evaluation_page(evaluation(tmp_path))).text
+        text = Page(reports.evaluation_page(ORIGIN, evaluation(tmp_path))).text
         assert "50.00 % top-1 (95 %: 15.0 to 85.0) on 4 images · fake" in text
         positions = [
             text.index(title, text.index("McNemar"))
@@ -303,7 +321,7 @@ class TestEvaluation:
         found = Evaluation(
             named_by="label", labels=labels, evaluated=1000, models=(model,), pairs=(), records=tuple(records)
         )
-        page = Page(reports.evaluation_page(found))
+        page = Page(reports.evaluation_page(ORIGIN, found))
         assert "Wrong: 980" in page.text
         assert "Shown: the first 100 of 980, most confident first." in page.text
         assert page.text.index("998.jpg") < page.text.index("997.jpg")
@@ -314,22 +332,22 @@ class TestEvaluation:
 
 
 def test_a_failed_parity_says_which_gate(tmp_path: Path) -> None:
-    text = Page(reports.parity_page(parity(tmp_path))).text
+    text = Page(reports.parity_page(ORIGIN, parity(tmp_path))).text
     assert "✗ FAILED failed: difference, cosine" in text
     assert "not finite" in text
     passed = prove(FakeRunner(quadrant_means), FakeRunner(quadrant_means), [picture(tmp_path, 1)])
-    assert "✓ passed 7 gates" in Page(reports.parity_page(passed)).text
+    assert "✓ passed 7 gates" in Page(reports.parity_page(ORIGIN, passed)).text
 
 
 def test_divergence_names_the_first_point_over_the_gate() -> None:
-    text = Page(reports.divergence_page(divergence())).text
+    text = Page(reports.divergence_page(ORIGIN, divergence())).text
     assert f"✗ over the gate at {HOSTILE} 2" in text
     assert f"first over: {HOSTILE} 2" in text
     assert "not finite" in text
     assert "no noise 20.5" in text
     assert "12.3 not finite" in text
-    assert "✓ within the gate at most 0.005" in Page(reports.divergence_page(divergence(0.0, 0.0))).text
-    assert not Page(reports.divergence_page(replace(divergence(), points=()))).tags["svg"]
+    assert "✓ within the gate at most 0.005" in Page(reports.divergence_page(ORIGIN, divergence(0.0, 0.0))).text
+    assert not Page(reports.divergence_page(ORIGIN, replace(divergence(), points=()))).tags["svg"]
 
 
 @pytest.mark.parametrize(
@@ -340,16 +358,42 @@ def test_numbers_have_no_powers_of_ten(value: float, text: str) -> None:
 
 
 def test_speed_is_told_with_its_interval() -> None:
-    text = Page(reports.benchmark_page(benchmark())).text
+    text = Page(reports.benchmark_page(ORIGIN, benchmark())).text
     assert "0.05× (95 %: 0.04 to 0.061) as fast at batch 1" in text
     assert f"Left out: torch.compile of {HOSTILE}" in text
     assert "ms per run, logarithmic" in text
     alone = replace(benchmark(), models=benchmark().models[:1])
-    assert Page(reports.benchmark_page(alone)).tags["svg"] == 3
+    assert Page(reports.benchmark_page(ORIGIN, alone)).tags["svg"] == 3
+
+
+def test_the_headline_compares_equal_batches() -> None:
+    report = benchmark()
+    first, second = report.models
+    batches = (first.batches[0], replace(first.batches[1], images_per_second=5432.1))
+    others = (second.batches[0], replace(second.batches[1], ratio=Ratio(value=0.7, low=0.6, high=0.8)))
+    models = (replace(first, batches=batches), replace(second, batches=others))
+    text = Page(reports.benchmark_page(ORIGIN, replace(report, models=models))).text
+    assert "5,432 images/s at batch 8 · engine 0.7× (95 %: 0.6 to 0.8) as fast at batch 8" in text
+
+
+def test_a_version_stands_on_a_page_once() -> None:
+    report = replace(benchmark(), environment={"CPU": "x", "numpy": "2.3.4"})
+    assert Page(reports.benchmark_page(ORIGIN, report)).text.count("2.3.4") == 1
+
+
+def test_an_origin_is_of_files_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"abc")
+    origin = Origin.of(["predict", "two words.jpg"], [tmp_path / "a.onnx"])
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", origin.date)
+    assert origin.command == "smlp predict 'two words.jpg'"
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert origin.models == {str(tmp_path / "a.onnx"): expected}
+    assert origin.versions["smlp-deploy"] == __version__
+    assert origin.versions["pillow"]
 
 
 def test_traffic_is_by_block_and_precision() -> None:
-    text = Page(reports.profile_page(profile())).text
+    text = Page(reports.profile_page(ORIGIN, profile())).text
     assert "embeddings.0 4.000 0.000" in text or "embeddings.0 0.000 4.000" in text
     assert re.search(r"blocks\.3 (8\.000 4\.000|4\.000 8\.000)", text)
     assert "between blocks" in text
@@ -357,12 +401,12 @@ def test_traffic_is_by_block_and_precision() -> None:
     assert "unknown" not in text
     dynamic = replace(profile().kernels[0], outputs=(KernelTensor(shape=(-1, 7), element="Half"),))
     some = replace(profile(), kernels=(dynamic,), summary=summarize((dynamic,), batch=2))
-    text = Page(reports.profile_page(some)).text
+    text = Page(reports.profile_page(ORIGIN, some)).text
     assert "read and written per image; bytes of 1 kernels unknown" in text
     assert "? Half gemm ?×7" in text
     assert "between blocks" not in text
     empty = replace(profile(), kernels=(), summary=summarize((), batch=2))
-    assert "0 kernels" in Page(reports.profile_page(empty)).text
+    assert "0 kernels" in Page(reports.profile_page(ORIGIN, empty)).text
 
 
 class TestThumbnails:
@@ -401,7 +445,7 @@ class TestDependencies:
         with pytest.raises(MissingDependencyError, match=r'HTML reports .* "smlp-deploy\[report\]"'):
             reports.require_report()
         with pytest.raises(MissingDependencyError, match="jinja2, matplotlib not installed"):
-            reports.benchmark_page(benchmark())
+            reports.benchmark_page(ORIGIN, benchmark())
 
     def test_importing_the_module_loads_none_of_them(self) -> None:
         script = "import sys, smlp_deploy.reports; print(*sys.modules)"

@@ -1,0 +1,25 @@
+"""smlp merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from smlp_deploy.commands import options as o
+
+
+def merge(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder -o of smlp predict --shard.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file; .parquet or .jsonl, as the shards are.")],
+    quiet: o.QuietOption = False,
+) -> None:
+    """Make one file of all shards, in the order of the images, after checking that none is missing or doubled."""
+    from smlp_deploy.commands.terminal import say, working
+    from smlp_deploy.inference.merge import merge_shards
+
+    with working(f"merging {folder}"):
+        merged = merge_shards(folder, output)
+    facts = merged.facts
+    say(f"{facts.images} images, {facts.failed} failed, of {merged.shards} shards, written to {output}")
