@@ -156,6 +156,23 @@ def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], me
     assert message in one_error(outcome)
 
 
+@pytest.mark.parametrize("verb", [["eval", "data"], ["verify", "x.onnx"], ["export"], ["build-engine"]])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("97", "97 is a percentage · --min-top1 · write 0.97"),
+        ("97.5", "97.5 is a percentage · --min-top1 · write 0.975"),
+        ("1.5", "1.5 is a percentage · --min-top1 · write 0.015"),
+        ("-0.1", "-0.1 is not a share from 0 to 1 · --min-top1"),
+        ("nan", "nan is not a share from 0 to 1 · --min-top1"),
+    ],
+)
+def test_min_top1_is_a_share_in_every_verb(smlp: Smlp, verb: list[str], given: str, message: str) -> None:
+    outcome = smlp(*verb, "--min-top1", given)
+    assert outcome.code == 2
+    assert message in one_error(outcome)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -669,11 +686,11 @@ class TestEval:
         assert report["models"][0]["top1"]["count"] == 11
 
     def test_a_bound_fails(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
-        outcome = smlp("eval", dataset, "-m", artifact, "--min-top1", "95", "--json")
+        outcome = smlp("eval", dataset, "-m", artifact, "--min-top1", "0.95", "--json")
         assert outcome.code == 1
-        assert "top-1 is 91.67%, below 95%" in one_error(outcome)
+        assert "top-1 is 0.9167 (11 of 12), below 0.95" in one_error(outcome)
         assert json.loads(outcome.out)["evaluated"] == 12
-        assert smlp("eval", dataset, "-m", artifact, "--min-top1", "90").code == 0
+        assert smlp("eval", dataset, "-m", artifact, "--min-top1", "0.9").code == 0
 
     def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
         assert "add -o report.json" in one_error(smlp("eval", dataset, "-m", artifact, "--resume"))

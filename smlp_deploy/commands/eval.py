@@ -66,7 +66,9 @@ def evaluate(
         html=html,
         page=lambda: evaluation_page(report),
     )
-    below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
+    below = [found for found in report.models if min_top1 is not None and found.top1.value < min_top1]
     if below:
-        raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
+        top1 = below[0].top1
+        found = f"top-1 is {top1.value:.4g} ({top1.count} of {top1.n})"
+        raise SmlpError(f"{found}, below {min_top1:g}", where=below[0].name)
     suggest("smlp", "benchmark", *paths)

@@ -265,10 +265,28 @@ MaxDifferenceOption = Annotated[
         rich_help_panel=GATES_PANEL,
     ),
 ]
+
+
+def _check_share(value: float | None) -> float | None:
+    """A share from 0 to 1.
+
+    Raises:
+        UsageError: it is none; for a percentage with the share to write.
+    """
+    if value is None or 0 <= value <= 1:
+        return value
+    if 1 < value <= 100:
+        raise UsageError(f"{value:g} is a percentage", where="--min-top1", fix=f"write {value / 100:g}")
+    raise UsageError(f"{value:g} is not a share from 0 to 1", where="--min-top1", fix="for example 0.97")
+
+
 MinTop1Option = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", min=0, max=1, help="Minimum share of images with the same top-1.", rich_help_panel=GATES_PANEL
+        metavar="SHARE",
+        callback=_check_share,
+        help="Minimum share of images with the same top-1, from 0 to 1.",
+        rich_help_panel=GATES_PANEL,
     ),
 ]
 LayersOption = Annotated[
@@ -289,7 +307,8 @@ SaveOption = Annotated[
     Path | None, typer.Option(help="Save the report, to judge it again later.", rich_help_panel=LAYERS_PANEL)
 ]
 MinAccuracyOption = Annotated[
-    float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Fail if a model's top-1 is below this.")
+    float | None,
+    typer.Option(metavar="SHARE", callback=_check_share, help="Fail if a model's top-1 is below this, from 0 to 1."),
 ]
 MappingOption = Annotated[
     Path | None, typer.Option(help="The dataset's class names: JSON, or CSV of folder and label.")
