@@ -116,7 +116,7 @@ def test_version(smlp: Smlp) -> None:
         (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
         (["verify", "x.json", "--layers", "--reference", "a"], "is a saved report, so nothing is run · x.json"),
         (["verify", "x.json", "--layers", "--max-error", "inf"], "is not a finite number · --max-error"),
-        (["verify", "x.onnx", "--images", "@/dev/null"], "no image found · @/dev/null"),
+        (["verify", "x.onnx", "--images", "@/dev/null"], "no image found · --images @/dev/null"),
         (["benchmark", "--reference", "x.pth"], "is for --baseline · --reference · add --baseline"),
         (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
         (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
@@ -146,6 +146,12 @@ def test_version(smlp: Smlp) -> None:
         (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
+        (
+            ["predict", "https://example.org/a.jpg"],
+            "is a URL, and images are read from files · https://example.org/a.jpg",
+        ),
+        (["predict", "photos/*.jpg"], "no file matches this pattern · photos/*.jpg"),
+        (["predict", "/proc/self/fdinfo"], "no images in this folder · /proc/self/fdinfo"),
         (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),
         ([], "no verb given"),
     ],
@@ -547,6 +553,39 @@ class TestPredict:
         records = Path("x.jsonl").read_text().splitlines()
         assert [json.loads(record)["path"] for record in records] == list(map(str, digit_images))
 
+    def test_records_have_the_paths_that_were_given(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        shutil.copytree(digit_images[0].parent, "photos")
+        name = digit_images[0].name
+        given = [f"./photos/{name}", f"photos//{name}", f"photos/../photos/{name}"]
+        command = ["predict", "-o", "x.jsonl", *given, "./photos/", f"./photos/{name[:-5]}?.jpg"]
+        assert smlp(*command).code == 0
+        records = Path("x.jsonl").read_text()
+        expected = [*given, *(f"./photos/{path.name}" for path in digit_images), f"./photos/{name}"]
+        assert [json.loads(line)["path"] for line in records.splitlines()] == expected
+
+    def test_a_run_goes_on_with_the_paths_that_were_given(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(digit_images[0].parent, "photos")
+        command = ["predict", "--batch-size", "3", "-o", "x.jsonl", "./photos/", f"photos//{digit_images[0].name}"]
+        run, batches = OnnxRuntimeRunner.infer, []
+
+        def dying(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
+            batches.append(len(batch))
+            if len(batches) > 2:
+                raise GpuError("an illegal memory access was encountered")
+            return run(runner, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OnnxRuntimeRunner, "infer", dying)
+            assert smlp(*command).code == 1
+        changed = smlp(*command[:-2], "photos", "--resume")
+        assert changed.code == 2
+        assert f"image 1 was ./photos/{digit_images[0].name}, now it is photos/" in one_error(changed)
+        assert smlp(*command, "--resume").code == 0
+        paths = [json.loads(line)["path"] for line in Path("x.jsonl").read_text().splitlines()]
+        assert paths == [*(f"./photos/{path.name}" for path in digit_images), f"photos//{digit_images[0].name}"]
+
     def test_a_list_of_images(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
         Path("list.txt").write_text("\n".join(map(str, digit_images)))
         assert len(smlp("predict", "--format", "jsonl", "@list.txt").out.splitlines()) == 12
@@ -652,7 +691,27 @@ def test_undecodable_names_survive_the_whole_way(artifact: Path, tmp_path: Path,
     shutil.copy(digit_images[0], tmp_path / name)
     command = [sys.executable, "-m", "smlp_deploy", "predict", "--format", "jsonl", "-m", str(artifact), ".", "-"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, input=b"\xff\xfe.jpg\n", check=True)
-    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [name, name]
+    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [f"./{name}", name]
+
+
+def test_an_image_on_standard_input(artifact: Path, tmp_path: Path, digit_images: list[Path]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "smlp_deploy",
+        "predict",
+        "--format",
+        "jsonl",
+        "-m",
+        str(artifact),
+        "-",
+        "--topk=1",
+    ]
+    content = digit_images[3].read_bytes()
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, input=content, check=True)
+    (record,) = map(json.loads, result.stdout.splitlines())
+    assert (record["path"], record["predictions"][0]["label"]) == ("-", digit_images[3].name.split("-")[1])
+    assert result.stderr == b"1 image, 0 failed\n"
 
 
 def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) -> None:
@@ -695,6 +754,9 @@ class TestEval:
     def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
         assert "add -o report.json" in one_error(smlp("eval", dataset, "-m", artifact, "--resume"))
         assert "no such file" in one_error(smlp("eval", "absent", "-m", artifact))
+        flat = smlp("eval", dataset / "7", "-m", artifact)
+        assert flat.code == 2
+        assert "has images, but no class folders that say what is on them" in one_error(flat)
         (dataset / "ten").mkdir()
         assert "'ten' is not the label" in one_error(smlp("eval", dataset, "-m", artifact))
 

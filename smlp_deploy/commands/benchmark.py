@@ -88,5 +88,5 @@ def _files(images: list[str] | None, workers: int | None, *, batch: int) -> File
         if workers is not None:
             raise UsageError("is for --end-to-end", where="--workers", fix="add --end-to-end IMAGES")
         return None
-    paths: tuple[Path, ...] = tuple(o.find_given_images(images))
+    paths: tuple[Path, ...] = tuple(o.find_given_images(images, "--end-to-end"))
     return Files(paths=paths, batch=batch, workers=workers or available_cores())

@@ -64,7 +64,7 @@ def export(
         replace(metadata, form=form.value, input="uint8" if uint8_input else "float32"),
         output,
         opset=opset,
-        images=o.find_given_images(parity_images) if parity_images else None,
+        images=o.find_given_images(parity_images, "--parity-images") if parity_images else None,
         bounds=o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1),
         int8=quantize,
     )

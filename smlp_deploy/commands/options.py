@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -112,10 +113,13 @@ ArtifactsArgument = Annotated[
 ]
 ImagesArgument = Annotated[
     list[str],
-    typer.Argument(metavar="IMAGES", help="Images, folders, @FILE with one path per line, or - for stdin."),
+    typer.Argument(
+        metavar="IMAGES",
+        help="Images, folders, quoted patterns, @FILE with a path per line; - for such a list or an image on stdin.",
+    ),
 ]
 DatasetArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="DATASET", help="A folder with one subfolder per class, or a CSV file with columns path and label."
     ),
@@ -540,7 +544,7 @@ def choose_int8(
     from smlp_deploy.pipeline.precision import Int8Options
 
     return Int8Options(
-        images=tuple(find_given_images(data)) if data else (),
+        images=tuple(find_given_images(data, "--calibration-data")) if data else (),
         table=read_table(table) if table else None,
         method=method.value,
         max_drop=max_drop,
@@ -571,17 +575,22 @@ def gate_bounds(**given: float | None) -> dict[str, float]:
     return {name: bound for name, bound in given.items() if bound is not None}
 
 
-def find_given_images(arguments: list[str]) -> list[Path]:
-    """Every image that the arguments name.
+def find_given_images(arguments: list[str], option: str) -> list[Path]:
+    """Every image that the values of an option name.
 
     Raises:
-        UsageError: there are no images.
+        UsageError: one does not exist, or there are no images.
     """
     from smlp_deploy.images.find import find_images
 
-    found = list(find_images(arguments, standard_input()))
+    found = [Path(path) for path in find_images(arguments, standard_input())]
     if not found:
-        raise UsageError("no image found", where=", ".join(arguments), fix="name image files or folders of them")
+        raise UsageError(
+            "no image found", where=f"{option} {', '.join(arguments)}", fix="name image files or folders of them"
+        )
+    absent = next((path for path in found if not os.path.lexists(path)), None)  # Path.exists raises on a null character
+    if absent is not None:
+        raise UsageError("no such file or folder", where=f"{option} {absent}", fix="name image files or folders")
     return found
 
 
@@ -590,3 +599,14 @@ def standard_input() -> TextIO:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin
+
+
+def standard_images(arguments: list[str]) -> TextIO | bytes:
+    """What `-` stands for, if it is among the arguments: the bytes of an image on standard input, or its lines."""
+    from smlp_deploy.images.find import SIGNATURE_BYTES, is_image
+
+    lines = standard_input()
+    buffer = getattr(lines, "buffer", None)
+    if "-" in arguments and isinstance(buffer, BufferedReader) and is_image(buffer.peek(SIGNATURE_BYTES)):
+        return buffer.read()
+    return lines

@@ -53,7 +53,7 @@ def predict(
     kind = _check(format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    images = find_images(inputs, o.standard_input())
+    images = find_images(inputs, o.standard_images(inputs))
     placement = o.choose_placement(device, provider, runtime, [model])
     path = default_model(model, placement)
     first: list[Prediction] = []

@@ -73,7 +73,7 @@ def _verify_whole(
     from smlp_deploy.pipeline.verify import verify_artifact
     from smlp_deploy.reports import parity_page
 
-    paths = o.find_given_images(images) if images else None
+    paths = o.find_given_images(images, "--images") if images else None
     with working(f"comparing {candidate} with the trained network"):
         report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds, placement=placement)
     output.show(
@@ -108,7 +108,7 @@ def _divergence(
     if max_error is not None and not math.isfinite(max_error):
         raise UsageError("is not a finite number", where="--max-error")
     if candidate.suffix != ".json":
-        paths = o.find_given_images(images) if images else None
+        paths = o.find_given_images(images, "--images") if images else None
         with working(f"comparing {candidate} block by block"):
             return verify_layers(candidate, reference=reference, images=paths, max_error=max_error, placement=placement)
     if reference is not None or images:
