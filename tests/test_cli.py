@@ -189,7 +189,6 @@ def test_min_top1_is_a_share_in_every_verb(smlp: Smlp, verb: list[str], given: s
         (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
         (["export", "--std", "0,1,1"], "not three positive numbers"),
         (["predict", "--model", "absent.onnx", "a.jpg"], "no such file · absent.onnx"),
-        (["predict", "--model", "absent.onnx", "--provider", "cuda", "a.jpg"], "has no CUDAExecutionProvider"),
         (["verify", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.pth"], "no such file · absent.pth"),
@@ -200,6 +199,72 @@ def test_an_error_of_ours_is_one_line_and_exit_1(smlp: Smlp, arguments: list[str
     assert outcome.code == 1
     assert message in one_error(outcome)
     assert outcome.out == ""
+
+
+def test_a_provider_that_is_not_installed(smlp: Smlp, artifact: Path) -> None:
+    outcome = smlp("predict", "--model", artifact, "--provider", "cuda", "a.jpg")
+    assert outcome.code == 1
+    assert "has no CUDAExecutionProvider" in one_error(outcome)
+
+
+_SLOW = ("torch", "onnxruntime", "onnx", "openvino")
+_MANY = f"""
+import json, sys
+from smlp_deploy.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        loaded = [name for name in {_SLOW} if name in sys.modules]
+        print(json.dumps([stopped.code, loaded]))
+"""
+
+
+def test_usage_errors_come_before_anything_slow(tmp_path: Path) -> None:
+    missing = {
+        "export --int8 --calibration-data absent": "no such file or folder · --calibration-data absent",
+        "export --int8 --calibration-table absent.json": "no such file · absent.json",
+        "export --parity-images absent.jpg": "no such file or folder · --parity-images absent.jpg",
+        "export --labels absent.txt": "no such file · absent.txt",
+        "export --mean 123,117,104": "mean 123,117,104: for pixels from 0 to 255",
+        "export --crop-pct 3": "crop-pct 3.0 is outside 0.05 to 1",
+        "export -o folder/x.onnx": "cannot write",
+        "export absent.pth": "no such file · absent.pth",
+        "export smlpnet_tny": "no variant is called 'smlpnet_tny'",
+        "export smlpnet_tiny": "no weights were ever released for smlpnet_tiny",
+        "build-engine absent.onnx": "no such file · absent.onnx",
+        "build-engine absent.pth": "no such file · absent.pth",
+        "build-engine --int8 --calibration-data absent": "no such file or folder · --calibration-data absent",
+        "build-engine -o folder/x.engine": "cannot write",
+        "build-engine --timing-cache folder": "cannot read the timing cache",
+        "verify absent.onnx": "no such file · absent.onnx",
+        "verify absent.onnx --layers": "no such file · absent.onnx",
+        "verify file.onnx --reference absent.pth": "no such file · absent.pth",
+        "verify file.onnx --images absent": "no such file or folder · --images absent",
+        "verify file.onnx --layers --images absent": "no such file or folder · --images absent",
+        "verify file.onnx --layers --save folder": "cannot write",
+        "predict -m absent.pth a.jpg": "no such file · absent.pth",
+        "predict -m file.pth -o folder --format csv a.jpg": "cannot write",
+        "eval absent -m file.pth": "no such file · absent",
+        "eval classes -m absent.pth": "no such file · absent.pth",
+        "eval classes -m file.pth --mapping absent.json": "no such file · absent.json",
+        "eval classes -m file.pth -o folder": "cannot write",
+        "benchmark absent.pth": "no such file · absent.pth",
+        "benchmark file.onnx --baseline --reference absent.pth": "no such file · absent.pth",
+        "benchmark file.onnx --end-to-end absent": "no such file or folder · --end-to-end absent",
+        "inspect absent.pth": "no such file · absent.pth",
+    }
+    for name in ("folder/x.onnx", "folder/x.engine", "classes/a"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("file.onnx", "file.pth"):
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", _MANY, json.dumps([line.split() for line in missing])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    for line, message, error, result in zip(missing, missing.values(), shown, done.stdout.splitlines(), strict=True):
+        assert error.startswith(f"error: {message}"), line
+        assert json.loads(result)[0] in (1, 2), line
+        assert json.loads(result)[1] == [], line
 
 
 class TestModels:

@@ -44,9 +44,10 @@ def benchmark(
     if reference is not None and not baseline:
         raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
     files = _files(end_to_end, workers, batch=max(sizes))
+    placement = o.choose_placement(device, provider, runtime, artifacts or [])
+    o.check_files(*(artifacts or ()), reference)
     if output is not None:
         check_writable(output)
-    placement = o.choose_placement(device, provider, runtime, artifacts or [])
     paths = artifacts or [default_model(None, placement)]
     targets = [Target(path=path, placement=placement.for_file(path)) for path in paths]
     with building("loading") as progress:

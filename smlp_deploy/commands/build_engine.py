@@ -10,6 +10,7 @@ import typer
 from smlp_deploy.commands import options as o
 from smlp_deploy.dependencies import require, require_onnxruntime
 from smlp_deploy.errors import UsageError
+from smlp_deploy.files import check_writable
 from smlp_deploy.metadata import BatchProfile
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def build_engine(
         raise UsageError("an engine's name ends in .engine", where=output)
     precision = o.choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
     profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
+    o.check_source(source)
     backend = find_backend(target)
     _check_compatible(hardware_compatible, same_capability, backend)
     gpu = _chosen_gpu(device)
@@ -72,6 +74,9 @@ def build_engine(
     )
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
     require_onnxruntime()
+    for written in (output, timing_cache):
+        if written is not None:
+            check_writable(written)
     data = (calibration_data, calibrator, calibration_table)
     quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)

@@ -33,6 +33,7 @@ def evaluate(
     from smlp_deploy.commands.tables import show_evaluation
     from smlp_deploy.commands.terminal import building, suggest
     from smlp_deploy.evaluation.accuracy import evaluate_dataset
+    from smlp_deploy.files import check_writable
     from smlp_deploy.images.dataset import check_dataset, read_mapping
     from smlp_deploy.images.labels import read_labels
     from smlp_deploy.reports import evaluation_page
@@ -46,6 +47,9 @@ def evaluate(
     order = read_labels(class_order) if class_order else None
     placement = o.choose_placement(device, provider, runtime, model or [])
     check_dataset(dataset)
+    o.check_files(*(model or ()))
+    if output is not None:
+        check_writable(output)
     paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
         report = evaluate_dataset(

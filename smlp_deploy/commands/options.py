@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.files import check_regular
 
 if TYPE_CHECKING:
     from smlp_deploy.pipeline.precision import Int8Options
@@ -540,11 +541,14 @@ def choose_int8(
         if data or table or max_drop is not None:
             raise UsageError("calibration is for int8", fix="add --int8")
         return None
-    from smlp_deploy.exporters.calibration import read_table
+    images = tuple(find_given_images(data, "--calibration-data")) if data else ()
+    if table is not None:
+        check_regular(table, error=SmlpError, fix="an int8 export writes one beside its file: x.calibration.json")
+    from smlp_deploy.exporters.calibration import read_table  # onnxruntime is slow to import
     from smlp_deploy.pipeline.precision import Int8Options
 
     return Int8Options(
-        images=tuple(find_given_images(data, "--calibration-data")) if data else (),
+        images=images,
         table=read_table(table) if table else None,
         method=method.value,
         max_drop=max_drop,
@@ -568,6 +572,37 @@ def choose_placement(
         several = any(other.suffix.lower() == ".onnx" for other in given)
         (placement.for_file(file) if several else placement).check(file)
     return placement
+
+
+def check_files(*files: Path | None) -> None:
+    """Check that artifacts and checkpoints exist, before the libraries that read them are loaded.
+
+    Raises:
+        SmlpError: one does not, or is not a regular file.
+    """
+    for file in files:
+        if file is not None:
+            made = "name an ONNX file; smlp export makes one" if file.suffix.lower() == ".onnx" else None
+            check_regular(file, error=SmlpError, fix=made or "give the path of an artifact or of a weights file")
+
+
+def check_source(source: str | None) -> None:
+    """Check that a checkpoint or a variant's weights can be there, before PyTorch is loaded.
+
+    Raises:
+        UsageError: neither a file nor a variant.
+        SmlpError: no such file, or weights that were never released.
+    """
+    from smlp_deploy.models.pretrained import weights_url
+    from smlp_deploy.models.variants import VARIANTS, find_variant
+
+    if source in VARIANTS:
+        weights_url(VARIANTS[source])
+    elif source is not None:
+        path = Path(source)
+        if not path.suffix and not path.exists():
+            find_variant(source)
+        check_files(path)
 
 
 def gate_bounds(**given: float | None) -> dict[str, float]:

@@ -45,6 +45,7 @@ def predict(
     from smlp_deploy.commands.output import write_page
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import counting, say, suggest
+    from smlp_deploy.files import check_writable
     from smlp_deploy.images.find import find_images
     from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.records import RunIdentity, write_records
@@ -55,6 +56,9 @@ def predict(
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
     images = find_images(inputs, o.standard_images(inputs))
     placement = o.choose_placement(device, provider, runtime, [model])
+    o.check_files(model)
+    if output is not None:
+        check_writable(output)
     path = default_model(model, placement)
     first: list[Prediction] = []
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:

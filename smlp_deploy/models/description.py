@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smlp_deploy.artifacts import checkpoint_stem
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import ConfigError, SmlpError, UsageError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
-from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.variants import VARIANTS, variant_of
+
+if TYPE_CHECKING:
+    from smlp_deploy.models.checkpoint import Checkpoint  # which imports torch
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,16 @@ def describe(
         ema=checkpoint.ema,
         libraries={name: installed_version(name) or "unknown" for name in ("smlp-deploy", "torch")},
     )
+
+
+def check_preprocessing(given: Mapping[str, Any]) -> None:
+    """Check options for preprocessing before a checkpoint is loaded.
+
+    Raises:
+        ConfigError: a value is out of range.
+        UsageError: a mean or a standard deviation is of pixels from 0 to 255.
+    """
+    _check_scale(Preprocessing(**{"image_size": 224, **given}), UsageError, where="--mean, --std")
 
 
 def _name(checkpoint: Checkpoint) -> str:
