@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,9 +18,11 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from smlp_deploy import __version__, files, reports
 from smlp_deploy.cli import main
+from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
@@ -97,7 +100,30 @@ def test_help_of_every_verb(smlp: Smlp) -> None:
 
 
 def test_version(smlp: Smlp) -> None:
-    assert smlp("--version") == (0, f"smlp-deploy {__version__}\n", "")
+    for option in ("--version", "-V"):
+        assert smlp(option) == (0, f"smlp-deploy {__version__}\n", "")
+
+
+def test_debug_shows_the_traceback_and_the_logs_and_nothing_else_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    (tmp_path / "x.json").write_text("{")
+    command = ["eval", str(tmp_path), "--mapping", str(tmp_path / "x.json")]
+    (tmp_path / "cat").mkdir()
+    for arguments, shown in ((["--debug", *command], True), (command, False)):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert err.splitlines()[-1].startswith("error: cannot read the mapping: ")
+        assert ("Traceback (most recent call last)" in err) is shown
+        assert ("JSONDecodeError" in err) is shown  # the cause, which the message is made of
+        if shown:
+            logging.getLogger("PIL").debug("a library says this")
+            assert "DEBUG PIL: a library says this" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,7 +136,7 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · for example 0.5,0.5,0.5"),
         (
             ["benchmark", "--batch-sizes", "1,x"],
-            "'1,x' is not a list of batch sizes · --batch-sizes · for example 1,8,32",
+            "'1,x' is not a list of batch sizes · --batch · for example 1,8,32",
         ),
         (["benchmark", "--workers", "2"], "is for --end-to-end · --workers · add --end-to-end IMAGES"),
         (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
@@ -143,7 +169,11 @@ def test_version(smlp: Smlp) -> None:
         (["verify", "x.json", "--layers", "--device", "cpu"], "is a saved report, so nothing is run · x.json"),
         (["benchmark", "x.onnx", "--device", "7"], "no NVIDIA GPU and driver was found"),
         (["benchmark", "a.onnx", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine"),
-        (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
+        (["predict", "--batch", "0", "a.jpg"], "Invalid value for '--batch'"),
+        (["eval", "data", "--batch-size", "0"], "Invalid value for '--batch'"),
+        (["benchmark", "--batch", "1,x"], "'1,x' is not a list of batch sizes · --batch · for example 1,8,32"),
+        (["export", "--format", "engine"], "--format engine · smlp build-engine [ONNX|CHECKPOINT]"),
+        (["build-engine", "--gpu-arch", "sm90"], "sm90 (H100 and H200) is for --target tensorrt only · --gpu-arch"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
         (
@@ -375,7 +405,24 @@ class TestExport:
     def test_what_is_assumed_is_said(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("export", micro_pth)
         assert "micro.pth states no labels; its 10 classes are named by index" in outcome.err
-        assert "micro.pth states no preprocessing" in outcome.err
+        assumed = "mean 0.485,0.456,0.406, std 0.229,0.224,0.225, crop 0.875, interpolation bicubic"
+        assert f"micro.pth states no preprocessing; ImageNet's is assumed: {assumed}" in outcome.err
+
+    def test_what_an_option_says_is_not_assumed(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth, "--mean", "0,0,0", "--interpolation", "bilinear")
+        assumed = "ImageNet's is assumed: std 0.229,0.224,0.225, crop 0.875\n"
+        assert f"micro.pth states no preprocessing; {assumed}" in outcome.err
+
+    def test_a_note_is_said_once_and_names_an_option_that_is_there(
+        self, smlp: Smlp, micro_pth: Path, digit_images: list[Path]
+    ) -> None:
+        dataset = Path("set.csv")
+        dataset.write_text(f"path,label\n{digit_images[0]},0\n")
+        outcome = smlp("eval", dataset, "-m", micro_pth, "-m", micro_pth)
+        assert outcome.code == 0
+        labels, preprocessing = [line for line in outcome.err.splitlines() if line.startswith("note: ")]
+        assert labels.endswith("are named by index (smlp export --labels FILE names them)")
+        assert "states no preprocessing" in preprocessing
 
     def test_a_failed_parity_says_which_gate_and_image(self, smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(defaults, "bundled_images", list)
@@ -622,7 +669,7 @@ class TestPredict:
         shutil.copytree(digit_images[0].parent, "photos")
         name = digit_images[0].name
         given = [f"./photos/{name}", f"photos//{name}", f"photos/../photos/{name}"]
-        command = ["predict", "-o", "x.jsonl", *given, "./photos/", f"./photos/{name[:-5]}?.jpg"]
+        command: list[str | Path] = ["predict", "-o", "x.jsonl", *given, "./photos/", f"./photos/{name[:-5]}?.jpg"]
         assert smlp(*command).code == 0
         records = Path("x.jsonl").read_text()
         expected = [*given, *(f"./photos/{path.name}" for path in digit_images), f"./photos/{name}"]
@@ -632,7 +679,15 @@ class TestPredict:
         self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shutil.copytree(digit_images[0].parent, "photos")
-        command = ["predict", "--batch-size", "3", "-o", "x.jsonl", "./photos/", f"photos//{digit_images[0].name}"]
+        command: list[str | Path] = [
+            "predict",
+            "--batch-size",
+            "3",
+            "-o",
+            "x.jsonl",
+            "./photos/",
+            f"photos//{digit_images[0].name}",
+        ]
         run, batches = OnnxRuntimeRunner.infer, []
 
         def dying(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
@@ -660,10 +715,38 @@ class TestPredict:
         assert r"a\x1b[31m\n[bold]b.jpg" in outcome.out
         assert len(outcome.out.splitlines()) == 2
 
-    def test_topk_beyond_the_classes(self, smlp: Smlp, artifact: Path) -> None:
-        outcome = smlp("predict", "--topk", "11", "a.jpg")
-        assert outcome.code == 2
-        assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+    def test_topk_beyond_the_classes_is_all_of_them(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        command: list[str | Path] = ["predict", "-m", artifact, "--format", "jsonl", digit_images[0], "--topk"]
+        outcome = smlp(*command, "11")
+        assert outcome.code == 0
+        assert outcome.err == "note: the model has 10 classes, so --topk is 10 in place of 11\n1 image, 0 failed\n"
+        all_of_them = smlp(*command, "10")
+        assert (all_of_them.out, all_of_them.err) == (outcome.out, "1 image, 0 failed\n")
+
+    @pytest.mark.parametrize("option", ["--batch", "--batch-size"])
+    def test_the_batch_size_has_two_names(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch, option: str
+    ) -> None:
+        run, batches = OnnxRuntimeRunner.infer, []
+
+        def counted(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
+            batches.append(len(batch))
+            return run(runner, batch)
+
+        monkeypatch.setattr(OnnxRuntimeRunner, "infer", counted)
+        assert smlp("predict", "-m", artifact, option, "5", *digit_images).code == 0
+        assert batches == [5, 5, 2]
+
+    def test_a_finished_file_is_not_resumed(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        command: list[str | Path] = ["predict", "-m", artifact, "-o", "x.jsonl", "--resume"]
+        assert smlp(*command, *digit_images).code == 0
+        before = Path("x.jsonl").read_bytes()
+        again = smlp(*command, digit_images[0])
+        said = "x.jsonl is complete, so there is nothing to resume; delete it to run again\n"
+        assert again == (0, "", said)
+        assert Path("x.jsonl").read_bytes() == before
+        Path("x.jsonl").unlink()
+        assert smlp(*command, digit_images[0]).err == "1 image, 0 failed, written to x.jsonl\n"
 
 
 class TestPages:
@@ -738,9 +821,11 @@ class TestPages:
         assert message in one_error(outcome)
 
 
-def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_80_columns = lambda: Console(highlight=False, width=80, force_terminal=True, color_system=None)  # noqa: E731
+    monkeypatch.setattr(tables, "stdout", in_80_columns)
     outcome = smlp(
-        *("benchmark", artifact, artifact, "--batch-sizes", "2", "--rounds", "2"),
+        *("benchmark", artifact, artifact, "--batch", "2", "--rounds", "2"),
         *("--end-to-end", digit_images[0].parent, "-o", "report.json"),
     )
     assert (outcome.code, outcome.err) == (0, "")
@@ -815,6 +900,22 @@ class TestEval:
         assert "top-1 is 0.9167 (11 of 12), below 0.95" in one_error(outcome)
         assert json.loads(outcome.out)["evaluated"] == 12
         assert smlp("eval", dataset, "-m", artifact, "--min-top1", "0.9").code == 0
+
+    def test_a_finished_report_is_not_resumed_and_its_bound_still_holds(
+        self, smlp: Smlp, artifact: Path, dataset: Path
+    ) -> None:
+        command: list[str | Path] = ["eval", dataset, "-m", artifact, "-o", "report.json", "--resume"]
+        assert smlp(*command).code == 0
+        before = Path("report.json").read_bytes()
+        said = "report.json is complete, so there is nothing to resume; delete it to run again\n"
+        assert smlp(*command) == (0, "", said)
+        assert smlp(*command, "--min-top1", "0.9") == (0, "", said)
+        below = smlp(*command, "--min-top1", "0.95")
+        assert (below.code, below.out) == (1, "")
+        assert "top-1 is 0.9167 (11 of 12), below 0.95" in one_error(below)
+        assert Path("report.json").read_bytes() == before
+        Path("report.json").write_text("{}")
+        assert "is not a report of smlp eval · report.json" in one_error(smlp(*command, "--min-top1", "0.9"))
 
     def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
         assert "add -o report.json" in one_error(smlp("eval", dataset, "-m", artifact, "--resume"))

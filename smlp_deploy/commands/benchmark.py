@@ -76,7 +76,7 @@ def _parse_batch_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="for example 1,8,32")
+        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch", fix="for example 1,8,32")
     return sizes
 
 

@@ -325,7 +325,30 @@ ClassOrderOption = Annotated[
 
 # Graphs and engines.
 
-FormatOption = Annotated[ExportFormat, typer.Option("--format", help="What to write.")]
+
+def _export_format(name: str) -> ExportFormat:
+    """What to write.
+
+    Raises:
+        UsageError: an engine, which another verb builds.
+        BadParameter: an unknown format.
+    """
+    if name in ("engine", "trt", "tensorrt", "plan"):
+        raise UsageError(
+            "an engine is built from an ONNX file or a checkpoint",
+            where=f"--format {name}",
+            fix="smlp build-engine [ONNX|CHECKPOINT]",
+        )
+    try:
+        return ExportFormat(name)
+    except ValueError:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(ExportFormat)}") from None
+
+
+FormatOption = Annotated[
+    ExportFormat,
+    typer.Option("--format", metavar="FORMAT", parser=_export_format, help="What to write: onnx.", show_default=False),
+]
 OnnxOutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Default: artifacts/, named by model and precision.", show_default=False),
@@ -443,7 +466,12 @@ BuildDeviceOption = Annotated[
 ]
 BatchSizeOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Images per batch. Default: what an engine is optimized for, 64 on a GPU, else 32."),
+    typer.Option(
+        "--batch",
+        "--batch-size",
+        min=1,
+        help="Images per batch. Default: what an engine is optimized for, 64 on a GPU, else 32.",
+    ),
 ]
 TopkOption = Annotated[int | None, typer.Option(min=1, help="Classes per image. Default: 5, or all if fewer.")]
 RecordFormatOption = Annotated[
@@ -462,7 +490,7 @@ DecodeOption = Annotated[
     typer.Option("--decode", help="Where ordinary JPEG files are decoded; gpu changes pixels slightly (nvImageCodec)."),
 ]
 AllowErrorsOption = Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")]
-BatchSizesOption = Annotated[str, typer.Option(metavar="N,N", help="Batch sizes to time.")]
+BatchSizesOption = Annotated[str, typer.Option("--batch", "--batch-sizes", metavar="N,N", help="Batch sizes to time.")]
 RoundsOption = Annotated[
     int,
     typer.Option(min=1, help="Rounds per batch size; up to three times as many while ratios are uncertain."),

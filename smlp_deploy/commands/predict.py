@@ -42,7 +42,7 @@ def predict(
 
     With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
-    from smlp_deploy.commands.output import write_page
+    from smlp_deploy.commands.output import is_finished, write_page
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import counting, say, suggest
     from smlp_deploy.files import check_writable
@@ -56,12 +56,15 @@ def predict(
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
     images = find_images(inputs, o.standard_images(inputs))
     placement = o.choose_placement(device, provider, runtime, [model])
+    if resume and output is not None and is_finished(output):
+        return
     o.check_files(model)
     if output is not None:
         check_writable(output)
     path = default_model(model, placement)
     first: list[Prediction] = []
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
+        topk = _at_most(topk, len(classifier.labels))
         topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
         decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
 
@@ -96,6 +99,15 @@ def predict(
     if failed and not allow_errors:
         raise typer.Exit(1)
     suggest("smlp", "verify", path)
+
+
+def _at_most(topk: int | None, classes: int) -> int | None:
+    from smlp_deploy.commands.terminal import note
+
+    if topk is None or topk <= classes:
+        return topk
+    note(f"the model has {classes} classes, so --topk is {classes} in place of {topk}")
+    return classes
 
 
 def _gpu_decoder(classifier: Classifier) -> GpuDecoder:

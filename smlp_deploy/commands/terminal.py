@@ -21,6 +21,9 @@ from rich.text import Text
 
 from smlp_deploy.errors import printable
 
+_UNBOUNDED = 100_000
+"""Columns where the output is no terminal: nothing is wrapped or cut."""
+
 
 class _Settings:
     """The settings that every verb's options share.
@@ -58,7 +61,7 @@ def show_error(message: str) -> None:
 
 def stderr() -> Console:
     """The console for notes and progress; silent after `be_quiet`."""
-    return Console(stderr=True, highlight=False, quiet=_Settings.quiet)
+    return _unbounded_in_a_pipe(Console(stderr=True, highlight=False, quiet=_Settings.quiet))
 
 
 @contextmanager
@@ -106,4 +109,10 @@ def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
 
 def stdout() -> Console:
     """The console for results."""
-    return Console(highlight=False)
+    return _unbounded_in_a_pipe(Console(highlight=False))
+
+
+def _unbounded_in_a_pipe(console: Console) -> Console:
+    if not console.file.isatty():
+        console.width = _UNBOUNDED
+    return console

@@ -95,7 +95,7 @@ def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str,
         logger.warning("%s states no labels; its 1000 classes are assumed to be ImageNet's", checkpoint.path.name)
         return imagenet_labels()
     logger.warning(
-        "%s states no labels; its %d classes are named by index (--labels FILE names them)",
+        "%s states no labels; its %d classes are named by index (smlp export --labels FILE names them)",
         checkpoint.path.name,
         classes,
     )
@@ -108,14 +108,11 @@ def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preproce
         _check_scale(own, ConfigError, where=f"the preprocessing that belongs to {checkpoint.path.name}")
     if own is None:
         own = Preprocessing(image_size=checkpoint.config.image_size)
-        if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
+        names = {"mean": "mean", "std": "std", "crop_pct": "crop", "interpolation": "interpolation"}
+        assumed = [f"{name} {_text(getattr(own, field))}" for field, name in names.items() if field not in given]
+        if assumed:
             logger.warning(
-                "%s states no preprocessing; ImageNet's is used (resize %d %s, crop %d, its mean and std) "
-                "unless an option says otherwise",
-                checkpoint.path.name,
-                own.resize,
-                own.interpolation,
-                own.image_size,
+                "%s states no preprocessing; ImageNet's is assumed: %s", checkpoint.path.name, ", ".join(assumed)
             )
     prepared = replace(own, **given)
     _check_scale(prepared, UsageError, where="--mean, --std")
@@ -145,6 +142,10 @@ def _check_scale(preprocessing: Preprocessing, error: type[SmlpError], *, where:
             where=where,
             fix=f"divide by 255: {' '.join(f'--{name} {_listed(values)}' for name, values in by_255.items())}",
         )
+
+
+def _text(value: Any) -> str:
+    return _listed(value) if isinstance(value, tuple) else str(value)
 
 
 def _listed(values: Sequence[float]) -> str:
