@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def predict(
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import counting, say, suggest
     from smlp_deploy.files import check_writable
-    from smlp_deploy.images.find import find_images
+    from smlp_deploy.images.find import count_images, find_images
     from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.records import RunIdentity, write_records
     from smlp_deploy.interrupts import put_off
@@ -89,7 +90,8 @@ def predict(
 
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
-            with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
+            total = partial(count_images, inputs)
+            with counting("images", done=sink.done, records_on_terminal=on_terminal, total=total) as advance:
                 done, failed = write_records(predictions, sink, stop, batch_size=size, advance=advance)
         if html is not None:
             from smlp_deploy.reports import predictions_page

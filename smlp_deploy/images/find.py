@@ -76,6 +76,17 @@ def find_images(arguments: Iterable[str], stdin: Iterable[str] | bytes) -> Itera
     return _expand(given, stdin)
 
 
+def count_images(arguments: Iterable[str]) -> int | None:
+    """How many images the arguments name, if that can be known before they are used: not from a pipe."""
+    given = list(arguments)
+    if any(name == "-" or (name.startswith("@") and not os.path.isfile(name[1:])) for name in given):  # noqa: PTH113
+        return None
+    try:
+        return sum(1 for _ in find_images(given, ()))
+    except UsageError:  # a list that has gone
+        return None
+
+
 def images_below(folder: str) -> Iterator[str]:
     """The images below a folder, as `find_images` lists them; the folder itself if it has none."""
     return _below(folder)

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import typer.main
 from rich.console import Console
+from rich.progress import Progress
 
 from scripts.captures import COLUMNS, VERBS, in_terminal, plain
 from smlp_deploy.cli import command_line
-from smlp_deploy.commands import tables
+from smlp_deploy.commands import tables, terminal
 from smlp_deploy.commands.tables import show_benchmark, show_divergence, show_parity
 from smlp_deploy.doctor import Finding
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
@@ -184,6 +185,35 @@ def test_nothing_is_cut_or_wrapped_in_a_pipe(digits_export: Export, tmp_path: Pa
     (folder / "set.csv").write_text(f"path,label\n{image.name},0\n")
     rows = piped("eval", folder / "set.csv", "-m", model)
     assert any(f"{model.name} " in row and row.split()[0] == "1" for row in rows)
+
+
+def test_a_count_shows_total_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = SimpleNamespace(completed=50, total=200.0, speed=12.34, description="images", time_remaining=15.0)
+    task.finished = False
+    task.elapsed = 4.0
+    assert terminal._Count().render(task).plain == "50 of 200 images, 12.3/s"  # type: ignore[arg-type]
+    assert terminal._TimeLeft().render(task).plain == "left: 0:00:15"  # type: ignore[arg-type]
+    task.total = task.speed = task.time_remaining = None
+    assert terminal._Count().render(task).plain == "50 images"  # type: ignore[arg-type]
+    assert terminal._TimeLeft().render(task).plain == ""  # type: ignore[arg-type]
+
+
+def test_predict_counts_of_how_many(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
+    command: list[str | Path] = ["predict", "--model", model.name, "-o", "x.jsonl", "--batch", "1", *digit_images * 5]
+    shown = in_terminal(*command, folder=tmp_path)[1]
+    assert re.search(r"\d+ of 60 images", shown)
+
+
+def test_a_stage_of_unknown_length_claims_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, color_system=None)
+    shown = Progress(console=console)
+    monkeypatch.setattr(terminal, "_progress", lambda *columns: shown)
+    with terminal.building("first") as progress:
+        (task,) = shown.tasks
+        progress("reading", 3, 4)
+        assert (task.description, task.completed, task.total) == ("reading", 3, 4)
+        progress("converting", 0, 0)
+        assert (task.description, task.completed, task.total) == ("converting", 0, None)
 
 
 @pytest.fixture

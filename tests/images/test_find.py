@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smlp_deploy.errors import UsageError
-from smlp_deploy.images.find import SIGNATURE_BYTES, InlineImage, find_images, images_below, is_image
+from smlp_deploy.images.find import SIGNATURE_BYTES, InlineImage, count_images, find_images, images_below, is_image
 
 
 @pytest.fixture
@@ -98,6 +98,15 @@ def test_lists_give_paths_and_folders(tree: Path) -> None:
     expected = ["b.jpg", "sub/.hidden.jpg", "sub/c.webp"]
     assert listed("@list.txt") == expected
     assert listed("-", stdin=("b.jpg\n", "sub")) == expected
+
+
+def test_images_are_counted_where_they_can_be_named_twice(tree: Path) -> None:
+    (tree / "list.txt").write_text("b.jpg\nsub\n")
+    assert count_images(["b.jpg", "sub", "@list.txt", "*.jpg"]) == 1 + 2 + 3 + 1
+    assert count_images(["b.jpg", "-"]) is None
+    os.mkfifo(tree / "pipe")
+    assert count_images(["@pipe"]) is None
+    assert count_images(["@absent"]) is None
 
 
 def test_undecodable_names_survive_a_list(tree: Path) -> None:
