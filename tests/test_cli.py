@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,17 +18,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer.main
 from PIL import Image
 from rich.console import Console
 
 from smlp_deploy import __version__, files, reports
-from smlp_deploy.cli import main
+from smlp_deploy.cli import command_line, main
 from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import METADATA_KEY
+from smlp_deploy.models import pretrained
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.fakes import Exported
@@ -192,6 +195,12 @@ def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], me
     assert message in one_error(outcome)
 
 
+def test_every_verb_has_json() -> None:
+    root = typer.main.get_command(command_line())
+    for name, verb in root.commands.items():  # type: ignore[attr-defined]
+        assert "--json" in {option for parameter in verb.params for option in parameter.opts}, name
+
+
 @pytest.mark.parametrize("verb", [["eval", "data"], ["verify", "x.onnx"], ["export"], ["build-engine"]])
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -313,6 +322,16 @@ class TestModels:
         assert facts["smlpnet_tiny"]["parameters"] == 24123584
         assert facts["smlpnet_tiny"]["weights_url"] is None
         assert facts["smlpnet_base"]["weights_url"].endswith("/smlp_b.pth")
+
+
+def test_download_json(smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Path("smlp_s.pth")
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(pretrained, "fetch_weights", lambda variant, progress: weights)
+    outcome = smlp("download", "smlpnet_small", "--json")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    expected = {"variant": "smlpnet_small", "path": "smlp_s.pth", "bytes": 7, "sha256": sha256}
+    assert (outcome.code, json.loads(outcome.out)) == (0, expected)
 
 
 class TestExport:
@@ -446,8 +465,22 @@ class TestExport:
         assert "its weights are a posix.system, which is not built" in one_error(outcome)
         assert not Path("proof").exists()
 
+    def test_json(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth, "--json", "--quiet")
+        assert (outcome.code, outcome.err) == (0, "")
+        found = json.loads(outcome.out)
+        assert found["path"] == "artifacts/micro-fp32.onnx"
+        assert found["parity"] == json.loads(Path(found["report"]).read_text())
+
 
 class TestBuildEngine:
+    def test_json(self, smlp: Smlp, artifact: Path) -> None:
+        found = json.loads(smlp("build-engine", artifact, "--gpu-arch", "sm89", "--json").out)
+        assert found["path"] == "artifacts/smlpnet_digits-fp32.engine"
+        manifest = json.loads(Path(found["manifest"]).read_text())
+        assert found["kernels"] == manifest["kernels"]
+        assert (found["parity"], found["not_run"]) == (None, "no NVIDIA GPU and driver was found")
+
     def test_the_newest_fp32_file_by_default(self, smlp: Smlp, artifact: Path) -> None:
         outcome = smlp("build-engine", "--fp16", "--gpu-arch", "sm89")
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
@@ -612,6 +645,13 @@ class TestPredict:
         outcome = smlp("predict", "--format", "jsonl", "--topk", "1", digit_images[0])
         assert json.loads(outcome.out)["predictions"][0]["label"] == "0"
         assert "using the bundled digits model" in outcome.err
+
+    def test_json_is_one_record_a_line(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        records = smlp("predict", "--json", "-m", artifact, *digit_images[:2]).out
+        assert records == smlp("predict", "--format", "jsonl", "-m", artifact, *digit_images[:2]).out
+        assert [json.loads(line)["path"] for line in records.splitlines()] == list(map(str, digit_images[:2]))
+        refused = smlp("predict", "--json", "--format", "csv", "-m", artifact, digit_images[0])
+        assert "contradicts --json · --format csv" in one_error(refused)
 
     def test_six_files_six_records(self, smlp: Smlp, artifact: Path, photo: Image.Image) -> None:
         folder = Path("mixed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from smlp_deploy.metadata import BatchProfile
 if TYPE_CHECKING:
     from smlp_deploy.dependencies import GpuDevice
     from smlp_deploy.exporters.tensorrt import BuildOptions
+    from smlp_deploy.pipeline.build import EngineBuild
     from smlp_deploy.pipeline.precision import Int8Options
 
 
@@ -48,6 +51,7 @@ def build_engine(
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
     output: o.EngineOutputOption = None,
+    as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Build a TensorRT engine and summarize it: kernels by precision, bytes moved."""
@@ -82,7 +86,17 @@ def build_engine(
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     wanted = "float32" if float_input else "uint8"
     _build(
-        source, precision, wanted, quantization, options, output, timing_cache, backend=backend, bounds=bounds, gpu=gpu
+        source,
+        precision,
+        wanted,
+        quantization,
+        options,
+        output,
+        timing_cache,
+        backend=backend,
+        bounds=bounds,
+        gpu=gpu,
+        as_json=as_json,
     )
 
 
@@ -98,6 +112,7 @@ def _build(
     backend: str,
     bounds: dict[str, float],
     gpu: GpuDevice | None,
+    as_json: bool,
 ) -> None:
     """Build with the checked options, and show the result."""
     from smlp_deploy.commands.sources import source_graph
@@ -125,14 +140,27 @@ def _build(
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)
-    typer.echo(result.path)
+    typer.echo(_as_json(result) if as_json else result.path)
     if result.parity is not None:
         show_parity(result.parity, on_stderr=True)
     how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
     ran = "run here and compared with its ONNX file" if result.parity else f"not run here: {result.not_run}"
     say(f"{how or f'built by {backend} for this GPU'}; {ran}")
     say(f"batches of {_range(options.profile)}; smlp predict uses {options.profile.opt}")
-    suggest("smlp", "predict", "--model", result.path, "IMAGES")
+    if not as_json:
+        suggest("smlp", "predict", "--model", result.path, "IMAGES")
+
+
+def _as_json(result: EngineBuild) -> str:
+    """The engine's files, its kernels, and its comparison with the ONNX file, or why there is none."""
+    facts = {
+        "path": str(result.path),
+        "manifest": str(result.manifest_path),
+        "kernels": asdict(result.summary),
+        "parity": json.loads(result.parity.to_json()) if result.parity is not None else None,
+        "not_run": result.not_run or None,
+    }
+    return json.dumps(facts, indent=2)
 
 
 def _range(profile: BatchProfile) -> str:

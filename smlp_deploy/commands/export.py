@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ def export(
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
+    as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Export a checkpoint to a deployable ONNX file, and prove that it computes what the network computes."""
@@ -75,6 +77,10 @@ def export(
         bounds=o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1),
         int8=quantize,
     )
+    if as_json:
+        files = {"path": str(result.path), "report": str(result.report_path)}
+        typer.echo(json.dumps({**files, "parity": json.loads(result.report.to_json())}, indent=2))
+        return
     typer.echo(result.path)
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
 

@@ -524,6 +524,7 @@ EndToEndWorkersOption = Annotated[
 # Output.
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecordsJsonOption = Annotated[bool, typer.Option("--json", help="Same as --format jsonl.")]
 HtmlOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML report; one self-contained file.")
 ]

@@ -37,6 +37,7 @@ def predict(
     decode: o.DecodeOption = o.DecodeOn.cpu,
     allow_errors: o.AllowErrorsOption = False,
     html: o.HtmlOption = None,
+    as_json: o.RecordsJsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Classify images with the labels and preprocessing in the model; one record per image, in order.
@@ -52,7 +53,9 @@ def predict(
     from smlp_deploy.inference.records import RunIdentity, write_records
     from smlp_deploy.interrupts import put_off
 
-    kind = _check(format_, output, html, resume=resume)
+    if as_json and format_ not in (None, o.RecordFormat.jsonl):
+        raise UsageError("contradicts --json", where=f"--format {format_.value}", fix="give one of them")
+    kind = _check(o.RecordFormat.jsonl if as_json else format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
     images = find_images(inputs, o.standard_images(inputs))
