@@ -11,7 +11,7 @@ import typer
 
 from smlp_deploy.commands import options as o
 from smlp_deploy.dependencies import require, require_onnxruntime
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ConfigError, UsageError
 from smlp_deploy.files import check_writable
 from smlp_deploy.metadata import BatchProfile
 
@@ -191,7 +191,10 @@ def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
         return BatchProfile.fixed(batch)
     default = BatchProfile()
     opt = sizes.get("opt", min(default.opt, sizes.get("max", default.max)))
-    return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
+    try:
+        return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
+    except ConfigError as error:
+        raise UsageError(error.what, where="--min-batch, --opt-batch, --max-batch", fix=error.fix) from None
 
 
 def _architectures(given: str | None, backend: str) -> tuple[str, ...]:

@@ -572,7 +572,7 @@ def choose_int8(
         return None
     images = tuple(find_given_images(data, "--calibration-data")) if data else ()
     if table is not None:
-        check_regular(table, error=SmlpError, fix="an int8 export writes one beside its file: x.calibration.json")
+        check_regular(table, error=UsageError, fix="an int8 export writes one beside its file: x.calibration.json")
     from smlp_deploy.exporters.calibration import read_table  # onnxruntime is slow to import
     from smlp_deploy.pipeline.precision import Int8Options
 

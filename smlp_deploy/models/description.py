@@ -73,10 +73,13 @@ def check_preprocessing(given: Mapping[str, Any]) -> None:
     """Check options for preprocessing before a checkpoint is loaded.
 
     Raises:
-        ConfigError: a value is out of range.
-        UsageError: a mean or a standard deviation is of pixels from 0 to 255.
+        UsageError: a value is out of range, or a mean or a standard deviation is of pixels from 0 to 255.
     """
-    _check_scale(Preprocessing(**{"image_size": 224, **given}), UsageError, where="--mean, --std")
+    try:
+        preprocessing = Preprocessing(**{"image_size": 224, **given})
+    except ConfigError as error:
+        raise UsageError(error.what, where=error.where, fix=error.fix) from None
+    _check_scale(preprocessing, UsageError, where="--mean, --std")
 
 
 def _name(checkpoint: Checkpoint) -> str:
