@@ -54,7 +54,7 @@ COMMANDS = (
     "smlp profile broken.onnx",
     "smlp eval nowhere/",
     "smlp benchmark broken.onnx",
-    "smlp benchmark --batch-sizes many",
+    "smlp benchmark --batch many",
     "smlp doctor --fix",
 )
 PIPED = (
@@ -65,7 +65,8 @@ PIPED = (
 HEAD = """# What it looks like
 
 Every verb in a terminal of 80 columns without colours, recorded by `python -m scripts.captures`. Times and paths are
-those of one machine. In a pipe, progress and the lines that begin with `next:` are left out.
+those of one machine. In a pipe, progress and the lines that begin with `next:` are left out, and nothing is cut or
+wrapped. Exit codes are in a table of their own ([predictions](predictions.md#output-and-exit-codes)).
 """
 
 

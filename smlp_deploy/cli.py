@@ -6,10 +6,13 @@ import errno
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from smlp_deploy import __version__
 from smlp_deploy.commands import output
@@ -55,6 +58,7 @@ def command_line(*verbs: str) -> typer.Typer:
     """
     app = typer.Typer(
         name="smlp",
+        cls=_Verbs,
         help="Take a trained sMLPNet from its checkpoint to production, with proof at each step.",
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
@@ -64,11 +68,52 @@ def command_line(*verbs: str) -> typer.Typer:
     for name in verbs or _VERBS:
         module, function, panel, example = _VERBS[name]
         verb = getattr(import_module(f"smlp_deploy.{module}"), function)
-        app.command(name, rich_help_panel=panel, epilog=example and f"Example: {example}")(verb)
+        app.command(name, cls=_Verb, rich_help_panel=panel, epilog=example and f"Example: {example}")(verb)
     return app
 
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+_PLAIN = {"<path>": "FILE", "<list[Path]>": "FILE", "<list[str]>": "IMAGES", "<str>": "NAME"}
+"""What help shows in place of a type of Python's, where an option names nothing else; a number is N."""
+
+
+def _without_types(parameters: Iterable[Any], context: Any) -> None:
+    """Make help show what to write: nothing beside a flag or an argument's name, a word for a value."""
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            parameter.display_type_rich = lambda ctx: ""
+        elif parameter.is_flag:
+            parameter.metavar = ""
+        elif parameter.metavar is None:
+            shown = parameter.display_type_rich(ctx=context) or ""
+            is_number = shown.startswith(("<int", "<float"))
+            parameter.metavar = "N" if is_number else _PLAIN.get(shown)
+
+
+class _Verb(TyperCommand):
+    def get_params(self, ctx: Any) -> Any:
+        parameters = super().get_params(ctx)
+        _without_types(parameters, ctx)
+        return parameters
+
+
+class _Verbs(TyperGroup):
+    def get_params(self, ctx: Any) -> Any:
+        parameters = super().get_params(ctx)
+        _without_types(parameters, ctx)
+        return parameters
+
+
+class _Settings:
+    debug = False
+
+
+def _debug(wanted: bool) -> None:
+    if wanted:
+        _Settings.debug = True
+        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,7 +124,11 @@ def _show_version(wanted: bool) -> None:
 
 def smlp(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", "-V", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks and the logs of libraries on stderr.", callback=_debug),
     ] = False,
 ) -> None:
     """Take a trained sMLPNet from its checkpoint to production, with proof at each step."""
@@ -91,17 +140,27 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Exit codes: 0 for success, 1 for an error of ours or a failed check, 2 for wrong usage, 130 after Ctrl-C, 143 after
     SIGTERM.
     """
-    logging.getLogger("smlp_deploy").addHandler(_LazyNotes(logging.WARNING))
+    _Settings.debug = False
+    notes = _LazyNotes(logging.WARNING)
+    logging.getLogger("smlp_deploy").addHandler(notes)
     handle_sigterm()
+    try:
+        _run(arguments)
+    finally:
+        logging.getLogger("smlp_deploy").removeHandler(notes)
+
+
+def _run(arguments: list[str] | None) -> NoReturn:
     given = sys.argv[1:] if arguments is None else arguments
     output.remember(given)
+    first = next((word for word in given if word != "--debug"), None)
     try:
-        app = command_line(*(verb for verb in given[:1] if verb in _VERBS))
+        app = command_line(*([first] if first in _VERBS else ()))
         code = app(args=arguments, prog_name="smlp", standalone_mode=False)
     except SmlpError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, error)
     except typer.TyperException as error:
-        _fail(_usage_message(error), error.exit_code)
+        _fail(_usage_message(error), error.exit_code, error)
     except Terminated as stop:
         _fail("stopped by SIGTERM; no partial files left", int(stop.code or 1))
     except OSError as error:
@@ -131,16 +190,30 @@ def _usage_message(error: typer.TyperException) -> str:
 
 
 class _LazyNotes(logging.Handler):
-    """Shows the library's warnings on stderr; imports rich only for the first one."""
+    """Shows the library's warnings on stderr, each once; imports rich only for the first one."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message in self._said or _Settings.debug:  # where it is in the log
+            return
+        self._said.add(message)
         from smlp_deploy.commands.terminal import note
 
-        note(record.getMessage())
+        note(message)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, error: BaseException | None = None) -> NoReturn:
     from smlp_deploy.commands.terminal import show_error
 
+    if _Settings.debug and error is not None:
+        cause: BaseException | None = error
+        while cause is not None:  # also what was left out of the message
+            cause.__suppress_context__ = False
+            cause = cause.__context__
+        traceback.print_exception(error)
     show_error(message)
     sys.exit(code)

@@ -15,7 +15,7 @@ from smlp_deploy.errors import StoppedError
 T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the task, how much of it is done, and the total."""
+"""Called with the name of the task, how much of it is done, and the total, 0 if it cannot be known."""
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,15 +21,19 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer.main
 from PIL import Image
+from rich.console import Console
 
 from smlp_deploy import __version__, dependencies, files, reports
-from smlp_deploy.cli import main
+from smlp_deploy.cli import command_line, main
+from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.images import defaults
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import METADATA_KEY
+from smlp_deploy.models import pretrained
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.fakes import Exported
@@ -101,7 +107,30 @@ def test_help_of_every_verb(smlp: Smlp) -> None:
 
 
 def test_version(smlp: Smlp) -> None:
-    assert smlp("--version") == (0, f"smlp-deploy {__version__}\n", "")
+    for option in ("--version", "-V"):
+        assert smlp(option) == (0, f"smlp-deploy {__version__}\n", "")
+
+
+def test_debug_shows_the_traceback_and_the_logs_and_nothing_else_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    (tmp_path / "x.json").write_text("{")
+    command = ["eval", str(tmp_path), "--mapping", str(tmp_path / "x.json")]
+    (tmp_path / "cat").mkdir()
+    for arguments, shown in ((["--debug", *command], True), (command, False)):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert err.splitlines()[-1].startswith("error: cannot read the mapping: ")
+        assert ("Traceback (most recent call last)" in err) is shown
+        assert ("JSONDecodeError" in err) is shown  # the cause, which the message is made of
+        if shown:
+            logging.getLogger("PIL").debug("a library says this")
+            assert "DEBUG PIL: a library says this" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -114,13 +143,13 @@ def test_version(smlp: Smlp) -> None:
         (["export", "--mean", "1,2"], "'1,2' is not three numbers · --mean · for example 0.5,0.5,0.5"),
         (
             ["benchmark", "--batch-sizes", "1,x"],
-            "'1,x' is not a list of batch sizes · --batch-sizes · for example 1,8,32",
+            "'1,x' is not a list of batch sizes · --batch · for example 1,8,32",
         ),
         (["benchmark", "--workers", "2"], "is for --end-to-end · --workers · add --end-to-end IMAGES"),
         (["verify", "x.onnx", "--layers", "--min-cosine", "1"], "the gate of --layers is --max-error"),
         (["verify", "x.json", "--layers", "--reference", "a"], "is a saved report, so nothing is run · x.json"),
         (["verify", "x.json", "--layers", "--max-error", "inf"], "is not a finite number · --max-error"),
-        (["verify", "x.onnx", "--images", "@/dev/null"], "no image found · @/dev/null"),
+        (["verify", "x.onnx", "--images", "@/dev/null"], "no image found · --images @/dev/null"),
         (["benchmark", "--reference", "x.pth"], "is for --baseline · --reference · add --baseline"),
         (["export", "--max-drop", "1"], "calibration is for int8 · add --int8"),
         (["build-engine", "--int8", "--fp16"], "fp16 and int8 contradict each other"),
@@ -147,7 +176,11 @@ def test_version(smlp: Smlp) -> None:
         (["verify", "x.json", "--layers", "--device", "cpu"], "is a saved report, so nothing is run · x.json"),
         (["benchmark", "x.onnx", "--device", "7"], "no NVIDIA GPU and driver was found"),
         (["benchmark", "a.onnx", "x.engine", "--device", "cpu"], "an engine runs only on a GPU · x.engine"),
-        (["predict", "--batch-size", "0", "a.jpg"], "Invalid value for '--batch-size'"),
+        (["predict", "--batch", "0", "a.jpg"], "Invalid value for '--batch'"),
+        (["eval", "data", "--batch-size", "0"], "Invalid value for '--batch'"),
+        (["benchmark", "--batch", "1,x"], "'1,x' is not a list of batch sizes · --batch · for example 1,8,32"),
+        (["export", "--format", "engine"], "--format engine · smlp build-engine [ONNX|CHECKPOINT]"),
+        (["build-engine", "--gpu-arch", "sm90"], "sm90 (H100 and H200) is for --target tensorrt only · --gpu-arch"),
         (["predict", "-o", "x.txt", "a.jpg"], "no format has this suffix · x.txt"),
         (["predict", "--shard", "1/4", "a.jpg"], "shards go to a folder · --shard · add -o out/"),
         (["predict", "--shard", "5/4", "-o", "out", "a.jpg"], "'5/4' is not a shard · --shard · for example 1/4"),
@@ -160,6 +193,16 @@ def test_version(smlp: Smlp) -> None:
         (["merge", "."], "Missing option '-o' / '--output'"),
         (["predict", "--format", "parquet", "a.jpg"], "Parquet goes to a file · --format parquet · add -o"),
         (["predict", "@absent", "a.jpg"], "cannot read the list of images · @absent"),
+        (
+            ["predict", "https://example.org/a.jpg"],
+            "is a URL, and images are read from files · https://example.org/a.jpg",
+        ),
+        (["predict", "photos/*.jpg"], "no file matches this pattern · photos/*.jpg"),
+        (["predict", "/proc/self/fdinfo"], "no images in this folder · /proc/self/fdinfo"),
+        (["export", "--int8", "--calibration-table", "absent.json"], "no such file"),
+        (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
+        (["export", "--std", "0,1,1"], "not three positive numbers"),
+        (["build-engine", "--min-batch", "9", "--opt-batch", "8"], "9, 8, 64 is not in order · --min-batch, --opt-b"),
         (["inspect", "x.txt"], "neither a checkpoint, an ONNX file nor an engine · x.txt"),
         ([], "no verb given"),
     ],
@@ -170,17 +213,36 @@ def test_wrong_usage_is_one_line_and_exit_2(smlp: Smlp, arguments: list[str], me
     assert message in one_error(outcome)
 
 
+def test_every_verb_has_json() -> None:
+    root = typer.main.get_command(command_line())
+    for name, verb in root.commands.items():  # type: ignore[attr-defined]
+        assert "--json" in {option for parameter in verb.params for option in parameter.opts}, name
+
+
+@pytest.mark.parametrize("verb", [["eval", "data"], ["verify", "x.onnx"], ["export"], ["build-engine"]])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("97", "97 is a percentage · --min-top1 · write 0.97"),
+        ("97.5", "97.5 is a percentage · --min-top1 · write 0.975"),
+        ("1.5", "1.5 is a percentage · --min-top1 · write 0.015"),
+        ("-0.1", "-0.1 is not a share from 0 to 1 · --min-top1"),
+        ("nan", "nan is not a share from 0 to 1 · --min-top1"),
+    ],
+)
+def test_min_top1_is_a_share_in_every_verb(smlp: Smlp, verb: list[str], given: str, message: str) -> None:
+    outcome = smlp(*verb, "--min-top1", given)
+    assert outcome.code == 2
+    assert message in one_error(outcome)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["export", "absent.pth"], "no such file · absent.pth"),
         (["export", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
         (["download", "smlpnet_tiny"], "no weights were ever released for smlpnet_tiny"),
-        (["export", "--int8", "--calibration-table", "absent.json"], "no such file"),
-        (["export", "--crop-pct", "3"], "crop-pct 3.0 is outside 0.05 to 1"),
-        (["export", "--std", "0,1,1"], "not three positive numbers"),
         (["predict", "--model", "absent.onnx", "a.jpg"], "no such file · absent.onnx"),
-        (["predict", "--model", "absent.onnx", "--provider", "cuda", "a.jpg"], "has no CUDAExecutionProvider"),
         (["verify", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.onnx"], "no such file · absent.onnx"),
         (["inspect", "absent.pth"], "no such file · absent.pth"),
@@ -191,6 +253,72 @@ def test_an_error_of_ours_is_one_line_and_exit_1(smlp: Smlp, arguments: list[str
     assert outcome.code == 1
     assert message in one_error(outcome)
     assert outcome.out == ""
+
+
+def test_a_provider_that_is_not_installed(smlp: Smlp, artifact: Path) -> None:
+    outcome = smlp("predict", "--model", artifact, "--provider", "cuda", "a.jpg")
+    assert outcome.code == 1
+    assert "has no CUDAExecutionProvider" in one_error(outcome)
+
+
+_SLOW = ("torch", "onnxruntime", "onnx", "openvino")
+_MANY = f"""
+import json, sys
+from smlp_deploy.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        loaded = [name for name in {_SLOW} if name in sys.modules]
+        print(json.dumps([stopped.code, loaded]))
+"""
+
+
+def test_usage_errors_come_before_anything_slow(tmp_path: Path) -> None:
+    missing = {
+        "export --int8 --calibration-data absent": "no such file or folder · --calibration-data absent",
+        "export --int8 --calibration-table absent.json": "no such file · absent.json",
+        "export --parity-images absent.jpg": "no such file or folder · --parity-images absent.jpg",
+        "export --labels absent.txt": "no such file · absent.txt",
+        "export --mean 123,117,104": "mean 123,117,104: for pixels from 0 to 255",
+        "export --crop-pct 3": "crop-pct 3.0 is outside 0.05 to 1",
+        "export -o folder/x.onnx": "cannot write",
+        "export absent.pth": "no such file · absent.pth",
+        "export smlpnet_tny": "no variant is called 'smlpnet_tny'",
+        "export smlpnet_tiny": "no weights were ever released for smlpnet_tiny",
+        "build-engine absent.onnx": "no such file · absent.onnx",
+        "build-engine absent.pth": "no such file · absent.pth",
+        "build-engine --int8 --calibration-data absent": "no such file or folder · --calibration-data absent",
+        "build-engine -o folder/x.engine": "cannot write",
+        "build-engine --timing-cache folder": "cannot read the timing cache",
+        "verify absent.onnx": "no such file · absent.onnx",
+        "verify absent.onnx --layers": "no such file · absent.onnx",
+        "verify file.onnx --reference absent.pth": "no such file · absent.pth",
+        "verify file.onnx --images absent": "no such file or folder · --images absent",
+        "verify file.onnx --layers --images absent": "no such file or folder · --images absent",
+        "verify file.onnx --layers --save folder": "cannot write",
+        "predict -m absent.pth a.jpg": "no such file · absent.pth",
+        "predict -m file.pth -o folder --format csv a.jpg": "cannot write",
+        "eval absent -m file.pth": "no such file · absent",
+        "eval classes -m absent.pth": "no such file · absent.pth",
+        "eval classes -m file.pth --mapping absent.json": "no such file · absent.json",
+        "eval classes -m file.pth -o folder": "cannot write",
+        "benchmark absent.pth": "no such file · absent.pth",
+        "benchmark file.onnx --baseline --reference absent.pth": "no such file · absent.pth",
+        "benchmark file.onnx --end-to-end absent": "no such file or folder · --end-to-end absent",
+        "inspect absent.pth": "no such file · absent.pth",
+    }
+    for name in ("folder/x.onnx", "folder/x.engine", "classes/a"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("file.onnx", "file.pth"):
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", _MANY, json.dumps([line.split() for line in missing])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    for line, message, error, result in zip(missing, missing.values(), shown, done.stdout.splitlines(), strict=True):
+        assert error.startswith(f"error: {message}"), line
+        assert json.loads(result)[0] in (1, 2), line
+        assert json.loads(result)[1] == [], line
 
 
 class TestModels:
@@ -209,6 +337,16 @@ class TestModels:
         assert facts["smlpnet_tiny"]["parameters"] == 24123584
         assert facts["smlpnet_tiny"]["weights_url"] is None
         assert facts["smlpnet_base"]["weights_url"].endswith("/smlp_b.pth")
+
+
+def test_download_json(smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Path("smlp_s.pth")
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(pretrained, "fetch_weights", lambda variant, progress: weights)
+    outcome = smlp("download", "smlpnet_small", "--json")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    expected = {"variant": "smlpnet_small", "path": "smlp_s.pth", "bytes": 7, "sha256": sha256}
+    assert (outcome.code, json.loads(outcome.out)) == (0, expected)
 
 
 class TestExport:
@@ -301,7 +439,24 @@ class TestExport:
     def test_what_is_assumed_is_said(self, smlp: Smlp, micro_pth: Path) -> None:
         outcome = smlp("export", micro_pth)
         assert "micro.pth states no labels; its 10 classes are named by index" in outcome.err
-        assert "micro.pth states no preprocessing" in outcome.err
+        assumed = "mean 0.485,0.456,0.406, std 0.229,0.224,0.225, crop 0.875, interpolation bicubic"
+        assert f"micro.pth states no preprocessing; ImageNet's is assumed: {assumed}" in outcome.err
+
+    def test_what_an_option_says_is_not_assumed(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth, "--mean", "0,0,0", "--interpolation", "bilinear")
+        assumed = "ImageNet's is assumed: std 0.229,0.224,0.225, crop 0.875\n"
+        assert f"micro.pth states no preprocessing; {assumed}" in outcome.err
+
+    def test_a_note_is_said_once_and_names_an_option_that_is_there(
+        self, smlp: Smlp, micro_pth: Path, digit_images: list[Path]
+    ) -> None:
+        dataset = Path("set.csv")
+        dataset.write_text(f"path,label\n{digit_images[0]},0\n")
+        outcome = smlp("eval", dataset, "-m", micro_pth, "-m", micro_pth)
+        assert outcome.code == 0
+        labels, preprocessing = [line for line in outcome.err.splitlines() if line.startswith("note: ")]
+        assert labels.endswith("are named by index (smlp export --labels FILE names them)")
+        assert "states no preprocessing" in preprocessing
 
     def test_a_failed_parity_says_which_gate_and_image(self, smlp: Smlp, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(defaults, "bundled_images", list)
@@ -325,8 +480,22 @@ class TestExport:
         assert "its weights are a posix.system, which is not built" in one_error(outcome)
         assert not Path("proof").exists()
 
+    def test_json(self, smlp: Smlp, micro_pth: Path) -> None:
+        outcome = smlp("export", micro_pth, "--json", "--quiet")
+        assert (outcome.code, outcome.err) == (0, "")
+        found = json.loads(outcome.out)
+        assert found["path"] == "artifacts/micro-fp32.onnx"
+        assert found["parity"] == json.loads(Path(found["report"]).read_text())
+
 
 class TestBuildEngine:
+    def test_json(self, smlp: Smlp, artifact: Path) -> None:
+        found = json.loads(smlp("build-engine", artifact, "--gpu-arch", "sm89", "--json").out)
+        assert found["path"] == "artifacts/smlpnet_digits-fp32.engine"
+        manifest = json.loads(Path(found["manifest"]).read_text())
+        assert found["kernels"] == manifest["kernels"]
+        assert (found["parity"], found["not_run"]) == (None, "no NVIDIA GPU and driver was found")
+
     def test_the_newest_fp32_file_by_default(self, smlp: Smlp, artifact: Path) -> None:
         outcome = smlp("build-engine", "--fp16", "--gpu-arch", "sm89")
         assert (outcome.code, outcome.out) == (0, "artifacts/smlpnet_digits-fp16.engine\n")
@@ -492,6 +661,13 @@ class TestPredict:
         assert json.loads(outcome.out)["predictions"][0]["label"] == "0"
         assert "using the bundled digits model" in outcome.err
 
+    def test_json_is_one_record_a_line(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        records = smlp("predict", "--json", "-m", artifact, *digit_images[:2]).out
+        assert records == smlp("predict", "--format", "jsonl", "-m", artifact, *digit_images[:2]).out
+        assert [json.loads(line)["path"] for line in records.splitlines()] == list(map(str, digit_images[:2]))
+        refused = smlp("predict", "--json", "--format", "csv", "-m", artifact, digit_images[0])
+        assert "contradicts --json · --format csv" in one_error(refused)
+
     def test_six_files_six_records(self, smlp: Smlp, artifact: Path, photo: Image.Image) -> None:
         folder = Path("mixed")
         folder.mkdir()
@@ -544,6 +720,47 @@ class TestPredict:
         records = Path("x.jsonl").read_text().splitlines()
         assert [json.loads(record)["path"] for record in records] == list(map(str, digit_images))
 
+    def test_records_have_the_paths_that_were_given(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        shutil.copytree(digit_images[0].parent, "photos")
+        name = digit_images[0].name
+        given = [f"./photos/{name}", f"photos//{name}", f"photos/../photos/{name}"]
+        command: list[str | Path] = ["predict", "-o", "x.jsonl", *given, "./photos/", f"./photos/{name[:-5]}?.jpg"]
+        assert smlp(*command).code == 0
+        records = Path("x.jsonl").read_text()
+        expected = [*given, *(f"./photos/{path.name}" for path in digit_images), f"./photos/{name}"]
+        assert [json.loads(line)["path"] for line in records.splitlines()] == expected
+
+    def test_a_run_goes_on_with_the_paths_that_were_given(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(digit_images[0].parent, "photos")
+        command: list[str | Path] = [
+            "predict",
+            "--batch-size",
+            "3",
+            "-o",
+            "x.jsonl",
+            "./photos/",
+            f"photos//{digit_images[0].name}",
+        ]
+        run, batches = OnnxRuntimeRunner.infer, []
+
+        def dying(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
+            batches.append(len(batch))
+            if len(batches) > 2:
+                raise GpuError("an illegal memory access was encountered")
+            return run(runner, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OnnxRuntimeRunner, "infer", dying)
+            assert smlp(*command).code == 1
+        changed = smlp(*command[:-2], "photos", "--resume")
+        assert changed.code == 2
+        assert f"image 1 was ./photos/{digit_images[0].name}, now it is photos/" in one_error(changed)
+        assert smlp(*command, "--resume").code == 0
+        paths = [json.loads(line)["path"] for line in Path("x.jsonl").read_text().splitlines()]
+        assert paths == [*(f"./photos/{path.name}" for path in digit_images), f"photos//{digit_images[0].name}"]
+
     def test_a_list_of_images(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
         Path("list.txt").write_text("\n".join(map(str, digit_images)))
         assert len(smlp("predict", "--format", "jsonl", "@list.txt").out.splitlines()) == 12
@@ -553,10 +770,38 @@ class TestPredict:
         assert r"a\x1b[31m\n[bold]b.jpg" in outcome.out
         assert len(outcome.out.splitlines()) == 2
 
-    def test_topk_beyond_the_classes(self, smlp: Smlp, artifact: Path) -> None:
-        outcome = smlp("predict", "--topk", "11", "a.jpg")
-        assert outcome.code == 2
-        assert "topk 11 is not between 1 and the model's 10 classes" in one_error(outcome)
+    def test_topk_beyond_the_classes_is_all_of_them(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        command: list[str | Path] = ["predict", "-m", artifact, "--format", "jsonl", digit_images[0], "--topk"]
+        outcome = smlp(*command, "11")
+        assert outcome.code == 0
+        assert outcome.err == "note: the model has 10 classes, so --topk is 10 in place of 11\n1 image, 0 failed\n"
+        all_of_them = smlp(*command, "10")
+        assert (all_of_them.out, all_of_them.err) == (outcome.out, "1 image, 0 failed\n")
+
+    @pytest.mark.parametrize("option", ["--batch", "--batch-size"])
+    def test_the_batch_size_has_two_names(
+        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch, option: str
+    ) -> None:
+        run, batches = OnnxRuntimeRunner.infer, []
+
+        def counted(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
+            batches.append(len(batch))
+            return run(runner, batch)
+
+        monkeypatch.setattr(OnnxRuntimeRunner, "infer", counted)
+        assert smlp("predict", "-m", artifact, option, "5", *digit_images).code == 0
+        assert batches == [5, 5, 2]
+
+    def test_a_finished_file_is_not_resumed(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+        command: list[str | Path] = ["predict", "-m", artifact, "-o", "x.jsonl", "--resume"]
+        assert smlp(*command, *digit_images).code == 0
+        before = Path("x.jsonl").read_bytes()
+        again = smlp(*command, digit_images[0])
+        said = "x.jsonl is complete, so there is nothing to resume; delete it to run again\n"
+        assert again == (0, "", said)
+        assert Path("x.jsonl").read_bytes() == before
+        Path("x.jsonl").unlink()
+        assert smlp(*command, digit_images[0]).err == "1 image, 0 failed, written to x.jsonl\n"
 
 
 class TestParquet:
@@ -682,9 +927,11 @@ class TestPages:
         assert message in one_error(outcome)
 
 
-def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
+def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    in_80_columns = lambda: Console(highlight=False, width=80, force_terminal=True, color_system=None)  # noqa: E731
+    monkeypatch.setattr(tables, "stdout", in_80_columns)
     outcome = smlp(
-        *("benchmark", artifact, artifact, "--batch-sizes", "2", "--rounds", "2"),
+        *("benchmark", artifact, artifact, "--batch", "2", "--rounds", "2"),
         *("--end-to-end", digit_images[0].parent, "-o", "report.json"),
     )
     assert (outcome.code, outcome.err) == (0, "")
@@ -700,7 +947,27 @@ def test_undecodable_names_survive_the_whole_way(artifact: Path, tmp_path: Path,
     shutil.copy(digit_images[0], tmp_path / name)
     command = [sys.executable, "-m", "smlp_deploy", "predict", "--format", "jsonl", "-m", str(artifact), ".", "-"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, input=b"\xff\xfe.jpg\n", check=True)
-    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [name, name]
+    assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [f"./{name}", name]
+
+
+def test_an_image_on_standard_input(artifact: Path, tmp_path: Path, digit_images: list[Path]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "smlp_deploy",
+        "predict",
+        "--format",
+        "jsonl",
+        "-m",
+        str(artifact),
+        "-",
+        "--topk=1",
+    ]
+    content = digit_images[3].read_bytes()
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, input=content, check=True)
+    (record,) = map(json.loads, result.stdout.splitlines())
+    assert (record["path"], record["predictions"][0]["label"]) == ("-", digit_images[3].name.split("-")[1])
+    assert result.stderr == b"1 image, 0 failed\n"
 
 
 def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) -> None:
@@ -734,15 +1001,34 @@ class TestEval:
         assert report["models"][0]["top1"]["count"] == 11
 
     def test_a_bound_fails(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
-        outcome = smlp("eval", dataset, "-m", artifact, "--min-top1", "95", "--json")
+        outcome = smlp("eval", dataset, "-m", artifact, "--min-top1", "0.95", "--json")
         assert outcome.code == 1
-        assert "top-1 is 91.67%, below 95%" in one_error(outcome)
+        assert "top-1 is 0.9167 (11 of 12), below 0.95" in one_error(outcome)
         assert json.loads(outcome.out)["evaluated"] == 12
-        assert smlp("eval", dataset, "-m", artifact, "--min-top1", "90").code == 0
+        assert smlp("eval", dataset, "-m", artifact, "--min-top1", "0.9").code == 0
+
+    def test_a_finished_report_is_not_resumed_and_its_bound_still_holds(
+        self, smlp: Smlp, artifact: Path, dataset: Path
+    ) -> None:
+        command: list[str | Path] = ["eval", dataset, "-m", artifact, "-o", "report.json", "--resume"]
+        assert smlp(*command).code == 0
+        before = Path("report.json").read_bytes()
+        said = "report.json is complete, so there is nothing to resume; delete it to run again\n"
+        assert smlp(*command) == (0, "", said)
+        assert smlp(*command, "--min-top1", "0.9") == (0, "", said)
+        below = smlp(*command, "--min-top1", "0.95")
+        assert (below.code, below.out) == (1, "")
+        assert "top-1 is 0.9167 (11 of 12), below 0.95" in one_error(below)
+        assert Path("report.json").read_bytes() == before
+        Path("report.json").write_text("{}")
+        assert "is not a report of smlp eval · report.json" in one_error(smlp(*command, "--min-top1", "0.9"))
 
     def test_what_cannot_be_evaluated(self, smlp: Smlp, artifact: Path, dataset: Path) -> None:
         assert "add -o report.json" in one_error(smlp("eval", dataset, "-m", artifact, "--resume"))
         assert "no such file" in one_error(smlp("eval", "absent", "-m", artifact))
+        flat = smlp("eval", dataset / "7", "-m", artifact)
+        assert flat.code == 2
+        assert "has images, but no class folders that say what is on them" in one_error(flat)
         (dataset / "ten").mkdir()
         assert "'ten' is not the label" in one_error(smlp("eval", dataset, "-m", artifact))
 

@@ -96,7 +96,7 @@ def test_every_module_has_a_layer_and_the_root_is_small() -> None:
     assert len([name for name in MODULES if "/" not in name]) <= 12
 
 
-def loaded_by(*arguments: str) -> set[str]:
+def loaded_by(*arguments: str, folder: Path | None = None) -> set[str]:
     """The top-level modules that a run of the command line has loaded when it ends."""
     script = (
         "import sys\n"
@@ -105,7 +105,8 @@ def loaded_by(*arguments: str) -> set[str]:
         "except SystemExit: pass\n"
         "print('LOADED', *sorted({name.partition('.')[0] for name in sys.modules}))\n"
     )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
     return set(output.rpartition("LOADED ")[2].split())
 
 
@@ -120,19 +121,22 @@ def test_listing_models_loads_no_framework() -> None:
 @pytest.mark.parametrize(
     ("framework", "arguments"),
     [
-        ("onnx", ("predict", "--model", "absent.onnx", "a.jpg")),  # whose metadata decide what runs it
-        ("onnxruntime", ("predict", "--model", "absent.onnx", "--runtime", "onnxruntime", "a.jpg")),
-        ("openvino", ("predict", "--model", "absent.onnx", "--runtime", "openvino", "a.jpg")),
-        ("onnxruntime", ("eval", str(PACKAGE), "--model", "absent.onnx", "--runtime", "onnxruntime")),
-        ("onnxruntime", ("build-engine", "absent.onnx", "--fp16")),
-        ("onnxruntime", ("verify", "absent.engine", "--layers")),
+        ("onnx", ("predict", "--model", "broken.onnx", "a.jpg")),  # whose metadata decide what runs it
+        ("onnxruntime", ("predict", "--model", "broken.onnx", "--runtime", "onnxruntime", "a.jpg")),
+        ("openvino", ("predict", "--model", "broken.onnx", "--runtime", "openvino", "a.jpg")),
+        ("onnxruntime", ("eval", str(PACKAGE), "--model", "broken.onnx", "--runtime", "onnxruntime")),
+        ("onnxruntime", ("build-engine", "broken.onnx", "--fp16")),
+        ("onnxruntime", ("verify", "broken.engine", "--layers")),
     ],
 )
-def test_artifacts_are_used_without_torch(framework: str, arguments: tuple[str, ...]) -> None:
-    loaded = loaded_by(*arguments)
+def test_artifacts_are_used_without_torch(framework: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    for name in ("broken.onnx", "broken.engine"):  # what is absent is refused before anything is loaded
+        (tmp_path / name).write_bytes(b"broken")
+    loaded = loaded_by(*arguments, folder=tmp_path)
     assert framework in loaded
     assert "torch" not in loaded
 
 
-def test_artifacts_are_timed_without_any_framework_in_the_process_that_asks() -> None:
-    assert not loaded_by("benchmark", "absent.onnx") & FRAMEWORKS
+def test_artifacts_are_timed_without_any_framework_in_the_process_that_asks(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"broken")
+    assert not loaded_by("benchmark", "broken.onnx", folder=tmp_path) & FRAMEWORKS

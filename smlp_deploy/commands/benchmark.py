@@ -44,9 +44,10 @@ def benchmark(
     if reference is not None and not baseline:
         raise UsageError("is for --baseline", where="--reference", fix="add --baseline")
     files = _files(end_to_end, workers, batch=max(sizes))
+    placement = o.choose_placement(device, provider, runtime, artifacts or [])
+    o.check_files(*(artifacts or ()), reference)
     if output is not None:
         check_writable(output)
-    placement = o.choose_placement(device, provider, runtime, artifacts or [])
     paths = artifacts or [default_model(None, placement)]
     targets = [Target(path=path, placement=placement.for_file(path)) for path in paths]
     with building("loading") as progress:
@@ -77,7 +78,7 @@ def _parse_batch_sizes(text: str) -> list[int]:
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
-        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch-sizes", fix="for example 1,8,32")
+        raise UsageError(f"{text!r} is not a list of batch sizes", where="--batch", fix="for example 1,8,32")
     return sizes
 
 
@@ -90,5 +91,5 @@ def _files(images: list[str] | None, workers: int | None, *, batch: int) -> File
         if workers is not None:
             raise UsageError("is for --end-to-end", where="--workers", fix="add --end-to-end IMAGES")
         return None
-    paths: tuple[Path, ...] = tuple(o.find_given_images(images))
+    paths: tuple[Path, ...] = tuple(o.find_given_images(images, "--end-to-end"))
     return Files(paths=paths, batch=batch, workers=workers or available_cores())

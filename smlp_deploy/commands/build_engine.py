@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +11,14 @@ import typer
 
 from smlp_deploy.commands import options as o
 from smlp_deploy.dependencies import require, require_onnxruntime
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ConfigError, UsageError
+from smlp_deploy.files import check_writable
 from smlp_deploy.metadata import BatchProfile
 
 if TYPE_CHECKING:
     from smlp_deploy.dependencies import GpuDevice
     from smlp_deploy.exporters.tensorrt import BuildOptions
+    from smlp_deploy.pipeline.build import EngineBuild
     from smlp_deploy.pipeline.precision import Int8Options
 
 
@@ -47,6 +51,7 @@ def build_engine(
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
     output: o.EngineOutputOption = None,
+    as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Build a TensorRT engine and summarize it: kernels by precision, bytes moved."""
@@ -56,6 +61,7 @@ def build_engine(
         raise UsageError("an engine's name ends in .engine", where=output)
     precision = o.choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
     profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
+    o.check_source(source)
     backend = find_backend(target)
     _check_compatible(hardware_compatible, same_capability, backend)
     gpu = _chosen_gpu(device)
@@ -72,12 +78,25 @@ def build_engine(
     )
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
     require_onnxruntime()
+    for written in (output, timing_cache):
+        if written is not None:
+            check_writable(written)
     data = (calibration_data, calibrator, calibration_table)
     quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
     wanted = "float32" if float_input else "uint8"
     _build(
-        source, precision, wanted, quantization, options, output, timing_cache, backend=backend, bounds=bounds, gpu=gpu
+        source,
+        precision,
+        wanted,
+        quantization,
+        options,
+        output,
+        timing_cache,
+        backend=backend,
+        bounds=bounds,
+        gpu=gpu,
+        as_json=as_json,
     )
 
 
@@ -93,6 +112,7 @@ def _build(
     backend: str,
     bounds: dict[str, float],
     gpu: GpuDevice | None,
+    as_json: bool,
 ) -> None:
     """Build with the checked options, and show the result."""
     from smlp_deploy.commands.sources import source_graph
@@ -120,14 +140,27 @@ def _build(
     if timing_cache is not None and result.timing_cache is not None:
         write_bytes(timing_cache, result.timing_cache)
     show_kernels(result.summary)
-    typer.echo(result.path)
+    typer.echo(_as_json(result) if as_json else result.path)
     if result.parity is not None:
         show_parity(result.parity, on_stderr=True)
     how = f"built ahead of time by {backend} for {', '.join(options.architectures)}" if options.architectures else ""
     ran = "run here and compared with its ONNX file" if result.parity else f"not run here: {result.not_run}"
     say(f"{how or f'built by {backend} for this GPU'}; {ran}")
     say(f"batches of {_range(options.profile)}; smlp predict uses {options.profile.opt}")
-    suggest("smlp", "predict", "--model", result.path, "IMAGES")
+    if not as_json:
+        suggest("smlp", "predict", "--model", result.path, "IMAGES")
+
+
+def _as_json(result: EngineBuild) -> str:
+    """The engine's files, its kernels, and its comparison with the ONNX file, or why there is none."""
+    facts = {
+        "path": str(result.path),
+        "manifest": str(result.manifest_path),
+        "kernels": asdict(result.summary),
+        "parity": json.loads(result.parity.to_json()) if result.parity is not None else None,
+        "not_run": result.not_run or None,
+    }
+    return json.dumps(facts, indent=2)
 
 
 def _range(profile: BatchProfile) -> str:
@@ -158,7 +191,10 @@ def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
         return BatchProfile.fixed(batch)
     default = BatchProfile()
     opt = sizes.get("opt", min(default.opt, sizes.get("max", default.max)))
-    return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
+    try:
+        return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
+    except ConfigError as error:
+        raise UsageError(error.what, where="--min-batch, --opt-batch, --max-batch", fix=error.fix) from None
 
 
 def _architectures(given: str | None, backend: str) -> tuple[str, ...]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from smlp_deploy import strictjson
 from smlp_deploy.commands import options as o
 from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.files import read_file
+
+_MAX_REPORT_BYTES = 1 << 30
 
 
 def evaluate(
@@ -28,12 +35,13 @@ def evaluate(
     With -o, each image's answers are kept in FILE.partial until the report is complete; --resume continues a run that
     was stopped.
     """
-    from smlp_deploy.commands.output import check_html, page_origin, show
+    from smlp_deploy.commands.output import check_html, is_finished, page_origin, show
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.tables import show_evaluation
     from smlp_deploy.commands.terminal import building, suggest
     from smlp_deploy.evaluation.accuracy import evaluate_dataset
-    from smlp_deploy.images.dataset import read_mapping
+    from smlp_deploy.files import check_writable
+    from smlp_deploy.images.dataset import check_dataset, read_mapping
     from smlp_deploy.images.labels import read_labels
     from smlp_deploy.reports import evaluation_page
 
@@ -45,6 +53,13 @@ def evaluate(
     names = read_mapping(mapping) if mapping else None
     order = read_labels(class_order) if class_order else None
     placement = o.choose_placement(device, provider, runtime, model or [])
+    check_dataset(dataset)
+    if resume and output is not None and is_finished(output):
+        _judge(_top1_of(output), min_top1)
+        return
+    o.check_files(*(model or ()))
+    if output is not None:
+        check_writable(output)
     paths = model or [default_model(None, placement)]
     with building("evaluating") as progress:
         report = evaluate_dataset(
@@ -66,7 +81,30 @@ def evaluate(
         html=html,
         page=lambda: evaluation_page(page_origin(paths), report),
     )
-    below = [found for found in report.models if min_top1 is not None and 100 * found.top1.value < min_top1]
-    if below:
-        raise SmlpError(f"top-1 is {below[0].top1.value:.2%}, below {min_top1:g}%", where=below[0].name)
+    _judge([(found.name, found.top1.count, found.top1.n) for found in report.models], min_top1)
     suggest("smlp", "benchmark", *paths)
+
+
+def _judge(models: Iterable[tuple[str, int, int]], min_top1: float | None) -> None:
+    """Compare each model's top-1, as its name, right answers and images, with the bound.
+
+    Raises:
+        SmlpError: one is below it.
+    """
+    for name, right, images in models:
+        if min_top1 is not None and right / images < min_top1:
+            raise SmlpError(f"top-1 is {right / images:.4g} ({right} of {images}), below {min_top1:g}", where=name)
+
+
+def _top1_of(report: Path) -> list[tuple[str, int, int]]:
+    """Each model of a finished report, as its name, right answers and images.
+
+    Raises:
+        UsageError: it is not a report.
+    """
+    try:
+        content = read_file(report, limit=_MAX_REPORT_BYTES, error=UsageError, fix="give the report of smlp eval -o")
+        models = strictjson.loads(content.decode())["models"]
+        return [(str(model["name"]), int(model["top1"]["count"]), int(model["top1"]["n"])) for model in models]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError("is not a report of smlp eval", where=report, fix="choose another -o") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ def export(
     min_cosine: o.MinCosineOption = None,
     max_difference: o.MaxDifferenceOption = None,
     min_top1: o.MinTop1Option = None,
+    as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Export a checkpoint to a deployable ONNX file, and prove that it computes what the network computes."""
@@ -47,16 +49,23 @@ def export(
 
     require_torch("to export")
     require_onnxruntime()
+    from smlp_deploy.files import check_writable
     from smlp_deploy.images.labels import read_labels
-    from smlp_deploy.models.description import describe
+    from smlp_deploy.models.description import check_preprocessing, describe
 
+    # All of it before PyTorch is loaded: usage errors come at once.
     names = read_labels(labels) if labels else None
     prepared = _preprocessing(mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation)
+    check_preprocessing(prepared)
     if output is not None and output.suffix != ".onnx":
         raise UsageError("an ONNX file's name ends in .onnx", where=output)
     wanted = o.choose_precision(precision, fp16=fp16, bf16=bf16, int8=int8) or "fp32"
+    images = o.find_given_images(parity_images, "--parity-images") if parity_images else None
+    o.check_source(source)
     data = (calibration_data, calibrator, calibration_table)
     quantize = o.choose_int8(wanted, *data, max_drop=max_drop, per_channel=per_channel)
+    if output is not None:
+        check_writable(output)
     checkpoint = load_source(source, ema=ema)
     metadata = describe(checkpoint, labels=names, preprocessing=prepared, batch=batch, precision=wanted)
     result = export_and_show(
@@ -64,10 +73,14 @@ def export(
         replace(metadata, form=form.value, input="uint8" if uint8_input else "float32"),
         output,
         opset=opset,
-        images=o.find_given_images(parity_images) if parity_images else None,
+        images=images,
         bounds=o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1),
         int8=quantize,
     )
+    if as_json:
+        files = {"path": str(result.path), "report": str(result.report_path)}
+        typer.echo(json.dumps({**files, "parity": json.loads(result.report.to_json())}, indent=2))
+        return
     typer.echo(result.path)
     suggest("smlp", "predict", "--model", result.path, "IMAGES")
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from smlp_deploy.commands.options import EmaOption, JsonOption, QuietOption
+from smlp_deploy.artifacts import CHECKPOINT_SUFFIXES
+from smlp_deploy.commands.options import EmaOption, JsonOption, QuietOption, check_files
 
 
 def inspect(
@@ -23,6 +24,8 @@ def inspect(
     from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.inspect_file import inspect_file
 
+    if file.suffix.lower() in (".onnx", ".engine", *CHECKPOINT_SUFFIXES):
+        check_files(file)
     facts = inspect_file(file, ema=ema)
     output.show(as_json=as_json, json_text=lambda: json.dumps(facts, indent=2), table=lambda: show_facts(facts))
     if not as_json:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.files import check_regular
 
 if TYPE_CHECKING:
     from smlp_deploy.pipeline.precision import Int8Options
@@ -113,10 +115,13 @@ ArtifactsArgument = Annotated[
 ]
 ImagesArgument = Annotated[
     list[str],
-    typer.Argument(metavar="IMAGES", help="Images, folders, @FILE with one path per line, or - for stdin."),
+    typer.Argument(
+        metavar="IMAGES",
+        help="Images, folders, quoted patterns, @FILE with a path per line; - for such a list or an image on stdin.",
+    ),
 ]
 DatasetArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="DATASET", help="A folder with one subfolder per class, or a CSV file with columns path and label."
     ),
@@ -266,10 +271,28 @@ MaxDifferenceOption = Annotated[
         rich_help_panel=GATES_PANEL,
     ),
 ]
+
+
+def _check_share(value: float | None) -> float | None:
+    """A share from 0 to 1.
+
+    Raises:
+        UsageError: it is none; for a percentage with the share to write.
+    """
+    if value is None or 0 <= value <= 1:
+        return value
+    if 1 < value <= 100:
+        raise UsageError(f"{value:g} is a percentage", where="--min-top1", fix=f"write {value / 100:g}")
+    raise UsageError(f"{value:g} is not a share from 0 to 1", where="--min-top1", fix="for example 0.97")
+
+
 MinTop1Option = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", min=0, max=1, help="Minimum share of images with the same top-1.", rich_help_panel=GATES_PANEL
+        metavar="SHARE",
+        callback=_check_share,
+        help="Minimum share of images with the same top-1, from 0 to 1.",
+        rich_help_panel=GATES_PANEL,
     ),
 ]
 LayersOption = Annotated[
@@ -290,7 +313,8 @@ SaveOption = Annotated[
     Path | None, typer.Option(help="Save the report, to judge it again later.", rich_help_panel=LAYERS_PANEL)
 ]
 MinAccuracyOption = Annotated[
-    float | None, typer.Option(metavar="PERCENT", min=0, max=100, help="Fail if a model's top-1 is below this.")
+    float | None,
+    typer.Option(metavar="SHARE", callback=_check_share, help="Fail if a model's top-1 is below this, from 0 to 1."),
 ]
 MappingOption = Annotated[
     Path | None, typer.Option(help="The dataset's class names: JSON, or CSV of folder and label.")
@@ -302,7 +326,30 @@ ClassOrderOption = Annotated[
 
 # Graphs and engines.
 
-FormatOption = Annotated[ExportFormat, typer.Option("--format", help="What to write.")]
+
+def _export_format(name: str) -> ExportFormat:
+    """What to write.
+
+    Raises:
+        UsageError: an engine, which another verb builds.
+        BadParameter: an unknown format.
+    """
+    if name in ("engine", "trt", "tensorrt", "plan"):
+        raise UsageError(
+            "an engine is built from an ONNX file or a checkpoint",
+            where=f"--format {name}",
+            fix="smlp build-engine [ONNX|CHECKPOINT]",
+        )
+    try:
+        return ExportFormat(name)
+    except ValueError:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(ExportFormat)}") from None
+
+
+FormatOption = Annotated[
+    ExportFormat,
+    typer.Option("--format", metavar="FORMAT", parser=_export_format, help="What to write: onnx.", show_default=False),
+]
 OnnxOutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Default: artifacts/, named by model and precision.", show_default=False),
@@ -421,7 +468,12 @@ BuildDeviceOption = Annotated[
 ]
 BatchSizeOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Images per batch. Default: what an engine is optimized for, 64 on a GPU, else 32."),
+    typer.Option(
+        "--batch",
+        "--batch-size",
+        min=1,
+        help="Images per batch. Default: what an engine is optimized for, 64 on a GPU, else 32.",
+    ),
 ]
 TopkOption = Annotated[int | None, typer.Option(min=1, help="Classes per image. Default: 5, or all if fewer.")]
 RecordFormatOption = Annotated[
@@ -445,7 +497,7 @@ DecodeOption = Annotated[
     typer.Option("--decode", help="Where ordinary JPEG files are decoded; gpu changes pixels slightly (nvImageCodec)."),
 ]
 AllowErrorsOption = Annotated[bool, typer.Option("--allow-errors", help="Exit 0 even if some images failed.")]
-BatchSizesOption = Annotated[str, typer.Option(metavar="N,N", help="Batch sizes to time.")]
+BatchSizesOption = Annotated[str, typer.Option("--batch", "--batch-sizes", metavar="N,N", help="Batch sizes to time.")]
 RoundsOption = Annotated[
     int,
     typer.Option(min=1, help="Rounds per batch size; up to three times as many while ratios are uncertain."),
@@ -479,6 +531,7 @@ EndToEndWorkersOption = Annotated[
 # Output.
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecordsJsonOption = Annotated[bool, typer.Option("--json", help="Same as --format jsonl.")]
 HtmlOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML report; one self-contained file.")
 ]
@@ -524,11 +577,14 @@ def choose_int8(
         if data or table or max_drop is not None:
             raise UsageError("calibration is for int8", fix="add --int8")
         return None
-    from smlp_deploy.exporters.calibration import read_table
+    images = tuple(find_given_images(data, "--calibration-data")) if data else ()
+    if table is not None:
+        check_regular(table, error=UsageError, fix="an int8 export writes one beside its file: x.calibration.json")
+    from smlp_deploy.exporters.calibration import read_table  # onnxruntime is slow to import
     from smlp_deploy.pipeline.precision import Int8Options
 
     return Int8Options(
-        images=tuple(find_given_images(data)) if data else (),
+        images=images,
         table=read_table(table) if table else None,
         method=method.value,
         max_drop=max_drop,
@@ -554,22 +610,58 @@ def choose_placement(
     return placement
 
 
+def check_files(*files: Path | None) -> None:
+    """Check that artifacts and checkpoints exist, before the libraries that read them are loaded.
+
+    Raises:
+        SmlpError: one does not, or is not a regular file.
+    """
+    for file in files:
+        if file is not None:
+            made = "name an ONNX file; smlp export makes one" if file.suffix.lower() == ".onnx" else None
+            check_regular(file, error=SmlpError, fix=made or "give the path of an artifact or of a weights file")
+
+
+def check_source(source: str | None) -> None:
+    """Check that a checkpoint or a variant's weights can be there, before PyTorch is loaded.
+
+    Raises:
+        UsageError: neither a file nor a variant.
+        SmlpError: no such file, or weights that were never released.
+    """
+    from smlp_deploy.models.pretrained import weights_url
+    from smlp_deploy.models.variants import VARIANTS, find_variant
+
+    if source in VARIANTS:
+        weights_url(VARIANTS[source])
+    elif source is not None:
+        path = Path(source)
+        if not path.suffix and not path.exists():
+            find_variant(source)
+        check_files(path)
+
+
 def gate_bounds(**given: float | None) -> dict[str, float]:
     """The gate bounds that were given."""
     return {name: bound for name, bound in given.items() if bound is not None}
 
 
-def find_given_images(arguments: list[str]) -> list[Path]:
-    """Every image that the arguments name.
+def find_given_images(arguments: list[str], option: str) -> list[Path]:
+    """Every image that the values of an option name.
 
     Raises:
-        UsageError: there are no images.
+        UsageError: one does not exist, or there are no images.
     """
     from smlp_deploy.images.find import find_images
 
-    found = list(find_images(arguments, standard_input()))
+    found = [Path(path) for path in find_images(arguments, standard_input())]
     if not found:
-        raise UsageError("no image found", where=", ".join(arguments), fix="name image files or folders of them")
+        raise UsageError(
+            "no image found", where=f"{option} {', '.join(arguments)}", fix="name image files or folders of them"
+        )
+    absent = next((path for path in found if not os.path.lexists(path)), None)  # Path.exists raises on a null character
+    if absent is not None:
+        raise UsageError("no such file or folder", where=f"{option} {absent}", fix="name image files or folders")
     return found
 
 
@@ -578,3 +670,14 @@ def standard_input() -> TextIO:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin
+
+
+def standard_images(arguments: list[str]) -> TextIO | bytes:
+    """What `-` stands for, if it is among the arguments: the bytes of an image on standard input, or its lines."""
+    from smlp_deploy.images.find import SIGNATURE_BYTES, is_image
+
+    lines = standard_input()
+    buffer = getattr(lines, "buffer", None)
+    if "-" in arguments and isinstance(buffer, BufferedReader) and is_image(buffer.peek(SIGNATURE_BYTES)):
+        return buffer.read()
+    return lines

@@ -64,6 +64,17 @@ def show(
         raise failure
 
 
+def is_finished(target: Path) -> bool:
+    """Whether a run that is to be continued is complete; says so."""
+    from smlp_deploy.commands.terminal import say
+
+    partial = target.with_name(target.name + ".partial")
+    finished = target.is_file() and not (partial.exists() and partial.stat().st_size)
+    if finished:
+        say(f"{target} is complete, so there is nothing to resume; delete it to run again")
+    return finished
+
+
 def write_page(path: Path, page: str) -> None:
     """Write a page, and say where it is."""
     from smlp_deploy.commands.terminal import say

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,28 +42,40 @@ def predict(
     decode: o.DecodeOption = o.DecodeOn.cpu,
     allow_errors: o.AllowErrorsOption = False,
     html: o.HtmlOption = None,
+    as_json: o.RecordsJsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Classify images with the labels and preprocessing in the model; one record per image, in order.
 
     With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
+    from smlp_deploy.commands.output import is_finished
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import suggest
-    from smlp_deploy.images.find import find_images
+    from smlp_deploy.files import check_writable
+    from smlp_deploy.images.find import count_images, find_images
     from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.facts import Listing
     from smlp_deploy.inference.records import RunIdentity
     from smlp_deploy.interrupts import put_off
 
+    if as_json and format_ not in (None, o.RecordFormat.jsonl):
+        raise UsageError("contradicts --json", where=f"--format {format_.value}", fix="give one of them")
+    format_ = o.RecordFormat.jsonl if as_json else format_
     part, kind = _check_shard(shard, format_, output, html)
     kind = kind or _check(format_, output, html, resume=resume)
     if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    images = Listing(find_images(inputs, o.standard_input()))
+    images = Listing(find_images(inputs, o.standard_images(inputs)))
     placement = o.choose_placement(device, provider, runtime, [model])
+    if resume and output is not None and part is None and is_finished(output):
+        return
+    o.check_files(model)
+    if output is not None:
+        check_writable(output if part is None else part.file(output, kind.value))
     path = default_model(model, placement)
     with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
+        topk = _at_most(topk, len(classifier.labels))
         topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
         decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
         identity = None
@@ -77,7 +90,17 @@ def predict(
                 decode=decoder.name if decoder else None,
             )
         run = _Run(
-            classifier, path, images, stop, identity, decoder, kind=kind, topk=topk, batch_size=size, workers=workers
+            classifier,
+            path,
+            images,
+            stop,
+            identity,
+            decoder,
+            kind=kind,
+            topk=topk,
+            batch_size=size,
+            workers=workers,
+            count_images=partial(count_images, inputs),
         )
         failed = run.whole(output, html, resume=resume) if part is None else run.shard(part, output, resume=resume)
     if failed and not allow_errors:
@@ -100,6 +123,7 @@ class _Run:
     topk: int
     batch_size: int
     workers: int | None
+    count_images: Callable[[], int | None]
 
     def whole(self, output: Path | None, html: Path | None, *, resume: bool) -> int:
         """Write the records of all images to a file, or to standard output, and a page; returns how many failed."""
@@ -121,7 +145,8 @@ class _Run:
 
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
-            with counting("images", done=sink.done, records_on_terminal=on_terminal) as advance:
+            count = self.count_images
+            with counting("images", done=sink.done, records_on_terminal=on_terminal, total=count) as advance:
                 done, failed = write_records(predictions, sink, self.stop, batch_size=self.batch_size, advance=advance)
             self._conclude(sink, failed)
         if html is not None:
@@ -132,6 +157,10 @@ class _Run:
             write_page(html, predictions_page(page_origin([self.model]), first, model=name, total=done, failed=failed))
         say(f"{_counted(done)}, {failed} failed" + (f", written to {output}" if output else ""))
         return failed
+
+    def _size(self, shard: Shard) -> int | None:
+        images = self.count_images()
+        return None if images is None else shard.size(images, batch_size=self.batch_size)
 
     def _conclude(self, sink: RecordFile[Prediction] | RecordStream, failed: int) -> None:
         from smlp_deploy.inference.facts import Facts
@@ -149,7 +178,7 @@ class _Run:
 
         assert folder is not None, "checked before"
         assert self.identity is not None, "a shard is no table"
-        with counting("images", done=0, records_on_terminal=False) as advance:
+        with counting("images", done=0, records_on_terminal=False, total=lambda: self._size(shard)) as advance:
             run = run_shard(
                 self.classifier,
                 self.identity,
@@ -172,6 +201,15 @@ class _Run:
 
 def _counted(images: int) -> str:
     return f"{images} image" if images == 1 else f"{images} images"
+
+
+def _at_most(topk: int | None, classes: int) -> int | None:
+    from smlp_deploy.commands.terminal import note
+
+    if topk is None or topk <= classes:
+        return topk
+    note(f"the model has {classes} classes, so --topk is {classes} in place of {topk}")
+    return classes
 
 
 def _gpu_decoder(classifier: Classifier) -> GpuDecoder:

@@ -36,6 +36,7 @@ def profile(
     output.check_html(html)
     if html is not None and compare is not None:
         raise UsageError("a page shows one file", where="--html", fix="leave out --compare")
+    o.check_files(file, compare)
     with working("compiling"):
         first, *others = (
             profile_graph(path, batch=batch, architecture=gpu_arch) for path in (file, compare) if path is not None

@@ -64,7 +64,7 @@ def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
 
     def write(prediction: Prediction) -> None:
         path = printable(prediction.path)
-        if len(path) > path_width:
+        if len(path) > path_width and console.is_terminal:
             path = "…" + path[1 - path_width :]
         line = Text(f"{path:<{path_width}}  ")
         if prediction.error is not None:
@@ -86,7 +86,7 @@ def show_parity(report: ParityReport, *, on_stderr: bool) -> None:
     heads = ("gate", "", "measured", "limit")
     table = _table(*heads, words=heads)
     for gate in report.gates:
-        measured = "" if gate.measured != gate.measured else f"{gate.measured:.3g}"
+        measured = _measured(gate.measured, share="%" in gate.limit)
         verdict = Text("passed", style="green") if gate.passed else Text("FAILED", style="bold red")
         table.add_row(gate.name, verdict, measured, gate.limit)
     console = stderr() if on_stderr else stdout()
@@ -95,6 +95,15 @@ def show_parity(report: ParityReport, *, on_stderr: bool) -> None:
         console.print(Text(f"{gate.name}: {printable(gate.detail)}", style="red"), soft_wrap=True)
     for reason in report.unreadable:
         console.print(Text(f"not compared: {printable(reason)}", style="yellow"), soft_wrap=True)
+
+
+def _measured(value: float, *, share: bool) -> str:
+    """A gate's value as its limit is written; a share that is not whole is never rounded to 100.00%."""
+    if value != value:
+        return ""
+    if not share:
+        return f"{value:.3g}"
+    return "99.99%" if 0.9999 < value < 1 else f"{value:.2%}"
 
 
 def show_divergence(report: DivergenceReport) -> None:
@@ -106,7 +115,8 @@ def show_divergence(report: DivergenceReport) -> None:
     for point in report.points:
         growth = "" if point.growth is None else ">x99" if point.growth > 99 else f"x{point.growth:.2g}"
         verdict = Text("") if point.error <= report.max_error else Text("over", style="bold red")
-        image = f"{printable(point.worst_image)[:8]} {point.worst_error:.1e}"
+        name = printable(point.worst_image)
+        image = f"{name[:8] if console.is_terminal else name} {point.worst_error:.1e}"
         table.add_row(Text(point.name), f"{point.error:.1e}", f"{point.sqnr_db:.1f}", growth, Text(image), verdict)
     console.print(table)
     if report.layers:
@@ -154,7 +164,9 @@ def show_benchmark(report: Benchmark) -> None:
     console.print(_batches_table(report))
     for line in _gpu_lines(report):
         console.print(Text(printable(line)), soft_wrap=True)
-    if any(model.end_to_end for model in report.models):
+    if (first := report.models[0].end_to_end) is not None:
+        files = f"{first.images} files to records, {first.failed} failed"
+        console.print(f"{files}; batch {first.batch}, {first.workers} decoding threads")
         console.print(_end_to_end_table(report))
     unstable = {f"{i} at batch {b.batch}" for i, m in enumerate(report.models, 1) for b in m.batches if not b.stable}
     if unstable:
@@ -206,13 +218,8 @@ def _batches_table(report: Benchmark) -> Table:
 def _end_to_end_table(report: Benchmark) -> Table:
     from smlp_deploy.reports.page import four_digits
 
-    first = report.models[0].end_to_end
-    assert first is not None
-    title = (
-        f"{first.images} files to records, {first.failed} failed; batch {first.batch}, {first.workers} decoding threads"
-    )
     heads = ("", "images/s", "seconds", "network", "idle", "decoding alone", "ratio", "95%")
-    table = _table(*heads, no_wrap=heads, title=title, title_justify="left")
+    table = _table(*heads, no_wrap=heads)
     for number, model in enumerate(report.models, start=1):
         if (end := model.end_to_end) is not None:
             seconds = (f"{value:.2f}" for value in (end.seconds, end.inference, end.idle, end.decode))
@@ -294,9 +301,9 @@ def show_profile(profile: GraphProfile, *, top: int) -> None:
     unknown = f" (bytes of {summary.bytes_unknown} unknown)" if summary.bytes_unknown else ""
     kernels = f"{summary.count} kernels{unknown}, {total:.0f} MB read and written"
     console.print(f"{kernels}; convolutions and products: {summary.compute}")
-    title = "best case (an estimate; nothing was run)"
+    console.print("best case (an estimate; nothing was run)")
     heads = ("GPU", "us/image", "bound by", "GB/s", "T/s")
-    estimates = _table(*heads, words=("GPU", "bound by"), title=title, title_justify="left")
+    estimates = _table(*heads, words=("GPU", "bound by"))
     for estimate in roofline(profile):
         gpu = estimate.gpu
         peak = f"{gpu.peak[profile.precision]:g}"
@@ -319,13 +326,14 @@ def show_comparison(first: GraphProfile, second: GraphProfile) -> None:
 
 
 def show_facts(facts: Mapping[str, Any]) -> None:
-    """Nested facts as two columns on stdout; long lists are shortened."""
+    """Nested facts as two columns on stdout; long lists are shortened on a terminal."""
+    console = stdout()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in _flatten(facts):
-        table.add_row(key, Text(printable(_fact_text(value))))
-    stdout().print(table)
+        table.add_row(key, Text(printable(_fact_text(value, most=_LABELS_SHOWN if console.is_terminal else None))))
+    console.print(table)
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -336,10 +344,10 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _fact_text(value: Any) -> str:
+def _fact_text(value: Any, *, most: int | None) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {count}" for name, count in value.items())
     if isinstance(value, list | tuple):
-        shown = ", ".join(str(item) for item in value[:_LABELS_SHOWN])
-        return shown + (f", … ({len(value)} in all)" if len(value) > _LABELS_SHOWN else "")
+        shown = ", ".join(str(item) for item in value[:most])
+        return shown + (f", … ({len(value)} in all)" if most is not None and len(value) > most else "")
     return "none" if value is None else str(value)

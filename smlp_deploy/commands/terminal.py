@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,6 +22,9 @@ from rich.progress import (
 from rich.text import Text
 
 from smlp_deploy.errors import printable
+
+_UNBOUNDED = 100_000
+"""Columns where the output is no terminal: nothing is wrapped or cut."""
 
 
 class _Settings:
@@ -58,7 +63,7 @@ def show_error(message: str) -> None:
 
 def stderr() -> Console:
     """The console for notes and progress; silent after `be_quiet`."""
-    return Console(stderr=True, highlight=False, quiet=_Settings.quiet)
+    return _unbounded_in_a_pipe(Console(stderr=True, highlight=False, quiet=_Settings.quiet))
 
 
 @contextmanager
@@ -74,7 +79,15 @@ def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for the current phase of a long task."""
     with _progress(SpinnerColumn(), _description(), BarColumn(), TimeElapsedColumn()) as progress:
         task = progress.add_task(what, total=None)
-        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
+        (shown,) = progress.tasks
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase != shown.description:
+                progress.reset(task, description=phase)  # its rate too
+            shown.total = total or None  # which update() cannot set to None
+            progress.update(task, completed=done)
+
+        yield show
 
 
 @contextmanager
@@ -86,12 +99,40 @@ def downloading() -> Iterator[Callable[[int, int | None], None]]:
 
 
 @contextmanager
-def counting(what: str, *, done: int, records_on_terminal: bool) -> Iterator[Callable[[], None]]:
-    """A running count from `done` on, unless the records themselves go to the terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} {task.description}"), TimeElapsedColumn())
+def counting(
+    what: str, *, done: int, records_on_terminal: bool, total: Callable[[], int | None]
+) -> Iterator[Callable[[], None]]:
+    """A running count from `done` on with its rate, unless the records themselves go to the terminal.
+
+    Args:
+        what: is counted.
+        done: before.
+        records_on_terminal: show nothing.
+        total: finds how many there will be, in a thread of its own because folders may be large; None if it cannot.
+            Once it is there, the total and the time left are shown.
+    """
+    columns = (SpinnerColumn(), _Count(), BarColumn(), TimeElapsedColumn(), _TimeLeft())
     with _progress(*columns, enabled=not records_on_terminal) as progress:
         task = progress.add_task(what, total=None, completed=done)
+        if not progress.disable:
+            Thread(target=lambda: progress.update(task, total=total()), daemon=True).start()
         yield lambda: progress.advance(task)
+
+
+class _Count(ProgressColumn):
+    """How many are done, of how many, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        of = "" if task.total is None else f" of {task.total:.0f}"
+        rate = "" if task.speed is None else f", {task.speed:.3g}/s"
+        return Text(f"{task.completed:.0f}{of} {task.description}{rate}")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left, once it can be known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.time_remaining is None else Text("left: ") + super().render(task)
 
 
 def _description() -> TextColumn:
@@ -106,4 +147,10 @@ def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
 
 def stdout() -> Console:
     """The console for results."""
-    return Console(highlight=False)
+    return _unbounded_in_a_pipe(Console(highlight=False))
+
+
+def _unbounded_in_a_pipe(console: Console) -> Console:
+    if not console.file.isatty():
+        console.width = _UNBOUNDED
+    return console

@@ -33,6 +33,7 @@ def verify(
 ) -> None:
     """Compare an artifact with the trained network on real images and seeded noise."""
     from smlp_deploy.commands.output import check_html
+    from smlp_deploy.files import check_writable
 
     check_html(html, beside=save)
     bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
@@ -42,20 +43,31 @@ def verify(
         raise UsageError(
             "is a saved report, so nothing is run", where=candidate, fix="leave out --device, --provider, --runtime"
         )
+    if (max_error is not None or save is not None) and not layers:
+        raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
+    if max_error is not None and not math.isfinite(max_error):
+        raise UsageError("is not a finite number", where="--max-error")
     placement = o.choose_placement(device, provider, runtime, [candidate])
+    is_report = layers and candidate.suffix == ".json"
+    if is_report and (reference is not None or images):
+        raise UsageError(
+            "is a saved report, so nothing is run", where=candidate, fix="leave out --reference and --images"
+        )
+    paths = o.find_given_images(images, "--images") if images else None
+    o.check_files(candidate, reference)
+    if save is not None:
+        check_writable(save)
     if layers:
-        report = _divergence(candidate, reference, images, max_error, placement)
+        report = _divergence(candidate, reference, paths, max_error, placement)
         _show_layers(candidate, reference, report, save=save, html=html, as_json=as_json)
         return
-    if max_error is not None or save is not None:
-        raise UsageError("is for --layers", where="--save" if save else "--max-error", fix="add --layers")
-    _verify_whole(candidate, reference, images, bounds, placement, html=html, as_json=as_json)
+    _verify_whole(candidate, reference, paths, bounds, placement, html=html, as_json=as_json)
 
 
 def _verify_whole(
     candidate: Path,
     reference: Path | None,
-    images: list[str] | None,
+    images: list[Path] | None,
     bounds: dict[str, float],
     placement: Placement,
     *,
@@ -73,9 +85,8 @@ def _verify_whole(
     from smlp_deploy.pipeline.verify import verify_artifact
     from smlp_deploy.reports import parity_page
 
-    paths = o.find_given_images(images) if images else None
     with working(f"comparing {candidate} with the trained network"):
-        report = verify_artifact(candidate, reference=reference, images=paths, bounds=bounds, placement=placement)
+        report = verify_artifact(candidate, reference=reference, images=images, bounds=bounds, placement=placement)
     output.show(
         as_json=as_json,
         json_text=report.to_json,
@@ -95,7 +106,7 @@ def _verify_whole(
 def _divergence(
     candidate: Path,
     reference: Path | None,
-    images: list[str] | None,
+    images: list[Path] | None,
     max_error: float | None,
     placement: Placement,
 ) -> DivergenceReport:
@@ -103,18 +114,14 @@ def _divergence(
     from smlp_deploy.commands.terminal import working
     from smlp_deploy.evaluation.layers import DivergenceReport
     from smlp_deploy.files import read_text
-    from smlp_deploy.pipeline.verify import verify_layers
 
-    if max_error is not None and not math.isfinite(max_error):
-        raise UsageError("is not a finite number", where="--max-error")
     if candidate.suffix != ".json":
-        paths = o.find_given_images(images) if images else None
+        from smlp_deploy.pipeline.verify import verify_layers
+
         with working(f"comparing {candidate} block by block"):
-            return verify_layers(candidate, reference=reference, images=paths, max_error=max_error, placement=placement)
-    if reference is not None or images:
-        raise UsageError(
-            "is a saved report, so nothing is run", where=candidate, fix="leave out --reference and --images"
-        )
+            return verify_layers(
+                candidate, reference=reference, images=images, max_error=max_error, placement=placement
+            )
     text = read_text(candidate, error=UsageError, fix="smlp verify --layers --save makes one")
     report = DivergenceReport.from_json(text, where=candidate)
     return report if max_error is None else report.judged_by(max_error)

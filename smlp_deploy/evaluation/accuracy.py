@@ -263,7 +263,7 @@ def evaluate(
 
 def evaluate_dataset(
     models: Sequence[Path],
-    dataset: Path,
+    dataset: str | Path,
     *,
     mapping: Mapping[str, str] | None = None,
     class_order: Sequence[str] | None = None,
@@ -379,7 +379,7 @@ def _check(
     if not runners or not samples:
         raise UsageError("there is nothing to evaluate", fix="give at least one model and one image")
     if any(number is not None and number < 1 for number in (batch_size, workers)):
-        raise UsageError("batch size and workers must be at least 1", where="--batch-size, --workers")
+        raise UsageError("batch size and workers must be at least 1", where="--batch, --workers")
     first = runners[0]
     for other in runners[1:]:
         ours, theirs = first.metadata, other.metadata

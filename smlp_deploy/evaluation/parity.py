@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
 from smlp_deploy.images.decode import give_memory_back
+from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.base import Runner, arithmetic_of, batch_size_of, common_input, input_of
 
@@ -165,6 +166,7 @@ def prove(
     *,
     bounds: Bounds | None = None,
     artifact_sha256: str = "",
+    progress: Progress | None = None,
 ) -> ParityReport:
     """Run real images, then seeded noise, through both runners and judge the difference.
 
@@ -179,13 +181,14 @@ def prove(
         image_paths: real images; unreadable ones are left out and reported.
         bounds: replace those of the candidate's precision.
         artifact_sha256: of the candidate's file, for the report.
+        progress: told of the inputs that are compared, after each batch.
     """
     metadata = candidate.metadata
     arithmetic = arithmetic_of(candidate)
     gates = replace(GATES[arithmetic], **(bounds or {}))
     common = replace(metadata, input=common_input(reference, candidate))
     samples = _Samples(image_paths, common, fill=metadata.batch or max(LARGEST_BATCH, batch_size_of(candidate)))
-    parts = list(_run(reference, candidate, samples))
+    parts = list(_run(reference, candidate, samples, progress or (lambda what, done, total: None)))
     mismatch = _shape_mismatch(parts)
     spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)
     if metadata.precision == "int8" and samples.images and not mismatch:
@@ -220,7 +223,13 @@ def prove(
 
 
 def check_half_range(
-    report: ParityReport, reference: Runner, half: Runner, recorder: ActivationRecorder, image_paths: Sequence[Path]
+    report: ParityReport,
+    reference: Runner,
+    half: Runner,
+    recorder: ActivationRecorder,
+    image_paths: Sequence[Path],
+    *,
+    progress: Progress | None = None,
 ) -> ParityReport:
     """Add to `report` what running an fp16 graph on the CPU cannot show, because ONNX Runtime computes it in fp32.
 
@@ -233,14 +242,19 @@ def check_half_range(
         half: the lowered network in fp16 arithmetic.
         recorder: the lowered network in fp32, recording its activations.
         image_paths: the parity images.
+        progress: told of the inputs that are recorded, after each batch.
     """
+    tell = progress or (lambda what, done, total: None)
     samples = _Samples(image_paths, reference.metadata, fill=LARGEST_BATCH)
     iterator = iter(samples)
+    tell("checking the range of fp16", done := 0, samples.expected)
     first = [_stacked(itertools.islice(iterator, HALF_IMAGES))]
     names, batch = first[0]
     spread = _Spread.between([_Part(names, reference.infer(batch), half.infer(batch), len(batch))])
     for _, inputs in itertools.chain(first, _chunks(iterator, samples.largest_batch)):
         recorder.infer(inputs)
+        done += len(inputs)
+        tell("checking the range of fp16", done, max(done, samples.expected))
     layer, largest = recorder.largest()
     found = HalfReport(
         images=len(batch),
@@ -278,6 +292,12 @@ class _Samples:
         self.noise = 0
         self.unreadable: list[str] = []
 
+    @property
+    def expected(self) -> int:
+        """How many there are, as far as is known: less than all if some images cannot be read."""
+        images = len(self._paths) - len(self.unreadable)
+        return images + max(MIN_NOISE, self.largest_batch - images)
+
     def __iter__(self) -> Iterator[_Sample]:
         batches = decoded_batches(self._paths, self._metadata, batch_size=_DECODED, workers=available_cores())
         for batch in batches:
@@ -313,8 +333,9 @@ class _Part:
         return _Part(names, self.reference[rows], self.candidate[rows], self.batch_size)
 
 
-def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_Part]:
+def _run(reference: Runner, candidate: Runner, samples: _Samples, tell: Progress) -> Iterator[_Part]:
     preprocessing = candidate.metadata.preprocessing
+    tell("comparing", done := 0, samples.expected)
     for index, (names, images) in enumerate(_chunks(iter(samples), samples.largest_batch)):
         expected = reference.infer(input_of(reference, images, preprocessing))
         give_memory_back()  # what the reference needed
@@ -324,6 +345,8 @@ def _run(reference: Runner, candidate: Runner, samples: _Samples) -> Iterator[_P
             found = np.concatenate([candidate.infer(batch[at : at + size]) for at in range(0, some, size)])
             yield _Part([f"{name} in a batch of {size}" for name in names[:some]], expected[:some], found, size)
         yield _Part(names, expected, candidate.infer(batch), len(batch))
+        done += len(names)
+        tell("comparing", done, max(done, samples.expected))
 
 
 def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], ImageArray]]:

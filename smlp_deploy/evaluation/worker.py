@@ -165,7 +165,7 @@ class TimedProcess:
             raise SmlpError(
                 f"its process ended with {_ending(self._process.exitcode)}",
                 where=self._target.path,
-                fix="if memory ran out, choose smaller --batch-sizes",
+                fix="if memory ran out, choose smaller --batch",
             ) from None
         if error is not None:
             raise SmlpError(error["what"], where=error["where"] or self._target.path, fix=error["fix"])

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ARCHITECTURES = ("sm80", "sm86", "sm89", "sm120")
 ALONE = "sm75"
+DATA_CENTER = {"sm90": "H100 and H200", "sm100": "B200", "sm103": "B300"}
+"""GPUs for which TensorRT builds engines, on such a GPU, and TensorRT-RTX does not."""
 """Combined with any other architecture, the common plan is twice as large and slower on all of them."""
 
 _MEMORY_FIGURES = ("Max Scratch Memory", "Total Activation Memory", "Total Weights Memory", "Peak memory usage")
@@ -165,6 +167,12 @@ class TensorRT:
         """
         known = self.architectures()
         unknown = [name for name in architectures if name not in known]
+        if unknown and unknown[0] in DATA_CENTER:
+            raise UsageError(
+                f"{unknown[0]} ({DATA_CENTER[unknown[0]]}) is for --target tensorrt only",
+                where="--gpu-arch",
+                fix="on a machine with such a GPU: smlp build-engine --target tensorrt, without --gpu-arch",
+            )
         if unknown:
             raise UsageError(
                 f"no architecture is called {unknown[0]!r}", where="--gpu-arch", fix=f"known: {', '.join(known)}"

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from smlp_deploy import strictjson
 from smlp_deploy.errors import UsageError
-from smlp_deploy.files import DATA_FOLDER, read_file, read_text
-from smlp_deploy.images.find import find_images
+from smlp_deploy.files import DATA_FOLDER, check_regular, read_file, read_text
+from smlp_deploy.images.find import images_below
 from smlp_deploy.images.labels import class_folders
 
 logger = logging.getLogger(__name__)
 
+_LAYOUT = "give a folder with one folder per class, as in DATASET/cat/1.jpg, or a CSV file with columns path and label"
 _MAX_CSV_BYTES = 1 << 28
 
 
@@ -28,13 +29,13 @@ _MAX_CSV_BYTES = 1 << 28
 class LabelledImage:
     """A labelled image; `named_by` says how the dataset named its class: by "label", "synset", "index" or "order"."""
 
-    path: Path
+    path: str | Path
     label: int
     named_by: str = "label"
 
 
 def find_labelled_images(
-    dataset: Path,
+    dataset: str | Path,
     labels: Sequence[str],
     *,
     synsets: Sequence[str] | None = None,
@@ -50,7 +51,7 @@ def find_labelled_images(
     unreadable image.
 
     Args:
-        dataset: the folder or the file; the paths in a file are relative to it.
+        dataset: the folder or the file; the paths in a file are relative to it. Paths begin as it is written.
         labels: the model's.
         synsets: the WordNet id of each label.
         mapping: the dataset's class names -> labels; a name that is not in it stays as it is.
@@ -59,10 +60,11 @@ def find_labelled_images(
     Raises:
         UsageError: it cannot be read, has no images, or names a class that the model does not have.
     """
-    rows = ((where, label, [dataset.parent / path]) for where, path, label in _rows(dataset, ("path", "label")))
-    groups = list(_folders(dataset) if dataset.is_dir() else rows)
+    check_dataset(dataset)
+    given, dataset = os.fspath(dataset), Path(dataset)
+    groups = list(_folders(given) if dataset.is_dir() else _listed(given))
     if not groups:
-        raise UsageError("has no images", where=dataset, fix="give a folder with one folder per class, or a CSV file")
+        raise UsageError("has no images", where=dataset, fix=_LAYOUT)
     names = {name: (mapping or {}).get(name, name) for _, name, _ in groups}
     if class_order is None and dataset.is_dir() and _only_numbers(names.values(), labels, synsets):
         class_order = _sorted_order(sorted(names), labels, dataset)
@@ -75,6 +77,22 @@ def find_labelled_images(
             known = {"label": labels, "synset": synsets, "order": class_order}.get(kind)
             raise _unknown(names[name], where, kind, known or ())
     return tuple(LabelledImage(path, indices[names[name]], kind) for _, name, paths in groups for path in paths)
+
+
+def check_dataset(dataset: str | Path) -> None:
+    """Check, before models are loaded, that a dataset has the layout of one.
+
+    Raises:
+        UsageError: it is neither a folder of class folders nor a file.
+    """
+    path = Path(dataset)
+    if not path.is_dir():
+        check_regular(path, error=UsageError, fix=_LAYOUT)
+    elif not class_folders(path):
+        given = os.fspath(dataset)
+        has_images = next(images_below(given)) != given
+        what = "has images, but no class folders that say what is on them" if has_images else "has no images"
+        raise UsageError(what, where=dataset, fix=_LAYOUT)
 
 
 def imagenet_synsets(labels: Sequence[str]) -> tuple[str, ...] | None:
@@ -104,11 +122,17 @@ def read_mapping(path: Path) -> dict[str, str]:
     return mapping
 
 
-def _folders(dataset: Path) -> Iterator[tuple[str, str, list[Path]]]:
+def _folders(dataset: str) -> Iterator[tuple[str, str, list[str]]]:
     """Each class folder, its name and the images below it, sorted."""
-    for folder in class_folders(dataset):
-        # The dot keeps a relative folder that begins with @ from being taken for a list of images.
-        yield str(folder), folder.name, list(find_images([os.path.join(os.curdir, folder)], ()))  # noqa: PTH118
+    for folder in class_folders(Path(dataset)):
+        path = os.path.join(dataset, folder.name)  # noqa: PTH118 - pathlib would normalize it
+        yield path, folder.name, list(images_below(path))
+
+
+def _listed(dataset: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Each row of a CSV file, its label and its image."""
+    for where, path, label in _rows(Path(dataset), ("path", "label")):
+        yield where, label, [os.path.join(os.path.dirname(dataset), path)]  # noqa: PTH118, PTH120 - the same
 
 
 def _rows(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 
 from smlp_deploy.errors import GpuError, ImageError
 from smlp_deploy.images.decode import EncodedImage, hold_pixels, open_image, reason_of
+from smlp_deploy.images.find import InlineImage
 from smlp_deploy.metadata import Preprocessing
 
 ImageSource = str | os.PathLike[str] | EncodedImage | Image.Image | NDArray[np.uint8]
@@ -83,6 +84,8 @@ def load_image(
             opened = source if isinstance(source, Image.Image) else _from_pixels(source)
             with hold_pixels(opened):
                 return prepare(opened, preprocessing, out)
+        if isinstance(source, InlineImage):
+            source = source.content
         with open_image(Path(source) if isinstance(source, (str, os.PathLike)) else source) as image:
             decoded = None if decoder is None else decoder.decode(image)
             return prepare(image if decoded is None else decoded, preprocessing, out)

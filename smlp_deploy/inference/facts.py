@@ -13,7 +13,7 @@ from typing import Any
 from smlp_deploy.inference.records import RunIdentity
 
 
-class Listing(Iterator[Path]):
+class Listing(Iterator[str | Path]):
     """The images of a run, counted and hashed as they are read.
 
     Args:
@@ -23,12 +23,12 @@ class Listing(Iterator[Path]):
         count: those read so far.
     """
 
-    def __init__(self, images: Iterable[Path]) -> None:
+    def __init__(self, images: Iterable[str | Path]) -> None:
         self.count = 0
         self._images = iter(images)
         self._names = NamesHash()
 
-    def __next__(self) -> Path:
+    def __next__(self) -> str | Path:
         path = next(self._images)
         self.count += 1
         self._names.add(name_bytes(os.fspath(path)))

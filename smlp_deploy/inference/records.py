@@ -186,7 +186,7 @@ class RecordStream:
         self.write = write
         self.flush = stream.flush
 
-    def skip(self, paths: Iterator[Path]) -> None:
+    def skip(self, paths: Iterator[str | Path]) -> None:
         """Does nothing: a stream always starts empty."""
 
 

@@ -143,7 +143,7 @@ class RecordFile(Generic[R]):
             finally:
                 records._close()
 
-    def skip(self, paths: Iterator[Path]) -> None:
+    def skip(self, paths: Iterator[str | Path]) -> None:
         """Consume from `paths` those that already have records.
 
         Raises:

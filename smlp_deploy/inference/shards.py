@@ -92,7 +92,7 @@ class ShardRun:
 def run_shard(
     classifier: Classifier,
     identity: RunIdentity,
-    images: Iterable[Path],
+    images: Iterable[str | Path],
     folder: Path,
     *,
     shard: Shard,

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smlp_deploy.artifacts import checkpoint_stem
 from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import ConfigError, SmlpError, UsageError
 from smlp_deploy.files import DATA_FOLDER
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
-from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.variants import VARIANTS, variant_of
+
+if TYPE_CHECKING:
+    from smlp_deploy.models.checkpoint import Checkpoint  # which imports torch
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,19 @@ def describe(
     )
 
 
+def check_preprocessing(given: Mapping[str, Any]) -> None:
+    """Check options for preprocessing before a checkpoint is loaded.
+
+    Raises:
+        UsageError: a value is out of range, or a mean or a standard deviation is of pixels from 0 to 255.
+    """
+    try:
+        preprocessing = Preprocessing(**{"image_size": 224, **given})
+    except ConfigError as error:
+        raise UsageError(error.what, where=error.where, fix=error.fix) from None
+    _check_scale(preprocessing, UsageError, where="--mean, --std")
+
+
 def _name(checkpoint: Checkpoint) -> str:
     official = {variant.weights_file: variant.name for variant in VARIANTS.values() if variant.weights_file}
     return official.get(checkpoint.path.name, checkpoint_stem(checkpoint.path))
@@ -83,7 +98,7 @@ def _labels(checkpoint: Checkpoint, given: tuple[str, ...] | None) -> tuple[str,
         logger.warning("%s states no labels; its 1000 classes are assumed to be ImageNet's", checkpoint.path.name)
         return imagenet_labels()
     logger.warning(
-        "%s states no labels; its %d classes are named by index (--labels FILE names them)",
+        "%s states no labels; its %d classes are named by index (smlp export --labels FILE names them)",
         checkpoint.path.name,
         classes,
     )
@@ -96,14 +111,11 @@ def _preprocessing(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Preproce
         _check_scale(own, ConfigError, where=f"the preprocessing that belongs to {checkpoint.path.name}")
     if own is None:
         own = Preprocessing(image_size=checkpoint.config.image_size)
-        if not {"mean", "std", "crop_pct", "interpolation"} <= given.keys():
+        names = {"mean": "mean", "std": "std", "crop_pct": "crop", "interpolation": "interpolation"}
+        assumed = [f"{name} {_text(getattr(own, field))}" for field, name in names.items() if field not in given]
+        if assumed:
             logger.warning(
-                "%s states no preprocessing; ImageNet's is used (resize %d %s, crop %d, its mean and std) "
-                "unless an option says otherwise",
-                checkpoint.path.name,
-                own.resize,
-                own.interpolation,
-                own.image_size,
+                "%s states no preprocessing; ImageNet's is assumed: %s", checkpoint.path.name, ", ".join(assumed)
             )
     prepared = replace(own, **given)
     _check_scale(prepared, UsageError, where="--mean, --std")
@@ -133,6 +145,10 @@ def _check_scale(preprocessing: Preprocessing, error: type[SmlpError], *, where:
             where=where,
             fix=f"divide by 255: {' '.join(f'--{name} {_listed(values)}' for name, values in by_255.items())}",
         )
+
+
+def _text(value: Any) -> str:
+    return _listed(value) if isinstance(value, tuple) else str(value)
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -129,7 +129,7 @@ def prepare_graph(
         wanted_input: what the engine takes: "uint8", pixels, or "float32", normalized images.
         bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize.
-        progress: told of the steps of quantization.
+        progress: told of each stage, and of how much of it is done.
 
     Raises:
         ArtifactError: the converted graph fails parity.
@@ -142,12 +142,14 @@ def prepare_graph(
     if precision == "int8" and source.metadata.precision == "fp32":
         quantization = plan_quantization(source, int8 or Int8Options(), progress=progress)
     path = Path(f"{precision}.onnx" if wanted_input == "float32" else f"{precision}-{wanted_input}.onnx")
+    if progress is not None:
+        progress(f"converting to {precision}", 0, 0)
     graph = to_precision(source, precision, quantization=quantization, path=path)
     graph = to_input(graph, wanted_input, path=path)
     images = default_images(graph.metadata, quantization.images if quantization else ())
     require_onnxruntime()
     with OnnxRuntimeRunner(source) as reference, OnnxRuntimeRunner(graph) as candidate:
-        parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256)
+        parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256, progress=progress)
     if not parity.passed:
         converted = precision if precision != source.metadata.precision else f"{precision} with {wanted_input} input"
         raise ArtifactError(f"parity failed in {converted}: {_failures(parity)}", where=source.path)

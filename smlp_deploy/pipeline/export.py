@@ -73,7 +73,7 @@ def export(
         images: real images to compare on; by default the bundled ones, or those of the calibration.
         bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize, for the precision int8.
-        progress: told of the steps of quantization.
+        progress: told of each stage, and of how much of it is done.
 
     Returns:
         The file and its report. If a gate failed, `report.passed` is false and the file has a `.failed` name.
@@ -123,7 +123,7 @@ def export_checkpoint(
         images: real images to compare on; by default the bundled ones, or those of the calibration.
         bounds: of the numeric gates; replace those of the precision.
         int8: how to quantize, for the precision int8.
-        progress: told of the steps of quantization.
+        progress: told of each stage, and of how much of it is done.
 
     Raises:
         SmlpError: the graph could not be made or written.
@@ -132,13 +132,18 @@ def export_checkpoint(
     check_writable(target)
     give_memory_back()  # of reading the checkpoint, as much as its weights
     precision = metadata.precision
+    tell = progress or (lambda what, done, total: None)
+    tell("making the graph", 0, 0)
     graph = export_onnx(checkpoint.network(shared=True), metadata, path=target, opset=opset)
     give_memory_back()  # of the networks, several copies of the weights
     quantization = plan_quantization(graph, int8 or Int8Options(), progress=progress) if precision == "int8" else None
+    tell(f"converting to {precision}", 0, 0)
     graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)
     images = images or default_images(graph.metadata, quantization.images if quantization else ())
     with OnnxRuntimeRunner(graph) as candidate:
-        report = prove_against_checkpoint(candidate, checkpoint, graph.metadata, images, bounds, graph.sha256)
+        report = prove_against_checkpoint(
+            candidate, checkpoint, graph.metadata, images, bounds, graph.sha256, progress=progress
+        )
     path = target if report.passed else failed_path(target)
     graph.save(path)
     report_path = parity_path(path)

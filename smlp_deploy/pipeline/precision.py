@@ -165,7 +165,7 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
     samples: FloatArray | None = None
     table = options.table
     if table is None or options.max_drop is not None:
-        samples, images = _load(images, graph.metadata)
+        samples, images = _load(images, graph.metadata, tell)
     if table is None:
         assert samples is not None
         table = _calibrate(graph, samples, options.method, tell)
@@ -186,7 +186,7 @@ def _calibrate(graph: Graph, samples: FloatArray, method: str, tell: Progress) -
     return calibrate(graph.model(), batches, method=method, progress=lambda done: tell("calibrating", done, total))
 
 
-def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, tuple[Path, ...]]:
+def _load(images: Sequence[Path], metadata: ModelMetadata, tell: Progress) -> tuple[FloatArray, tuple[Path, ...]]:
     """The readable images after the model's preprocessing."""
     if not images:
         raise UsageError(
@@ -198,7 +198,8 @@ def _load(images: Sequence[Path], metadata: ModelMetadata) -> tuple[FloatArray, 
         logger.warning("using %d of the %d calibration images, evenly spaced", MOST_IMAGES, len(images))
         images = [images[i * len(images) // MOST_IMAGES] for i in range(MOST_IMAGES)]
     samples, readable = [], []
-    for path, content in _decoded(images, metadata):
+    for done, (path, content) in enumerate(_decoded(images, metadata), start=1):
+        tell("reading calibration images", done, len(images))
         if isinstance(content, str):
             logger.warning("calibration skips %s: %s", path, content)
         else:
@@ -244,6 +245,7 @@ def _measure(
     def run_with_only(layer: str) -> FloatArray:
         return run_without([name for name in layers if name != layer])
 
+    tell("running the fp32 graph", 0, 0)
     reference = _logits(graph, samples)
     report = measure_sensitivity(
         layers,
@@ -252,6 +254,7 @@ def _measure(
         labels=labels,
         progress=lambda done: tell("measuring each layer", done, len(layers)),
     )
+    tell("choosing the layers to leave in half precision", 0, 0)
     return choose(report, max_drop, run_without, reference_logits=reference, labels=labels)
 
 

@@ -21,6 +21,7 @@ from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, prove
 from smlp_deploy.files import BUNDLED_CHECKPOINT, read_file, sha256_of
 from smlp_deploy.images.defaults import default_images, is_bundled
+from smlp_deploy.interrupts import Progress
 from smlp_deploy.metadata import EngineManifest, ModelMetadata
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
@@ -87,6 +88,7 @@ def prove_against_checkpoint(
     artifact_sha256: str,
     *,
     gpu: GpuDevice | None = None,
+    progress: Progress | None = None,
 ) -> ParityReport:
     """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
 
@@ -98,18 +100,19 @@ def prove_against_checkpoint(
         bounds: of the numeric gates; replace those of the precision.
         artifact_sha256: of the candidate's file, for the report.
         gpu: where the trained network runs; None for the CPU.
+        progress: told of the inputs that are compared.
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
 
     at_once = None if gpu else REFERENCE_BATCH
     with PyTorchRunner(checkpoint, metadata, gpu=gpu, at_once=at_once) as trained:
-        report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256)
+        report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256, progress=progress)
         if candidate.metadata.precision not in ("fp16", "int8"):
             return report
         half = HalfRunner(checkpoint, metadata, gpu=gpu)
         recorder = RecordingRunner(checkpoint, metadata, gpu=gpu, at_once=at_once)
         with half, recorder:
-            return check_half_range(report, trained, half, recorder, images)
+            return check_half_range(report, trained, half, recorder, images, progress=progress)
 
 
 def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:

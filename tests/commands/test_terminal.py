@@ -10,16 +10,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer.main
 from rich.console import Console
+from rich.progress import Progress
 
 from scripts.captures import COLUMNS, VERBS, in_terminal, plain
-from smlp_deploy.commands import tables
-from smlp_deploy.commands.tables import show_benchmark, show_divergence
+from smlp_deploy.cli import command_line
+from smlp_deploy.commands import tables, terminal
+from smlp_deploy.commands.tables import show_benchmark, show_divergence, show_parity
 from smlp_deploy.doctor import Finding
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
 from smlp_deploy.evaluation.layers import DivergenceReport, PointReport
+from smlp_deploy.evaluation.parity import GateResult
 from smlp_deploy.evaluation.profile import GraphProfile
 from smlp_deploy.exporters.kernels import Kernel, KernelSummary, KernelTensor, summarize
 from smlp_deploy.pipeline.export import Export
@@ -116,17 +121,99 @@ def test_a_profile_shows_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("growth", [None, 0.0123, 1.0, 12345.0])
-def test_error_growth_fits_the_narrowest_terminal(growth: float | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_growth_fits_the_narrowest_terminal(
+    growth: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = {"error": 1.2e-3, "worst_error": 3.4e-3, "max_abs": 0.1}
     point = PointReport(
         name="stage 3 block 12 token mixing", worst_image="ILSVRC2012_val_00000001.JPEG", growth=None, **numbers
     )
     point = replace(point, growth=growth)
     names = {"reference": "a", "candidate": "b", "precision": "fp32"}
-    show_divergence(DivergenceReport(**names, images=1, unreadable=(), max_error=1e-5, points=(point,), layers=()))
+    report = DivergenceReport(**names, images=1, unreadable=(), max_error=1e-5, points=(point,), layers=())
+    show_divergence(report)
+    assert f" {point.worst_image} 3.4e-03 " in capsys.readouterr().out  # whole in a pipe
+    console = Console(highlight=False, width=COLUMNS, force_terminal=True, color_system=None)
+    monkeypatch.setattr(tables, "stdout", lambda: console)
+    show_divergence(report)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= COLUMNS
     assert lines[2].rstrip().endswith("over")
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "shown"),
+    [
+        (1.0, "at least 100.00% of 43 inputs", "100.00%"),
+        (0.99999, "at least 100.00% of 43 inputs", "99.99%"),
+        (0.9767, "at least 99.00% of 43 inputs", "97.67%"),
+        (0.99812, "at least 0.99", "0.998"),
+        (float("nan"), "at least 99.00% of 0 inputs", ""),
+    ],
+)
+def test_a_gate_is_shown_in_the_unit_of_its_limit(
+    value: float, limit: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = GateResult(name="top-1", passed=True, limit=limit, measured=value)
+    show_parity(SimpleNamespace(gates=[gate], failures=[], unreadable=[]), on_stderr=False)  # type: ignore[arg-type]
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.removeprefix("top-1  passed").removesuffix(limit).strip() == shown
+
+
+def test_nothing_is_cut_or_wrapped_in_a_pipe(digits_export: Export, tmp_path: Path, digit_images: list[Path]) -> None:
+    folder = tmp_path / ("a-folder-with-a-long-name-" * 8)
+    folder.mkdir()
+    model, image = folder / "digits.onnx", folder / digit_images[0].name
+    shutil.copy(digits_export.path, model)
+    shutil.copy(digit_images[0], image)
+
+    def piped(*command: str | Path) -> list[str]:
+        words = [sys.executable, "-m", "smlp_deploy", *map(str, command)]
+        environment = {**os.environ, "COLUMNS": "40"}
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+        assert "…" not in done.stdout
+        return done.stdout.splitlines()
+
+    _, line = piped("predict", "-m", model, image)
+    assert line.startswith(f"{image}  0 ")
+    assert line.count("%") == 5
+    facts = dict(row.strip().split(maxsplit=1) for row in piped("inspect", model))
+    assert facts["file"] == str(model)
+    assert facts["metadata.labels"] == ", ".join("0123456789")
+    (top1,) = [row for row in piped("verify", model) if row.startswith("top-1")]
+    assert top1.endswith("inputs whose margin exceeds the difference")
+    (folder / "set.csv").write_text(f"path,label\n{image.name},0\n")
+    rows = piped("eval", folder / "set.csv", "-m", model)
+    assert any(f"{model.name} " in row and row.split()[0] == "1" for row in rows)
+
+
+def test_a_count_shows_total_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = SimpleNamespace(completed=50, total=200.0, speed=12.34, description="images", time_remaining=15.0)
+    task.finished = False
+    task.elapsed = 4.0
+    assert terminal._Count().render(task).plain == "50 of 200 images, 12.3/s"  # type: ignore[arg-type]
+    assert terminal._TimeLeft().render(task).plain == "left: 0:00:15"  # type: ignore[arg-type]
+    task.total = task.speed = task.time_remaining = None
+    assert terminal._Count().render(task).plain == "50 images"  # type: ignore[arg-type]
+    assert terminal._TimeLeft().render(task).plain == ""  # type: ignore[arg-type]
+
+
+def test_predict_counts_of_how_many(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
+    command: list[str | Path] = ["predict", "--model", model.name, "-o", "x.jsonl", "--batch", "1", *digit_images * 5]
+    shown = in_terminal(*command, folder=tmp_path)[1]
+    assert re.search(r"\d+ of 60 images", shown)
+
+
+def test_a_stage_of_unknown_length_claims_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, color_system=None)
+    shown = Progress(console=console)
+    monkeypatch.setattr(terminal, "_progress", lambda *columns: shown)
+    with terminal.building("first") as progress:
+        (task,) = shown.tasks
+        progress("reading", 3, 4)
+        assert (task.description, task.completed, task.total) == ("reading", 3, 4)
+        progress("converting", 0, 0)
+        assert (task.description, task.completed, task.total) == ("converting", 0, None)
 
 
 @pytest.fixture
@@ -141,6 +228,19 @@ def test_help_fits_80_columns_and_nothing_is_cut(verb: str, tmp_path: Path) -> N
     assert max(map(len, shown.splitlines())) <= COLUMNS
     assert "…" not in shown
     assert "--quiet" in shown
+
+
+def test_help_shows_what_to_write_and_no_types() -> None:
+    root = typer.main.get_command(command_line())
+    for name, verb in root.commands.items():  # type: ignore[attr-defined]
+        context = typer.Context(verb, info_name=name)
+        for parameter in verb.get_params(context):
+            shown = parameter.display_type_rich(ctx=context) or ""
+            assert not re.search("<(bool|str|path|int|float|list)", shown), (name, parameter.name)
+            states_default = re.search(r"\bDefault\b", parameter.help or "")
+            default = parameter._extract_default_help_str(ctx=context)
+            twice = states_default and parameter.show_default and default not in (None, False)
+            assert not twice, (name, parameter.name)
 
 
 def test_colours_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_process_that_dies_is_one_clear_line(process: TimedProcess) -> None:
         process.load()
         assert process._process.pid is not None
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(SmlpError, match=r"its process ended with signal 9 · .*smaller --batch-sizes"):
+        with pytest.raises(SmlpError, match=r"its process ended with signal 9 · .*smaller --batch"):
             process.first(1)
 
 

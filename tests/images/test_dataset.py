@@ -29,7 +29,7 @@ def dataset(folder: Path, *names: str) -> Path:
 
 def found(folder: Path, labels: tuple[str, ...] = ANIMALS, **options: Mapping[str, str] | tuple[str, ...]) -> list[str]:
     samples = find_labelled_images(folder, labels, **options)  # type: ignore[arg-type]
-    return [f"{sample.path.parent.name} {sample.label} {sample.named_by}" for sample in samples]
+    return [f"{Path(sample.path).parent.name} {sample.label} {sample.named_by}" for sample in samples]
 
 
 class TestFolders:
@@ -80,7 +80,10 @@ class TestFolders:
         picture(tmp_path / "cat" / "deep" / "er" / "x.png")
         (tmp_path / "dog").mkdir()
         samples = find_labelled_images(tmp_path, ANIMALS)
-        assert [sample.path.relative_to(tmp_path).as_posix() for sample in samples] == ["cat/deep/er/x.png", "dog"]
+        assert [Path(sample.path).relative_to(tmp_path).as_posix() for sample in samples] == [
+            "cat/deep/er/x.png",
+            "dog",
+        ]
         result = evaluate([FakeRunner(quadrant_means)], samples)
         assert result.records[1].error == "is a directory without images"
 
@@ -88,6 +91,20 @@ class TestFolders:
         dataset(tmp_path / "@data", "cat")
         monkeypatch.chdir(tmp_path)
         assert [str(sample.path) for sample in find_labelled_images(Path("@data"), ANIMALS)] == ["@data/cat/a.png"]
+
+    def test_paths_begin_as_the_dataset_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        dataset(tmp_path, "cat")
+        monkeypatch.chdir(tmp_path)
+        Path("set.csv").write_text("path,label\n./cat//a.png,cat\n")
+        written = {"./": "./cat/a.png", ".": "./cat/a.png", "./set.csv": "././cat//a.png", "set.csv": "./cat//a.png"}
+        assert {given: find_labelled_images(given, ANIMALS)[0].path for given in written} == written
+
+    def test_a_folder_of_images_without_classes_is_told_the_layout(self, tmp_path: Path) -> None:
+        picture(tmp_path / "a.png")
+        with pytest.raises(
+            UsageError, match=r"has images, but no class folders .* DATASET/cat/1\.jpg, or a CSV file with"
+        ):
+            find_labelled_images(tmp_path, ANIMALS)
 
 
 class TestModelsThatOnlyNumberTheirClasses:
@@ -146,7 +163,7 @@ class TestCsv:
         rows = ["cat,in/a.png,x", "3,b.png,y"] if "note" in head else ["in/a.png,cat", "b.png,3"]
         (tmp_path / "set.csv").write_text("\r\n".join([head, *rows]), encoding="utf-8")
         samples = find_labelled_images(tmp_path / "set.csv", ANIMALS)
-        assert samples == (LabelledImage(tmp_path / "in/a.png", 0), LabelledImage(tmp_path / "b.png", 2))
+        assert samples == (LabelledImage(str(tmp_path / "in/a.png"), 0), LabelledImage(str(tmp_path / "b.png"), 2))
 
     @pytest.mark.parametrize(
         ("text", "reason"),

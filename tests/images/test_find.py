@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from smlp_deploy.errors import UsageError
-from smlp_deploy.images.find import find_images
+from smlp_deploy.images.find import SIGNATURE_BYTES, InlineImage, count_images, find_images, images_below, is_image
 
 
 @pytest.fixture
@@ -22,19 +24,73 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def listed(*arguments: str, stdin: tuple[str, ...] = ()) -> list[str]:
-    return [str(path) for path in find_images(arguments, stdin)]
+    return list(find_images(arguments, stdin))
 
 
 def test_a_folder_gives_its_images_sorted_and_recursively(tree: Path) -> None:
-    assert listed(".") == ["a.PNG", "b.jpg", "sub/.hidden.jpg", "sub/c.webp"]
+    expected = ["a.PNG", "b.jpg", "sub/.hidden.jpg", "sub/c.webp"]
+    assert listed(str(tree)) == [f"{tree}/{name}" for name in expected]
+
+
+def test_paths_are_what_was_given_byte_for_byte(tree: Path) -> None:
+    given = ["./b.jpg", "sub//c.webp", "sub/../b.jpg", "./absent.jpg"]
+    assert listed(*given) == given
+    assert listed("-", stdin=tuple(f"{path}\n" for path in given)) == given
+    below = [".hidden.jpg", "c.webp"]
+    for folder in ("sub/", "./sub/", "sub/../sub/"):
+        assert listed(folder) == [folder + name for name in below]
+    assert listed("./sub") == ["./sub/" + name for name in below]
+    assert listed(".") == ["./a.PNG", "./b.jpg", "./sub/.hidden.jpg", "./sub/c.webp"]
+
+
+def test_files_that_macos_leaves_beside_others_are_skipped(tree: Path) -> None:
+    for name in ("._b.jpg", ".DS_Store"):
+        (tree / "sub" / name).touch()
+    assert listed("sub") == ["sub/.hidden.jpg", "sub/c.webp"]
+    assert listed("sub/._b.jpg") == ["sub/._b.jpg"]
+
+
+def test_a_pattern_that_the_shell_did_not_expand_is_expanded(tree: Path) -> None:
+    assert listed("./*.jpg", "sub/*.w?bp") == ["./b.jpg", "sub/c.webp"]
+    assert listed("**/*.webp") == ["sub/c.webp"]
+    assert listed("s*") == ["sub/.hidden.jpg", "sub/c.webp"]
+    (tree / "[1].jpg").touch()
+    assert listed("[1].jpg") == ["[1].jpg"]
+    with pytest.raises(UsageError, match=r"no file matches this pattern · \*\.gif"):
+        find_images(["b.jpg", "*.gif"], ())
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a b.jpg", "file:///tmp/a.jpg", "s3://bucket/a.jpg"])
+def test_a_url_is_refused_with_the_way_to_do_it(tree: Path, url: str) -> None:
+    with pytest.raises(UsageError, match=r"is a URL, and images are read from files · .* · download it first"):
+        find_images(["b.jpg", url], ())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO", "BMP", "PPM"])
+def test_an_image_on_standard_input_is_one_image(tree: Path, kind: str) -> None:
+    content = BytesIO()
+    Image.new("RGB", (8, 8)).save(content, kind)
+    assert is_image(content.getvalue()[:SIGNATURE_BYTES])
+    (found,) = find_images(["-"], content.getvalue())
+    assert isinstance(found, InlineImage)
+    assert (found, found.content) == ("-", content.getvalue())
+
+
+@pytest.mark.parametrize(
+    "head", ["BM.jpg\nPC.jpg\n", "P1.jpg\nP2.jpg\n", "a.jpg", "GIF8.gif\n", "II*.tif\n", "", "RIFF.webp\n"]
+)
+def test_a_list_on_standard_input_is_no_image(head: str) -> None:
+    assert not is_image(head.encode()[:SIGNATURE_BYTES])
 
 
 def test_a_file_is_taken_whatever_its_name_and_though_it_is_absent(tree: Path) -> None:
     assert listed("notes.txt", "absent.jpg", "b.jpg", "b.jpg") == ["notes.txt", "absent.jpg", "b.jpg", "b.jpg"]
 
 
-def test_a_folder_without_images_is_not_lost(tree: Path) -> None:
-    assert listed("empty") == ["empty"]
+def test_a_folder_without_images_is_an_error_and_in_a_list_it_is_not_lost(tree: Path) -> None:
+    with pytest.raises(UsageError, match="no images in this folder · empty · name image files"):
+        find_images(["b.jpg", "empty"], ())
+    assert listed("-", stdin=("empty\n",)) == ["empty"]
 
 
 def test_lists_give_paths_and_folders(tree: Path) -> None:
@@ -42,6 +98,15 @@ def test_lists_give_paths_and_folders(tree: Path) -> None:
     expected = ["b.jpg", "sub/.hidden.jpg", "sub/c.webp"]
     assert listed("@list.txt") == expected
     assert listed("-", stdin=("b.jpg\n", "sub")) == expected
+
+
+def test_images_are_counted_where_they_can_be_named_twice(tree: Path) -> None:
+    (tree / "list.txt").write_text("b.jpg\nsub\n")
+    assert count_images(["b.jpg", "sub", "@list.txt", "*.jpg"]) == 1 + 2 + 3 + 1
+    assert count_images(["b.jpg", "-"]) is None
+    os.mkfifo(tree / "pipe")
+    assert count_images(["@pipe"]) is None
+    assert count_images(["@absent"]) is None
 
 
 def test_undecodable_names_survive_a_list(tree: Path) -> None:
@@ -58,7 +123,7 @@ def test_an_unreadable_list_fails_at_once(tree: Path, name: str) -> None:
 def test_a_list_that_goes_away_is_an_error_too(tree: Path) -> None:
     (tree / "list.txt").touch()
     images = find_images(["b.jpg", "@list.txt"], ())
-    assert next(images) == Path("b.jpg")
+    assert next(images) == "b.jpg"
     (tree / "list.txt").unlink()
     with pytest.raises(UsageError, match="cannot read the list of images"):
         next(images)
@@ -113,6 +178,8 @@ def test_any_tree_gives_each_image_once_and_sorted(tree: list[list[str]]) -> Non
             except OSError:  # two of them want one name
                 continue
             files.add(tuple(parts))
-        images = [parts for parts in files if parts[-1].lower().endswith((".jpg", ".png", ".webp"))]
-        expected = [Path(root, *parts) for parts in sorted(images)] or [Path(root)]
-        assert list(find_images([root], ())) == expected
+        images = [
+            parts for parts in files if parts[-1].lower().endswith((".jpg", ".png", ".webp")) and parts[-1][:2] != "._"
+        ]
+        expected = [os.path.join(root, *parts) for parts in sorted(images)] or [root]  # noqa: PTH118
+        assert list(images_below(root)) == expected

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation.parity import ParityReport
 from smlp_deploy.exporters.onnx import export_onnx
-from smlp_deploy.files import BUNDLED_CHECKPOINT, sha256_of
+from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, sha256_of
 from smlp_deploy.graphs.file import Graph, graph_facts
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import PRECISIONS, ModelMetadata
@@ -24,7 +24,7 @@ from smlp_deploy.models.description import describe
 from smlp_deploy.models.smlpnet import SMLPNet
 from smlp_deploy.pipeline import export
 from smlp_deploy.pipeline.export import Export, export_checkpoint
-from smlp_deploy.pipeline.precision import to_input
+from smlp_deploy.pipeline.precision import Int8Options, to_input
 from smlp_deploy.pipeline.verify import find_reference, prove_against_checkpoint, verify_artifact
 from smlp_deploy.runners.base import Runner
 from tests.support.fakes import Exported
@@ -44,6 +44,36 @@ def test_an_export_is_proven_and_says_so_beside_it(digits_export: Export) -> Non
 def test_own_images_are_compared(digits: Checkpoint, digit_images: list[Path], tmp_path: Path) -> None:
     result = export_checkpoint(digits, describe(digits), tmp_path / "x.onnx", images=digit_images[:3])
     assert result.report.images == 3
+
+
+def test_every_stage_of_an_int8_export_tells_how_much_of_it_is_done(digits: Checkpoint, tmp_path: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    images = tuple(sorted((DATA_FOLDER / "calibration").glob("*"))[:40])
+    export_checkpoint(
+        digits,
+        describe(digits, precision="int8"),
+        tmp_path / "x.onnx",
+        int8=Int8Options(images=images, max_drop=100.0),
+        progress=lambda what, done, total: told.setdefault(what, []).append((done, total)),
+    )
+    assert list(told) == [
+        "making the graph",
+        "reading calibration images",
+        "calibrating",
+        "running the fp32 graph",
+        "measuring each layer",
+        "choosing the layers to leave in half precision",
+        "converting to int8",
+        "comparing",
+        "checking the range of fp16",
+    ]
+    for what, steps in told.items():
+        assert steps == sorted(steps), what
+        done, total = steps[-1]
+        assert done == total, what
+    assert told["reading calibration images"][-1] == (40, 40)
+    assert told["calibrating"] == [(32, 40), (40, 40)]
+    assert told["comparing"] == [(0, 32), (32, 32)]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -87,10 +117,10 @@ def test_what_was_proven_is_what_is_written(
 ) -> None:
     target, proven = tmp_path / "x.onnx", []
 
-    def prove_and_swap(candidate: Runner, *arguments: Any) -> ParityReport:
+    def prove_and_swap(candidate: Runner, *arguments: Any, **options: Any) -> ParityReport:
         target.write_bytes(b"swapped while the proof ran")
         proven.append(candidate)
-        return prove_against_checkpoint(candidate, *arguments)
+        return prove_against_checkpoint(candidate, *arguments, **options)
 
     monkeypatch.setattr(export, "prove_against_checkpoint", prove_and_swap)
     result = export_checkpoint(digits, describe(digits), target)
