@@ -75,34 +75,31 @@ def command_line(*verbs: str) -> typer.Typer:
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
-_PLAIN = {"<path>": "FILE", "<list[Path]>": "FILE", "<list[str]>": "IMAGES", "<str>": "NAME"}
-"""What help shows in place of a type of Python's, where an option names nothing else; a number is N."""
+_WORDS = {"int": "N", "float": "N", "path": "FILE", "str": "NAME", "text": "NAME"}
+"""What help shows in place of a type, where an option names nothing else."""
 
 
-def _without_types(parameters: Iterable[Any], context: Any) -> None:
-    """Make help show what to write: nothing beside a flag or an argument's name, a word for a value."""
+def _without_types(parameters: Iterable[Any]) -> None:
+    """Make help show what to write: nothing beside an argument's name, a word for an option's value."""
     for parameter in parameters:
         if parameter.param_type_name == "argument":
-            parameter.display_type_rich = lambda ctx: ""
-        elif parameter.is_flag:
-            parameter.metavar = ""
-        elif parameter.metavar is None:
-            shown = parameter.display_type_rich(ctx=context) or ""
-            is_number = shown.startswith(("<int", "<float"))
-            parameter.metavar = "N" if is_number else _PLAIN.get(shown)
+            parameter.type.get_metavar = lambda param, ctx: ""
+        elif not parameter.is_flag and parameter.metavar is None:
+            kind = parameter.type.name
+            parameter.metavar = next((word for begin, word in _WORDS.items() if kind.startswith(begin)), None)
 
 
 class _Verb(TyperCommand):
     def get_params(self, ctx: Any) -> Any:
         parameters = super().get_params(ctx)
-        _without_types(parameters, ctx)
+        _without_types(parameters)
         return parameters
 
 
 class _Verbs(TyperGroup):
     def get_params(self, ctx: Any) -> Any:
         parameters = super().get_params(ctx)
-        _without_types(parameters, ctx)
+        _without_types(parameters)
         return parameters
 
 
