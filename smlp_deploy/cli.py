@@ -80,6 +80,8 @@ _PLAIN = {"<path>": "FILE", "<list[Path]>": "FILE", "<list[str]>": "IMAGES", "<s
 def _without_types(parameters: Iterable[Any], context: Any) -> None:
     """Make help show what to write: nothing beside a flag or an argument's name, a word for a value."""
     for parameter in parameters:
+        if not hasattr(parameter, "display_type_rich"):  # another version of typer, whose help stays as it is
+            continue
         if parameter.param_type_name == "argument":
             parameter.display_type_rich = lambda ctx: ""
         elif parameter.is_flag:
