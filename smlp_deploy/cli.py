@@ -82,8 +82,6 @@ _WORDS = {"int": "N", "float": "N", "path": "FILE", "str": "NAME", "text": "NAME
 def _without_types(parameters: Iterable[Any]) -> None:
     """Make help show what to write: nothing beside an argument's name, a word for an option's value."""
     for parameter in parameters:
-        if not hasattr(parameter, "display_type_rich"):  # another version of typer, whose help stays as it is
-            continue
         if parameter.param_type_name == "argument":
             parameter.type.get_metavar = lambda param, ctx: ""
         elif not parameter.is_flag and parameter.metavar is None:
