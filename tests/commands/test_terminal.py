@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 from rich.console import Console
 from rich.progress import Progress
+from typer.testing import CliRunner
 
 from scripts.captures import COLUMNS, VERBS, in_terminal, plain
 from smlp_deploy.cli import command_line
