@@ -309,7 +309,7 @@ def _record_sink(
 
     Undecodable bytes of file names are kept.
     """
-    from smlp_deploy.commands.tables import predictions_writer
+    from smlp_deploy.commands.records import predictions_writer
     from smlp_deploy.files import replacing
     from smlp_deploy.inference.records import FORMATS, RecordStream
     from smlp_deploy.inference.resume import RecordFile

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from smlp_deploy.evaluation.profile import GraphProfile
     from smlp_deploy.evaluation.sensitivity import SensitivityReport
     from smlp_deploy.exporters.kernels import KernelSummary
-    from smlp_deploy.inference.classify import Prediction
     from smlp_deploy.models.variants import Variant
 
 _LABELS_SHOWN = 5
@@ -54,31 +52,6 @@ def show_variants(variants: Mapping[str, Variant]) -> None:
     console = stdout()
     console.print(table)
     console.print(f"official weights: {OFFICIAL_URL}", soft_wrap=True)
-
-
-def predictions_writer(stream: TextIO) -> Callable[[Prediction], None]:
-    """Writes one line per prediction as it arrives: the file, its best class, and the runners-up."""
-    console = Console(file=stream, highlight=False)
-    path_width = max(20, min(44, console.width // 2 - 2))
-    console.print(Text(f"{'image':<{path_width}}  best classes", style="bold"))
-
-    def write(prediction: Prediction) -> None:
-        path = printable(prediction.path)
-        if len(path) > path_width and console.is_terminal:
-            path = "…" + path[1 - path_width :]
-        line = Text(f"{path:<{path_width}}  ")
-        if prediction.error is not None:
-            line.append(f"error: {printable(prediction.error)}", style="red")
-            console.print(line, soft_wrap=True)
-            return
-        best, *others = prediction.scores
-        line.append(f"{printable(best.label)} {best.probability:.1%}", style="bold")
-        line.append("".join(f"  {printable(score.label)} {score.probability:.1%}" for score in others), style="dim")
-        console.print(
-            line, no_wrap=True, overflow="ellipsis" if console.is_terminal else "ignore", crop=console.is_terminal
-        )
-
-    return write
 
 
 def show_parity(report: ParityReport, *, on_stderr: bool) -> None:

@@ -1,27 +1,23 @@
-"""Notes, progress and errors on stderr, and the console for results on stdout."""
+"""Notes, progress and errors on stderr, and the console for results on stdout.
+
+Where stderr is no terminal, plain text is written, and rich is not imported.
+"""
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+import typer
 
 from smlp_deploy.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _UNBOUNDED = 100_000
 """Columns where the output is no terminal: nothing is wrapped or cut."""
@@ -43,59 +39,99 @@ def be_quiet() -> None:
 
 
 def note(message: str) -> None:
-    stderr().print(Text(f"note: {printable(message)}", style="yellow"), soft_wrap=True)
+    if not _Settings.quiet:
+        _print(f"note: {printable(message)}", "yellow")
 
 
 def say(message: str) -> None:
-    stderr().print(Text(printable(message)), soft_wrap=True)
+    if not _Settings.quiet:
+        _print(printable(message), "")
 
 
 def suggest(*command: object) -> None:
     """Show the next useful command, ready to paste, if stderr is a terminal."""
-    console = stderr()
-    if console.is_terminal:
-        console.print(Text(f"next: {printable(shlex.join(map(str, command)))}", style="dim"), soft_wrap=True)
+    if is_terminal(sys.stderr) and not _Settings.quiet:
+        _print(f"next: {printable(shlex.join(map(str, command)))}", "dim")
 
 
 def show_error(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"error: {message}", style="red"))
+    _print(f"error: {message}", "red")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal, or is to be treated as one."""
+    return stream.isatty() or bool(os.environ.get("FORCE_COLOR")) or os.environ.get("TTY_COMPATIBLE") == "1"
+
+
+def _print(text: str, style: str) -> None:
+    if not is_terminal(sys.stderr):
+        typer.echo(text, err=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(text, style=style))
 
 
 def stderr() -> Console:
-    """The console for notes and progress; silent after `be_quiet`."""
+    """The console for tables and progress on stderr; silent after `be_quiet`."""
+    from rich.console import Console
+
     return _unbounded_in_a_pipe(Console(stderr=True, highlight=False, quiet=_Settings.quiet))
+
+
+def stdout() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return _unbounded_in_a_pipe(Console(highlight=False))
+
+
+def _unbounded_in_a_pipe(console: Console) -> Console:
+    if not console.file.isatty():
+        console.width = _UNBOUNDED
+    return console
+
+
+def _shows_progress() -> bool:
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return is_terminal(sys.stderr) and not dumb and not _Settings.quiet
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner while something slow runs."""
-    with _progress(SpinnerColumn(), _description(), TimeElapsedColumn()) as progress:
-        progress.add_task(what)
+    if not _shows_progress():
+        yield
+        return
+    from smlp_deploy.commands import progress
+
+    with progress.working(what):
         yield
 
 
 @contextmanager
 def building(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for the current phase of a long task."""
-    with _progress(SpinnerColumn(), _description(), BarColumn(), TimeElapsedColumn()) as progress:
-        task = progress.add_task(what, total=None)
-        (shown,) = progress.tasks
+    if not _shows_progress():
+        yield lambda phase, done, total: None
+        return
+    from smlp_deploy.commands import progress
 
-        def show(phase: str, done: int, total: int) -> None:
-            if phase != shown.description:
-                progress.reset(task, description=phase)  # its rate too
-            shown.total = total or None  # which update() cannot set to None
-            progress.update(task, completed=done)
-
+    with progress.building(what) as show:
         yield show
 
 
 @contextmanager
 def downloading() -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar for bytes, shown once there are any."""
-    with _progress(TextColumn("downloading"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task("", total=None, visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+    if not _shows_progress():
+        yield lambda done, total: None
+        return
+    from smlp_deploy.commands import progress
+
+    with progress.downloading() as show:
+        yield show
 
 
 @contextmanager
@@ -111,46 +147,10 @@ def counting(
         total: finds how many there will be, in a thread of its own because folders may be large; None if it cannot.
             Once it is there, the total and the time left are shown.
     """
-    columns = (SpinnerColumn(), _Count(), BarColumn(), TimeElapsedColumn(), _TimeLeft())
-    with _progress(*columns, enabled=not records_on_terminal) as progress:
-        task = progress.add_task(what, total=None, completed=done)
-        if not progress.disable:
-            Thread(target=lambda: progress.update(task, total=total()), daemon=True).start()
-        yield lambda: progress.advance(task)
+    if records_on_terminal or not _shows_progress():
+        yield lambda: None
+        return
+    from smlp_deploy.commands import progress
 
-
-class _Count(ProgressColumn):
-    """How many are done, of how many, and how many a second."""
-
-    def render(self, task: Task) -> Text:
-        of = "" if task.total is None else f" of {task.total:.0f}"
-        rate = "" if task.speed is None else f", {task.speed:.3g}/s"
-        return Text(f"{task.completed:.0f}{of} {task.description}{rate}")
-
-
-class _TimeLeft(TimeRemainingColumn):
-    """The time left, once it can be known."""
-
-    def render(self, task: Task) -> Text:
-        return Text("") if task.time_remaining is None else Text("left: ") + super().render(task)
-
-
-def _description() -> TextColumn:
-    return TextColumn("{task.description}", markup=False)  # it may contain file names
-
-
-def _progress(*columns: ProgressColumn, enabled: bool = True) -> Progress:
-    console = stderr()
-    wanted = enabled and console.is_terminal and not console.is_dumb_terminal and not _Settings.quiet
-    return Progress(*columns, console=console, transient=True, disable=not wanted)
-
-
-def stdout() -> Console:
-    """The console for results."""
-    return _unbounded_in_a_pipe(Console(highlight=False))
-
-
-def _unbounded_in_a_pipe(console: Console) -> Console:
-    if not console.file.isatty():
-        console.width = _UNBOUNDED
-    return console
+    with progress.counting(what, done=done, total=total) as advance:
+        yield advance

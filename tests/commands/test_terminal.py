@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from scripts.captures import COLUMNS, VERBS, in_terminal, plain
 from smlp_deploy.cli import command_line
-from smlp_deploy.commands import tables, terminal
+from smlp_deploy.commands import progress, tables
 from smlp_deploy.commands.tables import show_benchmark, show_divergence, show_parity
 from smlp_deploy.doctor import Finding
 from smlp_deploy.evaluation.benchmark import BatchTiming, Benchmark, ModelTiming
@@ -192,11 +192,11 @@ def test_a_count_shows_total_rate_and_time_left(monkeypatch: pytest.MonkeyPatch)
     task = SimpleNamespace(completed=50, total=200.0, speed=12.34, description="images", time_remaining=15.0)
     task.finished = False
     task.elapsed = 4.0
-    assert terminal._Count().render(task).plain == "50 of 200 images, 12.3/s"  # type: ignore[arg-type]
-    assert terminal._TimeLeft().render(task).plain == "left: 0:00:15"  # type: ignore[arg-type]
+    assert progress._Count().render(task).plain == "50 of 200 images, 12.3/s"  # type: ignore[arg-type]
+    assert progress._TimeLeft().render(task).plain == "left: 0:00:15"  # type: ignore[arg-type]
     task.total = task.speed = task.time_remaining = None
-    assert terminal._Count().render(task).plain == "50 images"  # type: ignore[arg-type]
-    assert terminal._TimeLeft().render(task).plain == ""  # type: ignore[arg-type]
+    assert progress._Count().render(task).plain == "50 images"  # type: ignore[arg-type]
+    assert progress._TimeLeft().render(task).plain == ""  # type: ignore[arg-type]
 
 
 def test_predict_counts_of_how_many(model: Path, digit_images: list[Path], tmp_path: Path) -> None:
@@ -208,12 +208,12 @@ def test_predict_counts_of_how_many(model: Path, digit_images: list[Path], tmp_p
 def test_a_stage_of_unknown_length_claims_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=COLUMNS, color_system=None)
     shown = Progress(console=console)
-    monkeypatch.setattr(terminal, "_progress", lambda *columns: shown)
-    with terminal.building("first") as progress:
+    monkeypatch.setattr(progress, "_progress", lambda *columns: shown)
+    with progress.building("first") as show:
         (task,) = shown.tasks
-        progress("reading", 3, 4)
+        show("reading", 3, 4)
         assert (task.description, task.completed, task.total) == ("reading", 3, 4)
-        progress("converting", 0, 0)
+        show("converting", 0, 0)
         assert (task.description, task.completed, task.total) == ("converting", 0, None)
 
 
