@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -53,7 +53,7 @@ def predict(
     from smlp_deploy.commands.sources import default_model
     from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.files import check_writable
-    from smlp_deploy.images.find import count_images, find_images
+    from smlp_deploy.images.find import find_images
     from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.facts import Listing
     from smlp_deploy.inference.records import RunIdentity
@@ -80,28 +80,12 @@ def predict(
         decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
         identity = None
         if output is not None and kind is not o.RecordFormat.table:
+            metadata, by = classifier.runner.metadata, decoder.name if decoder else None
+            where = placement.kind_of(path, metadata)
             identity = RunIdentity.of(
-                path,
-                classifier.runner.metadata,
-                provider=placement.kind_of(path, classifier.runner.metadata),
-                kind=kind.value,
-                topk=topk,
-                batch_size=size,
-                decode=decoder.name if decoder else None,
+                path, metadata, provider=where, kind=kind.value, topk=topk, batch_size=size, decode=by
             )
-        run = _Run(
-            classifier,
-            path,
-            images,
-            stop,
-            identity,
-            decoder,
-            kind=kind,
-            topk=topk,
-            batch_size=size,
-            workers=workers,
-            count_images=partial(count_images, inputs),
-        )
+        run = _Run(classifier, path, inputs, images, stop, identity, decoder, kind, topk, size, workers)
         failed = run.whole(output, html, resume=resume) if part is None else run.shard(part, output, resume=resume)
     if failed and not allow_errors:
         raise typer.Exit(1)
@@ -114,20 +98,20 @@ class _Run:
 
     classifier: Classifier
     model: Path
+    inputs: Sequence[str]
     images: Listing
     stop: StopRequest
     identity: RunIdentity | None
     decoder: GpuDecoder | None
-    _: KW_ONLY
     kind: o.RecordFormat
     topk: int
     batch_size: int
     workers: int | None
-    count_images: Callable[[], int | None]
 
     def whole(self, output: Path | None, html: Path | None, *, resume: bool) -> int:
         """Write the records of all images to a file, or to standard output, and a page; returns how many failed."""
         from smlp_deploy.commands.terminal import counting, say
+        from smlp_deploy.images.find import count_images
         from smlp_deploy.inference.records import write_records
 
         first: list[Prediction] = []
@@ -145,7 +129,7 @@ class _Run:
 
                 predictions = _remembering(predictions, first, IMAGES_SHOWN)
             on_terminal = output is None and sys.stdout.isatty()
-            count = self.count_images
+            count = partial(count_images, self.inputs)
             with counting("images", done=sink.done, records_on_terminal=on_terminal, total=count) as advance:
                 done, failed = write_records(predictions, sink, self.stop, batch_size=self.batch_size, advance=advance)
             self._conclude(sink, failed)
@@ -159,7 +143,9 @@ class _Run:
         return failed
 
     def _size(self, shard: Shard) -> int | None:
-        images = self.count_images()
+        from smlp_deploy.images.find import count_images
+
+        images = count_images(self.inputs)
         return None if images is None else shard.size(images, batch_size=self.batch_size)
 
     def _conclude(self, sink: RecordFile[Prediction] | RecordStream, failed: int) -> None:

@@ -7,8 +7,8 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from onnx import ModelProto
 from onnxruntime.quantization import calibrate as calibrators
 
 from smlp_deploy import strictjson
-from smlp_deploy.errors import ArtifactError, UsageError
+from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
 from smlp_deploy.files import read_text
 from smlp_deploy.graphs.file import INPUT_NAME
 from smlp_deploy.images.batches import FloatArray
@@ -119,9 +119,9 @@ def measure_ranges(
     size = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     images = 0
     # ONNX Runtime's calibrators work on files, and print.
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with _work_folder() as folder, redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of NaN, which `_range` refuses
-        calibrator = _calibrator(model, names, method=method, folder=Path(folder))
+        calibrator = _calibrator(model, names, method=method, folder=folder)
         for batch in batches:
             if size and len(batch) != size:
                 raise UsageError(f"a calibration batch of {len(batch)} images; the graph takes exactly {size}")
@@ -133,6 +133,23 @@ def measure_ranges(
             raise UsageError("there are no calibration images", fix="give at least one, preferably 128 or more")
         found = calibrator.compute_data()
     return {name: _range(name, found[name].range_value) for name in names}, images
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A temporary folder.
+
+    Raises:
+        SmlpError: there is none that can be written to, or it is full.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise SmlpError(
+            f"cannot write temporary files: {error.strerror}",
+            fix="set TMPDIR to a folder with room for two copies of the graph",
+        ) from None
 
 
 class _OneBatch:

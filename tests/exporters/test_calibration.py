@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -143,3 +145,12 @@ def test_what_cannot_be_calibrated_is_refused(model: ModelProto, training: Float
     for call, error, message in calls:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="no sysfs here, in which nobody can create files")
+def test_temporary_files_that_cannot_be_written_are_one_line(
+    model: ModelProto, training: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/sys")
+    with pytest.raises(SmlpError, match=r"^cannot write temporary files: [^\n]+ · set TMPDIR to a folder with room"):
+        calibrate(model, [training])
