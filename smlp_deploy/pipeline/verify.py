@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_REFERENCES = 64
 REFERENCE_BATCH = 8
-"""Images that the trained network runs at once on a CPU. At 32 smlpnet_tiny takes 1.28 times as long per image
-(`benchmarks/README.md`), and added 388 MB to the peak of an export instead of less than 160."""
+"""Images that the trained network runs at once on a CPU. At 32 smlpnet_tiny took 1.28 times as long per image on two
+cores, and added 388 MB to the peak of an export instead of less than 160."""
 
 
 def verify_artifact(
