@@ -823,9 +823,9 @@ class TestParquet:
             count = (7, 5)[number - 1]
             path = f"out/part-0000{number}-of-00002.parquet"
             assert outcome.err.endswith(f"shard {number}/2: {count} images, 0 failed, written to {path}\n")
-        assert smlp("merge", "out", "-o", "all.parquet").err == (
-            "12 images, 0 failed, of 2 shards, written to all.parquet\n"
-        )
+        merged = smlp("merge", "out", "-o", "all.parquet", "--json")
+        assert merged.err == "12 images, 0 failed, of 2 shards, written to all.parquet\n"
+        assert json.loads(merged.out) == {"path": "all.parquet", "images": 12, "failed": 0, "shards": 2}
         paths = pq.read_table("all.parquet").column("path").to_pylist()
         assert paths == list(map(str, digit_images))
 
