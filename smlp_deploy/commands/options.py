@@ -674,10 +674,11 @@ def standard_input() -> TextIO:
 
 def standard_images(arguments: list[str]) -> TextIO | bytes:
     """What `-` stands for, if it is among the arguments: the bytes of an image on standard input, or its lines."""
+    from smlp_deploy.images.decode import MAX_FILE_SIZE
     from smlp_deploy.images.find import SIGNATURE_BYTES, is_image
 
     lines = standard_input()
     buffer = getattr(lines, "buffer", None)
     if "-" in arguments and isinstance(buffer, BufferedReader) and is_image(buffer.peek(SIGNATURE_BYTES)):
-        return buffer.read()
+        return buffer.read(MAX_FILE_SIZE + 1)  # one that is larger is refused as every image is
     return lines
