@@ -146,7 +146,7 @@ class _Reader:
         for image in itertools.islice(images, self._ahead * self._batch_size - len(self._queue)):
             number, row = divmod(self._started, self._batch_size)
             decoded = self._pool.submit(self._decode, image, self._memory_of(number)[row])
-            path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
+            path = os.fspath(image) if isinstance(image, (str, Path)) else ""
             self._queue.append((path, decoded))
             self._started += 1
 

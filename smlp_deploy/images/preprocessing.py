@@ -8,7 +8,6 @@ Normalize) bit for bit; only an image hundreds of times as long as it is wide ma
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +25,7 @@ from smlp_deploy.images.decode import EncodedImage, hold_pixels, open_image, rea
 from smlp_deploy.images.find import InlineImage
 from smlp_deploy.metadata import Preprocessing
 
-ImageSource = str | os.PathLike[str] | EncodedImage | Image.Image | NDArray[np.uint8]
+ImageSource = str | Path | EncodedImage | Image.Image | NDArray[np.uint8]
 """An image: the path, the bytes or the open binary file of an image file, an image of Pillow's, or RGB pixels, uint8
 H, W, 3."""
 
@@ -86,7 +85,7 @@ def load_image(
                 return prepare(opened, preprocessing, out)
         if isinstance(source, InlineImage):
             source = source.content
-        with open_image(Path(source) if isinstance(source, (str, os.PathLike)) else source) as image:
+        with open_image(Path(source) if isinstance(source, str) else source) as image:
             decoded = None if decoder is None else decoder.decode(image)
             return prepare(image if decoded is None else decoded, preprocessing, out)
     except (GpuError, ImageError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -240,6 +239,6 @@ class Classifier:
 
 def _as_several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:
     """Several images as they are, one of them in a list; an array of four dimensions is several."""
-    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    kinds = (str, Path, bytes, bytearray, memoryview, Image.Image)
     is_one = images.ndim < 4 if isinstance(images, np.ndarray) else isinstance(images, kinds) or hasattr(images, "read")
     return cast(Iterable[ImageSource], [images] if is_one else images)
