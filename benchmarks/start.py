@@ -108,6 +108,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def run(command: list[str], code: Path, folder: Path) -> dict[str, float]:
     """Run a command with the package of a checkout; seconds, CPU seconds, and the peak of its memory in MB."""
     environment = os.environ | {"PYTHONPATH": str(code.absolute())}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as they are for users
     started = time.perf_counter()
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)  # noqa: S603
