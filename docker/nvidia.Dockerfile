@@ -3,7 +3,7 @@
 # toolkit; CUDA's own libraries come from Python packages, so the base has none.
 #
 #   docker build -f docker/nvidia.Dockerfile -t smlp-deploy:nvidia .
-#   docker run --rm --gpus all --user "$(id -u)" -v "$PWD:/work" smlp-deploy:nvidia doctor
+#   docker run --rm --gpus all --user "$(id -u)" -v "$PWD:/data" smlp-deploy:nvidia doctor
 FROM python:3.12-slim AS wheel
 COPY . /source
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
@@ -11,9 +11,9 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 FROM python:3.12-slim
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(echo /wheels/*.whl)[gpu]"
-ENV XDG_CACHE_HOME=/work/.cache \
+ENV XDG_CACHE_HOME=/data/.cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["smlp"]
