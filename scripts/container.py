@@ -9,6 +9,7 @@ engine; they need root. Each check runs one command and looks at its exit code, 
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -85,17 +86,19 @@ def install(folder: Path) -> Path:
 
     def pip(*arguments: str | Path) -> None:
         command = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
-        subprocess.run(command, check=True, cwd=folder)  # noqa: S603 - here smlp-deploy would count as installed
+        # In this folder, or with it on PYTHONPATH, smlp-deploy would count as installed.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run(command, check=True, cwd=folder, env=environment)  # noqa: S603
 
-    environment = folder / "environment"
-    subprocess.run((interpreter(), "-m", "venv", "--without-pip", environment), check=True)  # noqa: S603
+    installed = folder / "environment"
+    subprocess.run((interpreter(), "-m", "venv", "--without-pip", installed), check=True)  # noqa: S603
     pip("wheel", "--no-deps", "--wheel-dir", folder / "wheels", ROOT)
     (wheel,) = (folder / "wheels").glob("*.whl")
     constraints = ROOT / "constraints.txt"
-    pip("--python", environment / "bin" / "python", "install", "--constraint", constraints, f"{wheel}[cpu]")
-    readable = ("chmod", "--recursive", "a+rX", environment)
+    pip("--python", installed / "bin" / "python", "install", "--constraint", constraints, f"{wheel}[cpu]")
+    readable = ("chmod", "--recursive", "a+rX", installed)
     subprocess.run(readable, check=True)  # noqa: S603 - whatever the umask
-    return environment / "bin"
+    return installed / "bin"
 
 
 def interpreter() -> Path:
