@@ -42,7 +42,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         SmlpError: the folder cannot be created or written to, or there is no space left.
     """
-    check_writable(target)
+    _check_target(target)
     # The name is chosen before the file is created, so that a signal in between cannot leave the file behind.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -51,7 +51,7 @@ def replacing(target: Path) -> Iterator[Path]:
         with _explained(target, only=_NO_ROOM):
             yield temporary
         if temporary.exists():
-            check_writable(target)
+            _check_target(target)
             temporary.replace(target)
     finally:
         if temporary.exists():  # on a read-only file system even removing a file that is not there is an error
@@ -64,13 +64,19 @@ def check_writable(target: Path) -> None:
     Raises:
         SmlpError: `target` cannot be written.
     """
+    _check_target(target)
+    with _explained(target):
+        tempfile.TemporaryFile(dir=target.parent).close()
+
+
+def _check_target(target: Path) -> None:
+    """`check_writable`, but for whether files can be created there."""
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise SmlpError("cannot write: it is a directory", where=target, fix="name a file with -o")
         if target.exists() and not target.is_file():
             raise SmlpError("cannot write: it is not a regular file", where=target, fix="name a file with -o")
-        tempfile.TemporaryFile(dir=target.parent).close()
 
 
 @contextmanager

@@ -67,8 +67,9 @@ def show(
 def is_finished(target: Path) -> bool:
     """Whether a run that is to be continued is complete; says so."""
     from smlp_deploy.commands.terminal import say
+    from smlp_deploy.inference.resume import partial_path
 
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_path(target)
     finished = target.is_file() and not (partial.exists() and partial.stat().st_size)
     if finished:
         say(f"{target} is complete, so there is nothing to resume; delete it to run again")

@@ -146,19 +146,19 @@ def _row(line: bytes) -> dict[str, Any]:
     error = record.get("error")
     return {
         "path": _text(path),
-        "path_bytes": None if path.isascii() or _is_utf8(path) else name_bytes(path),
+        "path_bytes": None if _is_utf8(path) else name_bytes(path),
         "predictions": None if scores is None else [score | {"label": _text(score["label"])} for score in scores],
         "error": None if error is None else _text(error),
     }
 
 
 def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(text: str) -> str:
     """`text` as Parquet can hold it."""
-    return text if text.isascii() or _is_utf8(text) else name_bytes(text).decode("utf-8", "backslashreplace")
+    return text if _is_utf8(text) else name_bytes(text).decode("utf-8", "backslashreplace")
 
 
 def _schema(facts: Facts | None = None) -> Any:

@@ -89,6 +89,11 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def partial_path(target: Path) -> Path:
+    """What a file of records is called until it is complete."""
+    return target.with_name(target.name + ".partial")
+
+
 class RecordFile(Generic[R]):
     """A file of records while it is written.
 
@@ -103,7 +108,7 @@ class RecordFile(Generic[R]):
     """
 
     def __init__(self, target: Path, identity: Identity[R]) -> None:
-        self.partial = target.with_name(target.name + ".partial")
+        self.partial = partial_path(target)
         self.done = self.failed = 0
         self._target = target
         self._identity = identity

@@ -23,7 +23,7 @@ from smlp_deploy.inference import parquet
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.facts import Facts, Listing
 from smlp_deploy.inference.records import RunIdentity, write_records
-from smlp_deploy.inference.resume import RecordFile, differences
+from smlp_deploy.inference.resume import RecordFile, differences, partial_path
 from smlp_deploy.interrupts import StopRequest
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def run_shard(
     target = shard.file(folder, identity.format)
     listing = Listing(images)
     stop = StopRequest() if stop is None else stop  # it is false until a signal arrives
-    if resume and target.exists() and not _partial(target).exists():
+    if resume and target.exists() and not partial_path(target).exists():
         return ShardRun(path=target, facts=_finished(target, identity, listing, shard, stop), skipped=True)
     with RecordFile.open(target, identity, resume=resume) as records:
         mine = shard.of(listing, batch_size=identity.batch_size)
@@ -146,10 +146,6 @@ def run_shard(
         else:
             write_text(_facts_path(target), facts.to_json() + "\n")
     return ShardRun(path=target, facts=facts)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
 
 
 def _facts_path(target: Path) -> Path:

@@ -191,19 +191,9 @@ class RecordingRunner(PyTorchRunner):
     for GPUs, of every product and of token mixing; and the output of every block.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        metadata: ModelMetadata,
-        *,
-        gpu: GpuDevice | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        self._largest: dict[str, float] = {}
-        super().__init__(checkpoint, metadata, gpu=gpu, at_once=at_once)
-        self.name = self.name.replace(")", ", lowered)", 1)
-
     def _prepared(self, network: SMLPNet) -> nn.Module:
+        self._largest: dict[str, float] = {}
+        self.name = self.name.replace(")", ", lowered)", 1)
         lowered = lower(network, self.metadata.form)
         for name, module in lowered.named_modules():
             if isinstance(module, _WATCHED):
