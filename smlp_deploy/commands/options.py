@@ -27,6 +27,7 @@ BATCH_PANEL = "Batch sizes"
 TENSORRT_PANEL = "TensorRT"
 LAYERS_PANEL = "Block by block (--layers)"
 BASELINE_PANEL = "Baselines (--baseline)"
+RAY_PANEL = "On a Ray cluster (--ray)"
 FILES_PANEL = "From image files to records (--end-to-end)"
 
 
@@ -458,6 +459,13 @@ DeviceOption = Annotated[
         "Default: a GPU for engines, otherwise cpu.",
     ),
 ]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE,DEVICE",
+        help="Share the images among several, in a process each: 0,1 for two GPUs.",
+    ),
+]
 BuildDeviceOption = Annotated[
     str | None,
     typer.Option(
@@ -487,9 +495,28 @@ ShardOption = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Run the I-th of N shards of the images, into a file in the folder -o."),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Run on the cluster with its head at HOST:PORT, auto for this machine's, or local for one of this machine "
+        "alone; shards go to the folder -o.",
+        rich_help_panel=RAY_PANEL,
+    ),
+]
+ActorsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes, each with the model. Default: as many as fit.", rich_help_panel=RAY_PANEL),
+]
+ActorCpusOption = Annotated[
+    int | None, typer.Option(min=1, help="Cores of each process. Default: 1.", rich_help_panel=RAY_PANEL)
+]
+ActorGpusOption = Annotated[
+    int | None, typer.Option(min=0, help="GPUs of each process. Default: 0.", rich_help_panel=RAY_PANEL)
+]
 ResumeOption = Annotated[
     bool,
-    typer.Option("--resume", help="Continue an interrupted run with the same -o, or start one; skip a finished shard."),
+    typer.Option("--resume", help="Continue an interrupted run with the same -o, or start one; skip finished shards."),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Decoding threads. Default: one per core.")]
 DecodeOption = Annotated[
@@ -608,6 +635,24 @@ def choose_placement(
         several = any(other.suffix.lower() == ".onnx" for other in given)
         (placement.for_file(file) if several else placement).check(file)
     return placement
+
+
+def choose_placements(
+    device: str | None, devices: str | None, provider: Provider | None, runtime: Runtime, model: Path | None
+) -> list[Placement]:
+    """Where to run a model: one placement, or those of --devices.
+
+    Raises:
+        UsageError: see `choose_placement`, or both options are given, or a name is missing.
+    """
+    if devices is None:
+        return [choose_placement(device, provider, runtime, [model])]
+    if device is not None:
+        raise UsageError("contradicts --devices", where=f"--device {device}", fix="give one of them")
+    names = devices.split(",")
+    if not all(name.strip() for name in names):
+        raise UsageError("names no device", where=f"--devices {devices}", fix="for example 0,1")
+    return [choose_placement(name, provider, runtime, [model]) for name in names]
 
 
 def check_files(*files: Path | None) -> None:

@@ -19,17 +19,21 @@ from smlp_deploy.errors import UsageError
 if TYPE_CHECKING:
     from smlp_deploy.images.gpu_decode import GpuDecoder
     from smlp_deploy.inference.classify import Classifier, Prediction
+    from smlp_deploy.inference.devices import DeviceClassifier
     from smlp_deploy.inference.facts import Listing
     from smlp_deploy.inference.records import RecordStream, RunIdentity
     from smlp_deploy.inference.resume import RecordFile
     from smlp_deploy.inference.shards import Shard
     from smlp_deploy.interrupts import StopRequest
+    from smlp_deploy.metadata import ModelMetadata
+    from smlp_deploy.runners.placement import Placement
 
 
 def predict(
     inputs: o.ImagesArgument,
     model: o.ModelOption = None,
     device: o.DeviceOption = None,
+    devices: o.DevicesOption = None,
     provider: o.ProviderOption = None,
     runtime: o.RuntimeOption = o.Runtime.auto,
     batch_size: o.BatchSizeOption = None,
@@ -37,6 +41,10 @@ def predict(
     format_: o.RecordFormatOption = None,
     output: o.RecordsOutputOption = None,
     shard: o.ShardOption = None,
+    ray: o.RayOption = None,
+    actors: o.ActorsOption = None,
+    actor_cpus: o.ActorCpusOption = None,
+    actor_gpus: o.ActorGpusOption = None,
     resume: o.ResumeOption = False,
     workers: o.WorkersOption = None,
     decode: o.DecodeOption = o.DecodeOn.cpu,
@@ -49,54 +57,103 @@ def predict(
 
     With -o, records are kept in FILE.partial until all are written; --resume continues a run that was stopped.
     """
+    from smlp_deploy.commands.terminal import suggest
+
+    if as_json and format_ not in (None, o.RecordFormat.jsonl):
+        raise UsageError("contradicts --json", where=f"--format {format_.value}", fix="give one of them")
+    request = Request(
+        inputs=inputs,
+        model=model,
+        device=device,
+        devices=devices,
+        provider=provider,
+        runtime=runtime,
+        batch_size=batch_size,
+        topk=topk,
+        format=o.RecordFormat.jsonl if as_json else format_,
+        output=output,
+        shard=shard,
+        resume=resume,
+        workers=workers,
+        decode_on_gpu=decode is o.DecodeOn.gpu,
+        html=html,
+    )
+    if ray is not None or actors or actor_cpus or actor_gpus:
+        from smlp_deploy.commands.on_ray import run_on_ray
+
+        failed, following = run_on_ray(request, ray, actors=actors, cpus=actor_cpus or 1, gpus=actor_gpus or 0)
+    else:
+        failed, following = _run_here(request)
+    if failed and not allow_errors:
+        raise typer.Exit(1)
+    suggest("smlp", *following)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options that say what to classify with what, and where the records go."""
+
+    inputs: list[str]
+    model: Path | None
+    device: str | None
+    devices: str | None
+    provider: o.Provider | None
+    runtime: o.Runtime
+    batch_size: int | None
+    topk: int | None
+    format: o.RecordFormat | None
+    output: Path | None
+    shard: str | None
+    resume: bool
+    workers: int | None
+    decode_on_gpu: bool
+    html: Path | None
+
+
+def _run_here(request: Request) -> tuple[int, list[object]]:
+    """Classify images on this machine; returns how many failed, and the next useful command."""
     from smlp_deploy.commands.output import is_finished
     from smlp_deploy.commands.sources import default_model
-    from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.files import check_writable
     from smlp_deploy.images.find import find_images
-    from smlp_deploy.inference.classify import Classifier
     from smlp_deploy.inference.facts import Listing
     from smlp_deploy.inference.records import RunIdentity
     from smlp_deploy.interrupts import put_off
 
-    if as_json and format_ not in (None, o.RecordFormat.jsonl):
-        raise UsageError("contradicts --json", where=f"--format {format_.value}", fix="give one of them")
-    format_ = o.RecordFormat.jsonl if as_json else format_
-    part, kind = _check_shard(shard, format_, output, html)
-    kind = kind or _check(format_, output, html, resume=resume)
-    if decode is o.DecodeOn.gpu and kind is o.RecordFormat.csv:
-        raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    images = Listing(find_images(inputs, o.standard_images(inputs)))
-    placement = o.choose_placement(device, provider, runtime, [model])
+    output, resume = request.output, request.resume
+    part, kind = _check_shard(request)
+    kind = kind or _check(request)
+    images = Listing(find_images(request.inputs, o.standard_images(request.inputs)))
+    placement, *others = o.choose_placements(
+        request.device, request.devices, request.provider, request.runtime, request.model
+    )
     if resume and output is not None and part is None and is_finished(output):
-        return
-    o.check_files(model)
+        return 0, ["verify", request.model]
+    o.check_files(request.model)
     if output is not None:
         check_writable(output if part is None else part.file(output, kind.value))
-    path = default_model(model, placement)
-    with Classifier.open(path, placement=placement) as classifier, put_off(again=True) as stop:
-        topk = _at_most(topk, len(classifier.labels))
-        topk, size = classifier.resolve_topk(topk), classifier.resolve_batch_size(batch_size)
-        decoder = _gpu_decoder(classifier) if decode is o.DecodeOn.gpu else None
+    path = default_model(request.model, placement)
+    with _open(path, placement, *others) as classifier, put_off(again=True) as stop:
+        topk = classifier.resolve_topk(at_most(request.topk, len(classifier.labels)))
+        size = classifier.resolve_batch_size(request.batch_size)
+        decoder = _gpu_decoder(classifier.metadata) if request.decode_on_gpu else None
         identity = None
         if output is not None and kind is not o.RecordFormat.table:
-            metadata, by = classifier.runner.metadata, decoder.name if decoder else None
-            where = placement.kind_of(path, metadata)
+            where, by = placement.kind_of(path, classifier.metadata), decoder.name if decoder else None
             identity = RunIdentity.of(
-                path, metadata, provider=where, kind=kind.value, topk=topk, batch_size=size, decode=by
+                path, classifier.metadata, provider=where, kind=kind.value, topk=topk, batch_size=size, decode=by
             )
-        run = _Run(classifier, path, inputs, images, stop, identity, decoder, kind, topk, size, workers)
-        failed = run.whole(output, html, resume=resume) if part is None else run.shard(part, output, resume=resume)
-    if failed and not allow_errors:
-        raise typer.Exit(1)
-    suggest("smlp", *(["merge", output, "-o", f"all.{kind}"] if part else ["verify", path]))
+        run = _Run(classifier, path, request.inputs, images, stop, identity, decoder, kind, topk, size, request.workers)
+        if part is None:
+            return run.whole(output, request.html, resume=resume), ["verify", path]
+        return run.shard(part, output, resume=resume), ["merge", output, "-o", f"all.{kind}"]
 
 
 @dataclass(frozen=True)
 class _Run:
     """A run over images; `identity` is None if its records go where no run can be continued."""
 
-    classifier: Classifier
+    classifier: Classifier | DeviceClassifier
     model: Path
     inputs: Sequence[str]
     images: Listing
@@ -137,8 +194,10 @@ class _Run:
             from smlp_deploy.commands.output import page_origin, write_page
             from smlp_deploy.reports import predictions_page
 
-            name = self.classifier.runner.name
-            write_page(html, predictions_page(page_origin([self.model]), first, model=name, total=done, failed=failed))
+            page = predictions_page(
+                page_origin([self.model]), first, model=self.classifier.name, total=done, failed=failed
+            )
+            write_page(html, page)
         say(f"{_counted(done)}, {failed} failed" + (f", written to {output}" if output else ""))
         return failed
 
@@ -189,7 +248,8 @@ def _counted(images: int) -> str:
     return f"{images} image" if images == 1 else f"{images} images"
 
 
-def _at_most(topk: int | None, classes: int) -> int | None:
+def at_most(topk: int | None, classes: int) -> int | None:
+    """`topk`, or the number of classes with a note if it is larger."""
     from smlp_deploy.commands.terminal import note
 
     if topk is None or topk <= classes:
@@ -198,7 +258,17 @@ def _at_most(topk: int | None, classes: int) -> int | None:
     return classes
 
 
-def _gpu_decoder(classifier: Classifier) -> GpuDecoder:
+def _open(path: Path, placement: Placement, *others: Placement) -> Classifier | DeviceClassifier:
+    if others:
+        from smlp_deploy.inference.devices import DeviceClassifier
+
+        return DeviceClassifier(path, [placement, *others])
+    from smlp_deploy.inference.classify import Classifier
+
+    return Classifier.open(path, placement=placement)
+
+
+def _gpu_decoder(metadata: ModelMetadata) -> GpuDecoder:
     """A decoder on the GPU whose pixels are near enough to Pillow's.
 
     Raises:
@@ -208,12 +278,12 @@ def _gpu_decoder(classifier: Classifier) -> GpuDecoder:
     from smlp_deploy.images.gpu_decode import GpuDecoder, check_pixels
 
     decoder = GpuDecoder.open()
-    largest = check_pixels(decoder, classifier.runner.metadata.preprocessing)
+    largest = check_pixels(decoder, metadata.preprocessing)
     say(f"JPEG files are decoded by {decoder.name}; on the bundled images it differs from Pillow by {largest} of 255")
     return decoder
 
 
-def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None, *, resume: bool) -> o.RecordFormat:
+def _check(request: Request) -> o.RecordFormat:
     """The format of the records.
 
     Raises:
@@ -221,49 +291,62 @@ def _check(given: o.RecordFormat | None, output: Path | None, html: Path | None,
     """
     from smlp_deploy.commands.output import check_html
 
-    kind = _choose_format(given, output)
+    kind = _choose_format(request.format, request.output)
     if kind is o.RecordFormat.parquet:
         from smlp_deploy.inference.parquet import require_parquet
 
-        if output is None:
+        if request.output is None:
             raise UsageError("Parquet goes to a file", where="--format parquet", fix="add -o records.parquet")
         require_parquet()
-    if resume and (output is None or kind is o.RecordFormat.table):
+    if request.resume and (request.output is None or kind is o.RecordFormat.table):
         raise UsageError(
             "only a JSONL, CSV or Parquet file can be continued", where="--resume", fix="add -o records.jsonl"
         )
-    check_html(html, beside=output)
-    if html is not None and resume:
+    check_html(request.html, beside=request.output)
+    if request.html is not None and request.resume:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
+    if request.decode_on_gpu and kind is o.RecordFormat.csv:
+        raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
+    if request.decode_on_gpu and request.devices is not None:
+        raise UsageError("contradicts --decode gpu", where="--devices", fix="give one of them")
     return kind
 
 
-def _check_shard(
-    text: str | None, given: o.RecordFormat | None, output: Path | None, html: Path | None
-) -> tuple[Shard | None, o.RecordFormat | None]:
+def _check_shard(request: Request) -> tuple[Shard | None, o.RecordFormat | None]:
     """The shard that is asked for and its format; None for both without one.
 
     Raises:
         UsageError: the options contradict each other.
         MissingDependencyError: the package for Parquet is missing.
     """
-    if text is None:
+    if request.shard is None:
         return None, None
-    from smlp_deploy.inference.shards import KINDS, Shard
+    from smlp_deploy.inference.shards import Shard
 
-    shard = Shard.parse(text)
-    kind = given or o.RecordFormat.parquet
+    return Shard.parse(request.shard), check_shards(request, "--shard")
+
+
+def check_shards(request: Request, option: str) -> o.RecordFormat:
+    """The format of shards' files.
+
+    Raises:
+        UsageError: the options contradict `option`.
+        MissingDependencyError: the package for Parquet is missing.
+    """
+    from smlp_deploy.inference.shards import KINDS
+
+    kind = request.format or o.RecordFormat.parquet
     if kind.value not in KINDS:
         raise UsageError("shards are Parquet or JSONL", where=f"--format {kind}", fix="choose one of them")
-    if output is None or output.is_file():
-        raise UsageError("shards go to a folder", where=output or "--shard", fix="add -o out/")
-    if html is not None:
-        raise UsageError("a page shows all images", where="--html", fix="leave out --shard")
+    if request.output is None or request.output.is_file():
+        raise UsageError("shards go to a folder", where=request.output or option, fix="add -o out/")
+    if request.html is not None:
+        raise UsageError("a page shows all images", where="--html", fix=f"leave out {option}")
     if kind is o.RecordFormat.parquet:
         from smlp_deploy.inference.parquet import require_parquet
 
         require_parquet()
-    return shard, kind
+    return kind
 
 
 def _choose_format(given: o.RecordFormat | None, output: Path | None) -> o.RecordFormat:

@@ -1,4 +1,4 @@
-"""Which image files a list of arguments names: files, folders, `@list.txt`, and `-` for standard input.
+"""Which images a list of arguments names: files, folders, objects in a store, `@list.txt`, `-` for standard input.
 
 Paths are passed on as they were given, character by character: pathlib would make `a.jpg` of `./a.jpg`.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from smlp_deploy.errors import UsageError
+from smlp_deploy.images import remote
+from smlp_deploy.images.manifest import read_manifest
 
 IMAGE_SUFFIXES = tuple(
     f".{suffix}"
@@ -57,7 +59,8 @@ def find_images(arguments: Iterable[str], stdin: Iterable[str] | bytes) -> Itera
     links to folders, and without the `._` files that macOS leaves beside others. A pattern that the shell did not
     expand, `photos/*.jpg`, yields what it matches, sorted. `@FILE` and `-` give one path per line, relative to the
     current folder; blank lines are skipped, and a folder among them that has no images is yielded itself, so that it
-    is reported rather than lost.
+    is reported rather than lost. An `@FILE.parquet` gives those of its column `path`. `s3://` and `gs://` name objects
+    in stores, and folders of them; in a listing such folders end in a slash.
 
     Args:
         arguments: what the user gave.
@@ -65,13 +68,13 @@ def find_images(arguments: Iterable[str], stdin: Iterable[str] | bytes) -> Itera
 
     Raises:
         UsageError: an `@FILE` cannot be read, a folder has no images, a pattern matches nothing, or an argument is a
-            URL. Raised by the call itself, or later if an `@FILE` disappears after it.
+            URL of another kind. Raised by the call itself, or later if an `@FILE` disappears after it.
     """
     given = [name for argument in arguments for name in _matching(argument)]
     for argument in given:
         if argument.startswith("@") and not _is_readable_file(argument[1:]):
             raise _unreadable(argument)
-        if not _is_list(argument) and os.path.isdir(argument) and next(_walk(argument), None) is None:  # noqa: PTH112
+        if not _is_list(argument) and _is_folder(argument) and next(_walk(argument), None) is None:
             raise UsageError("no images in this folder", where=argument, fix="name image files or folders of them")
     return _expand(given, stdin)
 
@@ -102,7 +105,7 @@ def _matching(argument: str) -> list[str]:
     Raises:
         UsageError: it is a URL, or matches nothing.
     """
-    if _is_list(argument) or _exists(argument):
+    if _is_list(argument) or _exists(argument) or remote.is_remote(argument):
         return [argument]
     if _URL.match(argument):
         url = shlex.quote(argument)
@@ -151,6 +154,8 @@ def _expand(arguments: Iterable[str], stdin: Iterable[str] | bytes) -> Iterator[
         elif argument == "-":
             assert not isinstance(stdin, bytes)
             yield from _lines(stdin)
+        elif argument.startswith("@") and argument.endswith(".parquet"):
+            yield from _lines(read_manifest(argument[1:]))
         elif argument.startswith("@"):
             with _opened(argument) as lines:
                 yield from _lines(lines)
@@ -160,12 +165,23 @@ def _expand(arguments: Iterable[str], stdin: Iterable[str] | bytes) -> Iterator[
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
-        if path := line.removesuffix("\n").removesuffix("\r"):
+        if not (path := line.removesuffix("\n").removesuffix("\r")):
+            continue
+        if remote.is_remote(path) and not path.endswith("/"):  # asking for each one's kind would double the requests
+            remote.require_remote()
+            yield path
+        else:
             yield from _below(path)
 
 
+def _is_folder(path: str) -> bool:
+    if remote.is_remote(path):
+        return remote.is_folder(path)
+    return os.path.isdir(path)  # noqa: PTH112 - unlike Path.is_dir, it raises nothing on forbidden paths
+
+
 def _below(path: str) -> Iterator[str]:
-    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, it raises nothing on forbidden paths
+    if not _is_folder(path):
         yield path
         return
     found = False
@@ -178,6 +194,9 @@ def _below(path: str) -> Iterator[str]:
 
 def _walk(folder: str) -> Iterator[str]:
     """The images below `folder`, sorted part by part; an unreadable folder is yielded itself."""
+    if remote.is_remote(folder):
+        yield from (path for path, name in remote.walk(folder) if _is_image_name(name))
+        return
     pending = [_sorted_entries(folder)]  # no recursion: folders can nest deeper than Python's stack
     while pending:
         entry = next(pending[-1], None)
@@ -187,8 +206,12 @@ def _walk(folder: str) -> Iterator[str]:
             yield entry
         elif entry.is_dir(follow_symlinks=False):
             pending.append(_sorted_entries(entry.path))
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("._"):
+        elif _is_image_name(entry.name):
             yield entry.path
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._")
 
 
 def _sorted_entries(folder: str) -> Iterator[os.DirEntry[str] | str]:

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 from smlp_deploy.errors import GpuError, ImageError
 from smlp_deploy.images.decode import EncodedImage, hold_pixels, open_image, reason_of
 from smlp_deploy.images.find import InlineImage
+from smlp_deploy.images.remote import is_remote, read_object
 from smlp_deploy.metadata import Preprocessing
 
 ImageSource = str | Path | EncodedImage | Image.Image | NDArray[np.uint8]
@@ -85,6 +86,8 @@ def load_image(
                 return prepare(opened, preprocessing, out)
         if isinstance(source, InlineImage):
             source = source.content
+        elif isinstance(source, str) and is_remote(source):
+            source = read_object(source)
         with open_image(Path(source) if isinstance(source, str) else source) as image:
             decoded = None if decoder is None else decoder.decode(image)
             return prepare(image if decoded is None else decoded, preprocessing, out)

@@ -18,6 +18,7 @@ from smlp_deploy.images.batches import Batch, FloatArray, ImageArray, available_
 from smlp_deploy.images.preprocessing import Decoder, ImageSource
 from smlp_deploy.inference.shared import SharedRunner
 from smlp_deploy.inference.stream import Outcome, infer_stream, memory_of
+from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, StreamingRunner, batch_size_of
 from smlp_deploy.runners.placement import Placement
@@ -93,9 +94,19 @@ class Classifier:
         return cls(open_runner(Path(path), placement=placement))
 
     @property
+    def name(self) -> str:
+        """What runs the network."""
+        return self.runner.name
+
+    @property
+    def metadata(self) -> ModelMetadata:
+        """What is known of the network: its labels, preprocessing, precision and more."""
+        return self.runner.metadata
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The name of each class, by its index."""
-        return self.runner.metadata.labels
+        return self.metadata.labels
 
     def __enter__(self) -> Self:
         return self
@@ -177,11 +188,8 @@ class Classifier:
         Raises:
             UsageError: it is below 1.
         """
-        if batch_size is None:
-            return batch_size_of(self.runner)
-        if batch_size < 1:
-            raise UsageError(f"{batch_size} is not at least 1", where="--batch-size")
-        return min(batch_size, self.runner.largest) if isinstance(self.runner, StreamingRunner) else batch_size
+        largest = self.runner.largest if isinstance(self.runner, StreamingRunner) else None
+        return check_batch_size(batch_size, usual=batch_size_of(self.runner), largest=largest)
 
     def resolve_topk(self, topk: int | None) -> int:
         """`topk`, or its default if None.
@@ -189,12 +197,7 @@ class Classifier:
         Raises:
             UsageError: it is below 1 or above the number of classes.
         """
-        classes = len(self.runner.metadata.labels)
-        if topk is None:
-            return min(DEFAULT_TOPK, classes)
-        if not 1 <= topk <= classes:
-            raise UsageError(f"topk {topk} is not between 1 and the model's {classes} classes", where="--topk")
-        return topk
+        return check_topk(topk, classes=len(self.labels))
 
     def _stream(
         self, images: Iterable[ImageSource], *, batch_size: int, topk: int, workers: int, decoder: Decoder | None
@@ -235,6 +238,32 @@ class Classifier:
             chosen = columns[order[start : start + topk]].tolist()
             values = probabilities[row, chosen].tolist()
             yield tuple(Score(i, labels[i], value) for i, value in zip(chosen, values, strict=True))
+
+
+def check_batch_size(batch_size: int | None, *, usual: int, largest: int | None) -> int:
+    """`batch_size`, at most `largest`; `usual` if None.
+
+    Raises:
+        UsageError: it is below 1.
+    """
+    if batch_size is None:
+        return usual
+    if batch_size < 1:
+        raise UsageError(f"{batch_size} is not at least 1", where="--batch-size")
+    return batch_size if largest is None else min(batch_size, largest)
+
+
+def check_topk(topk: int | None, *, classes: int) -> int:
+    """`topk`, or its default if None.
+
+    Raises:
+        UsageError: it is below 1 or above the number of classes.
+    """
+    if topk is None:
+        return min(DEFAULT_TOPK, classes)
+    if not 1 <= topk <= classes:
+        raise UsageError(f"topk {topk} is not between 1 and the model's {classes} classes", where="--topk")
+    return topk
 
 
 def _as_several(images: ImageSource | Iterable[ImageSource]) -> Iterable[ImageSource]:

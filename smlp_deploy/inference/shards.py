@@ -11,20 +11,23 @@ in a JSON file beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.files import read_text, write_text
 from smlp_deploy.images.preprocessing import Decoder
 from smlp_deploy.inference import parquet
-from smlp_deploy.inference.classify import Classifier
+from smlp_deploy.inference.classify import Classifier, Prediction
 from smlp_deploy.inference.facts import Facts, Listing
 from smlp_deploy.inference.records import RunIdentity, write_records
 from smlp_deploy.inference.resume import RecordFile, differences, partial_path
 from smlp_deploy.interrupts import StopRequest
+
+if TYPE_CHECKING:
+    from smlp_deploy.inference.devices import DeviceClassifier
 
 T = TypeVar("T")
 
@@ -90,7 +93,7 @@ class ShardRun:
 
 
 def run_shard(
-    classifier: Classifier,
+    classifier: Classifier | DeviceClassifier,
     identity: RunIdentity,
     images: Iterable[str | Path],
     folder: Path,
@@ -124,11 +127,11 @@ def run_shard(
     """
     if identity.format not in KINDS:
         raise UsageError("shards are Parquet or JSONL", where=identity.format)
-    target = shard.file(folder, identity.format)
     listing = Listing(images)
     stop = StopRequest() if stop is None else stop  # it is false until a signal arrives
-    if resume and target.exists() and not partial_path(target).exists():
-        return ShardRun(path=target, facts=_finished(target, identity, listing, shard, stop), skipped=True)
+    if resume and (finished := finished_shard(identity, listing, folder, shard=shard, stop=stop)):
+        return finished
+    target = shard.file(folder, identity.format)
     with RecordFile.open(target, identity, resume=resume) as records:
         mine = shard.of(listing, batch_size=identity.batch_size)
         records.skip(mine)
@@ -141,11 +144,67 @@ def run_shard(
         )
         done, failed = write_records(predictions, records, stop, batch_size=identity.batch_size, advance=advance)
         facts = Facts.of(identity, listing, images=done, failed=failed, shard=str(shard))
-        if identity.format == "parquet":
-            parquet.conclude(records, facts)
-        else:
-            write_text(_facts_path(target), facts.to_json() + "\n")
+        _conclude(records, target, facts)
     return ShardRun(path=target, facts=facts)
+
+
+def finished_shard(
+    identity: RunIdentity, listing: Listing, folder: Path, *, shard: Shard, stop: StopRequest | None = None
+) -> ShardRun | None:
+    """A shard that is finished already, after checking that this run would give the same; else None.
+
+    Raises:
+        UsageError: it would not.
+        StoppedError: a signal arrived.
+        SmlpError: nothing is known of the file.
+    """
+    target = shard.file(folder, identity.format)
+    if not target.exists() or partial_path(target).exists():
+        return None
+    facts = _finished(target, identity, listing, shard, stop or StopRequest())
+    return ShardRun(path=target, facts=facts, skipped=True)
+
+
+def write_shard(
+    predictions: Sequence[Prediction],
+    identity: RunIdentity,
+    listing: Listing,
+    folder: Path,
+    *,
+    shard: Shard,
+    resume: bool,
+    advance: Callable[[], None] = lambda: None,
+) -> ShardRun:
+    """Write the file of a shard that was classified elsewhere, as `run_shard` writes it.
+
+    Args:
+        predictions: all of the shard's.
+        identity: see `run_shard`.
+        listing: read to its end.
+        folder: for the file.
+        shard: which one.
+        resume: go on with a file whose writing was interrupted.
+        advance: called after each image.
+
+    Raises:
+        UsageError: there is an interrupted file, and `resume` is false or it is of another run.
+        SmlpError: the file cannot be written.
+    """
+    target = shard.file(folder, identity.format)
+    with RecordFile.open(target, identity, resume=resume) as records:
+        records.skip(prediction.path for prediction in predictions)
+        rest = predictions[records.done :]
+        done, failed = write_records(rest, records, StopRequest(), batch_size=identity.batch_size, advance=advance)
+        facts = Facts.of(identity, listing, images=done, failed=failed, shard=str(shard))
+        _conclude(records, target, facts)
+    return ShardRun(path=target, facts=facts)
+
+
+def _conclude(records: RecordFile[Prediction], target: Path, facts: Facts) -> None:
+    if target.suffix == ".parquet":
+        parquet.conclude(records, facts)
+    else:
+        write_text(_facts_path(target), facts.to_json() + "\n")
 
 
 def _facts_path(target: Path) -> Path:
