@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import platform
+import socket
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,9 @@ from smlp_deploy.runners.placement import Placement
 
 LOCAL = "local"
 """The address of a cluster of this machine alone, which lives as long as the run."""
+
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""No telemetry, and no lines of Ray's own on standard error: what ends the run is an error of ours."""
 
 BATCHES_PER_SHARD = 4
 MOST_SHARDS = 512
@@ -201,15 +206,16 @@ def connect(address: str, options: ActorOptions) -> Iterator[Cluster]:
         UsageError: there is no cluster at the address, or the actors do not fit.
     """
     require("ray", "pyarrow", "pandas", purpose="for --ray", extra="ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")
+    _check_answers(address)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     local: dict[str, Any] = {"num_cpus": available_cores(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        ray.init(
-            address=address, logging_level=logging.WARNING, log_to_driver=False, **(local if address == LOCAL else {})
-        )
+        with _without_native_lines():
+            ray.init(address=address, **settings, **(local if address == LOCAL else {}))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster there: {_first_line(error)}", where=f"--ray {address}") from None
     try:
@@ -217,6 +223,40 @@ def connect(address: str, options: ActorOptions) -> Iterator[Cluster]:
         yield Cluster(options, _fitting(options, [node["Resources"] for node in nodes if node["Alive"]]))
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Check that a machine answers at `HOST:PORT`, which Ray would try for minutes.
+
+    Raises:
+        UsageError: none does, or the address is of another kind.
+    """
+    if "://" in address:
+        fix = "run this on a machine of the cluster, with --ray auto"
+        raise UsageError("addresses of Ray Client do not run Ray Data", where=f"--ray {address}", fix=fix)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        fix = "check the address of its head, and the network"
+        raise UsageError(f"no Ray cluster answers there: {error}", where=f"--ray {address}", fix=fix) from None
+
+
+@contextmanager
+def _without_native_lines() -> Iterator[None]:
+    """Keep what Ray's native code says of its own start from standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _fitting(options: ActorOptions, nodes: Sequence[Mapping[str, float]]) -> int:
@@ -247,7 +287,7 @@ def _quiet() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = None  # a shard's records stay together
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @contextmanager
