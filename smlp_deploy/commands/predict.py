@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from smlp_deploy.commands import options as o
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from smlp_deploy.images.gpu_decode import GpuDecoder
@@ -88,7 +88,7 @@ def predict(
         run = _Run(classifier, path, inputs, images, stop, identity, decoder, kind, topk, size, workers)
         failed = run.whole(output, html, resume=resume) if part is None else run.shard(part, output, resume=resume)
     if failed and not allow_errors:
-        raise typer.Exit(1)
+        raise typer.Exit(ImageError.exit_code)
     suggest("smlp", *(["merge", output, "-o", f"all.{kind}"] if part else ["verify", path]))
 
 
