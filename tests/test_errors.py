@@ -38,7 +38,7 @@ def test_each_kind_of_failure_has_its_code(code: int, digits_export: Export, tmp
     empty, damaged = tmp_path / "empty", tmp_path / "damaged.onnx"
     empty.mkdir()
     damaged.write_bytes(b"damaged")
-    arguments, said, before = {
+    cases: dict[int, tuple[list[str | Path], str, str]] = {
         0: (["models"], "", ""),
         1: (["models"], "AttributeError: 'NoneType' object has no attribute 'values'", BUG),
         2: (["export", "--fromat", "onnx"], "No such option: --fromat", ""),
@@ -49,7 +49,8 @@ def test_each_kind_of_failure_has_its_code(code: int, digits_export: Export, tmp
         130: (["inspect", damaged], "stopped by Ctrl-C", at_open(tmp_path, signal.SIGINT)),
         141: (["models"], "", CLOSED),
         143: (["inspect", damaged], "stopped by SIGTERM", at_open(tmp_path, signal.SIGTERM)),
-    }[code]
+    }
+    arguments, said, before = cases[code]
     found, err = run_verb(*arguments, before=before)
     assert found == code, err
     assert said in err
