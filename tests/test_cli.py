@@ -846,7 +846,7 @@ class TestParquet:
         monkeypatch.setattr(dependencies, "find_spec", lambda name: None if name == "pyarrow" else find_spec(name))
         outcome = smlp("predict", "-o", "x.parquet", *digit_images)
         assert outcome == (
-            1,
+            6,
             "",
             'error: pyarrow not installed, needed to write Parquet files · pip install "smlp-deploy[parquet]"\n',
         )
