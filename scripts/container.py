@@ -62,21 +62,21 @@ def checks(photos: Path, volume: Path) -> list[Check]:
         Check(command=("--help",), says="predict"),
         Check(command=("predict", *images), says="3 90.3%"),
         Check(command=("predict", *images, "-o", "records.jsonl"), says="12 images, 0 failed"),
-        Check(command=("predict", *images, "--html", "page.html"), code=1, says='pip install "smlp-deploy[report]"'),
+        Check(command=("predict", *images, "--html", "page.html"), code=6, says='pip install "smlp-deploy[report]"'),
         Check(
-            command=("predict", images[0], "-o", "/records.jsonl"), code=1, says="cannot write: Read-only file system"
+            command=("predict", images[0], "-o", "/records.jsonl"), code=6, says="cannot write: Read-only file system"
         ),
         Check(command=("predict", images[0], "--runtime", "openvino"), says="1 image, 0 failed"),
         Check(command=("eval", str(photos)), says="top-1"),
         Check(
-            command=("eval", str(photos), "-o", "/records.jsonl"), code=1, says="cannot write: Read-only file system"
+            command=("eval", str(photos), "-o", "/records.jsonl"), code=6, says="cannot write: Read-only file system"
         ),
         Check(command=("doctor",), says=no_home),
-        Check(command=("inspect", "absent.onnx"), code=1, says="no such file"),
-        Check(command=("export",), code=1, says='pip install "smlp-deploy[export]"'),
-        Check(command=("build-engine",), code=1, says="pip install"),
-        Check(command=("download", "smlpnet_small"), code=1, says=no_home),
-        Check(command=("download", "smlpnet_small"), code=1, says="could not fetch", variables=(f"HOME={volume}",)),
+        Check(command=("inspect", "absent.onnx"), code=5, says="no such file"),
+        Check(command=("export",), code=6, says='pip install "smlp-deploy[export]"'),
+        Check(command=("build-engine",), code=6, says="pip install"),
+        Check(command=("download", "smlpnet_small"), code=6, says=no_home),
+        Check(command=("download", "smlpnet_small"), code=6, says="could not fetch", variables=(f"HOME={volume}",)),
         Check(command=("predict", images[0]), says="1 image, 0 failed", variables=("HOME=/",)),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable
@@ -73,6 +74,7 @@ def command_line(*verbs: str) -> typer.Typer:
 
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
+_CLOSED_PIPE = 141  # what a shell makes of SIGPIPE
 
 
 _WORDS = {"int": "N", "float": "N", "path": "FILE", "str": "NAME", "text": "NAME"}
@@ -134,8 +136,8 @@ def smlp(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line.
 
-    Exit codes: 0 for success, 1 for an error of ours or a failed check, 2 for wrong usage, 130 after Ctrl-C, 143 after
-    SIGTERM.
+    The exit code is 0, that of the error (`errors.py`), 130 after Ctrl-C, 143 after SIGTERM, or 141 if the reader of
+    standard output is gone. A bug ends with a traceback, and Python's own 1.
     """
     _Settings.debug = False
     notes = _LazyNotes(logging.WARNING)
@@ -158,14 +160,17 @@ def _run(arguments: list[str] | None) -> NoReturn:
         _fail(str(error), error.exit_code, error)
     except typer.TyperException as error:
         _fail(_usage_message(error), error.exit_code, error)
-    except Terminated as stop:
-        _fail("stopped by SIGTERM; no partial files left", int(stop.code or 1))
+    except Terminated:
+        _fail("stopped by SIGTERM; no partial files left", 128 + signal.SIGTERM)
+    except SystemExit as stop:
+        # Typer's or rich's, when the reader of standard output is gone.
+        sys.exit(_CLOSED_PIPE if isinstance(stop.__context__, BrokenPipeError) else stop.code)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         # Python's buffered standard output would fail again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail(f"cannot write: {error.strerror} · standard output", 1)
+        _fail(f"cannot write: {error.strerror} · standard output", SmlpError.exit_code)
     if code == _INTERRUPTED:
         _fail("stopped by Ctrl-C; no partial files left", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 from uuid import UUID
 
-from smlp_deploy.errors import MissingDependencyError, UsageError
+from smlp_deploy.errors import GpuError, MissingDependencyError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +179,13 @@ def find_gpu(device: str | None = None) -> GpuDevice | None:
 
     Raises:
         UsageError: there is no such GPU, or several; lists those there are.
+        GpuError: there is no GPU at all, or no driver.
     """
     gpus = list_gpus()
     if device is None:
         return gpus[0] if gpus else None
     if not gpus:
-        raise UsageError(
+        raise GpuError(
             "no NVIDIA GPU and driver was found, or CUDA_VISIBLE_DEVICES hides it",
             where=f"--device {device}",
             fix="smlp doctor shows what is there",

@@ -1,16 +1,21 @@
 """The error tree. Every error a user can cause or act on is an `SmlpError`; anything else is a bug.
 
-SmlpError                  exit code 1
-├── UsageError             an invalid option or argument (exit code 2)
-├── ConfigError            an invalid network or preprocessing configuration
-├── CheckpointError        a weights file that is unsafe, damaged or not an sMLPNet
-├── ArtifactError          an ONNX file (or its metadata) that cannot be used
-├── BuildError             an engine that TensorRT did not build, or not as requested
-├── GpuError               a GPU that cannot go on, which ends the run
-├── ImageError             an image that cannot be read; becomes that image's record
-├── StoppedError           Ctrl-C or SIGTERM during a run that can be resumed (exit code 130 or 143)
-├── DownloadError          official weights that could not be fetched or verified
-└── MissingDependencyError a required package that is missing or wrongly installed
+SmlpError                     6  this machine cannot do it: a full disk, a folder that cannot be written
+├── UsageError                2  an invalid option or argument
+├── CheckError                3  a check that failed: parity, a bound, shards that do not make one run
+├── ImageError                4  an image that cannot be read; becomes that image's record
+├── ConfigError               5  an invalid network or preprocessing configuration
+├── CheckpointError           5  a weights file that is unsafe, damaged or not an sMLPNet
+├── ArtifactError             5  an ONNX file or engine (or its metadata) that cannot be used
+├── RecordsError              5  records or a shard that are damaged, or that smlp predict did not write
+├── BuildError                6  an engine that TensorRT did not build, or not as requested
+├── GpuError                  6  a GPU that is absent or cannot go on, which ends the run
+├── GpuMemoryError            6  a GPU whose memory is full; a smaller batch may fit
+├── DownloadError             6  official weights that could not be fetched or verified
+├── MissingDependencyError    6  a required package that is missing or wrongly installed
+└── StoppedError     130 or 143  Ctrl-C or SIGTERM during a run that can be resumed
+
+The numbers are the exit codes of smlp. Besides them there are 0, and Python's own 1 for a bug.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ class SmlpError(Exception):
         fix: what to do next.
     """
 
-    exit_code = 1
+    exit_code = 6
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
         super().__init__(what)
@@ -44,16 +49,28 @@ class UsageError(SmlpError):
     exit_code = 2
 
 
+class CheckError(SmlpError):
+    exit_code = 3
+
+
+class ImageError(SmlpError):
+    exit_code = 4
+
+
 class ConfigError(SmlpError):
-    pass
+    exit_code = 5
 
 
 class CheckpointError(SmlpError):
-    pass
+    exit_code = 5
 
 
 class ArtifactError(SmlpError):
-    pass
+    exit_code = 5
+
+
+class RecordsError(SmlpError):
+    exit_code = 5
 
 
 class BuildError(SmlpError):
@@ -64,7 +81,15 @@ class GpuError(SmlpError):
     pass
 
 
-class ImageError(SmlpError):
+class GpuMemoryError(SmlpError):
+    pass
+
+
+class DownloadError(SmlpError):
+    pass
+
+
+class MissingDependencyError(SmlpError):
     pass
 
 
@@ -81,14 +106,6 @@ class StoppedError(SmlpError):
     def __init__(self, what: str, *, signal: int, where: object = None, fix: str | None = None) -> None:
         super().__init__(what, where=where, fix=fix)
         self.exit_code = 128 + signal
-
-
-class DownloadError(SmlpError):
-    pass
-
-
-class MissingDependencyError(SmlpError):
-    pass
 
 
 def printable(text: str) -> str:

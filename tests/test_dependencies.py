@@ -19,7 +19,7 @@ from smlp_deploy.dependencies import (
     require,
     require_onnxruntime,
 )
-from smlp_deploy.errors import MissingDependencyError, UsageError
+from smlp_deploy.errors import GpuError, MissingDependencyError, UsageError
 
 
 def test_what_is_installed_passes() -> None:
@@ -173,7 +173,7 @@ class TestFindingAGpu:
 
         monkeypatch.setattr(ctypes, "CDLL", absent)
         assert find_gpu() is None
-        with pytest.raises(UsageError, match=r"no NVIDIA GPU and driver was found.* · --device cuda · smlp doctor"):
+        with pytest.raises(GpuError, match=r"no NVIDIA GPU and driver was found.* · --device cuda · smlp doctor"):
             find_gpu("cuda")
 
 

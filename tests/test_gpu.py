@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from smlp_deploy import Classifier
 from smlp_deploy.artifacts import engine_manifest_path, failed_path, untried_path
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu, list_gpus
-from smlp_deploy.errors import ArtifactError, BuildError, UsageError
+from smlp_deploy.errors import CheckError, GpuMemoryError, UsageError
 from smlp_deploy.evaluation.benchmark import run_benchmark
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.parity import prove
@@ -159,7 +159,7 @@ class TestPyTorch:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1e-4)
             try:
-                with pytest.raises(ArtifactError, match="the GPU's memory is full"):
+                with pytest.raises(GpuMemoryError, match="the GPU's memory is full"):
                     logits_of(runner, noise(4096))
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
@@ -306,7 +306,7 @@ class TestBuilding:
         target = tmp_path / "x.engine"
         options = BuildOptions(profile=PROFILE, architectures=architectures_of(backend))
         prepared = prepare_graph(Graph.read(digits_export.path), "fp16")
-        with pytest.raises(BuildError, match="parity failed on this GPU") as caught:
+        with pytest.raises(CheckError, match="parity failed on this GPU") as caught:
             build_prepared(prepared, target, options, backend=backend, bounds={"difference": 0.0})
         assert caught.value.where == str(failed_path(target))
         assert failed_path(target).is_file()

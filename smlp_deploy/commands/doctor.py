@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from smlp_deploy.commands.options import JsonOption, QuietOption
+from smlp_deploy.errors import CheckError
 
 
 def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
@@ -18,5 +19,5 @@ def doctor(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
         findings = examine()
     output.show(as_json=as_json, json_text=lambda: to_json(findings), table=lambda: show_findings(findings))
     if any(finding.status == "error" for finding in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(CheckError.exit_code)
     suggest("smlp", "export")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from smlp_deploy import strictjson
 from smlp_deploy.commands import options as o
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import CheckError, UsageError
 from smlp_deploy.files import read_file
 
 _MAX_REPORT_BYTES = 1 << 30
@@ -89,11 +89,11 @@ def _judge(models: Iterable[tuple[str, int, int]], min_top1: float | None) -> No
     """Compare each model's top-1, as its name, right answers and images, with the bound.
 
     Raises:
-        SmlpError: one is below it.
+        CheckError: one is below it.
     """
     for name, right, images in models:
         if min_top1 is not None and right / images < min_top1:
-            raise SmlpError(f"top-1 is {right / images:.4g} ({right} of {images}), below {min_top1:g}", where=name)
+            raise CheckError(f"top-1 is {right / images:.4g} ({right} of {images}), below {min_top1:g}", where=name)
 
 
 def _top1_of(report: Path) -> list[tuple[str, int, int]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import ArtifactError, CheckpointError, UsageError
 from smlp_deploy.files import check_regular
 
 if TYPE_CHECKING:
@@ -659,20 +659,21 @@ def check_files(*files: Path | None) -> None:
     """Check that artifacts and checkpoints exist, before the libraries that read them are loaded.
 
     Raises:
-        SmlpError: one does not, or is not a regular file.
+        ArtifactError, CheckpointError: one does not, or is not a regular file.
     """
     for file in files:
         if file is not None:
+            error = ArtifactError if file.suffix.lower() in (".onnx", ".engine") else CheckpointError
             made = "name an ONNX file; smlp export makes one" if file.suffix.lower() == ".onnx" else None
-            check_regular(file, error=SmlpError, fix=made or "give the path of an artifact or of a weights file")
+            check_regular(file, error=error, fix=made or "give the path of an artifact or of a weights file")
 
 
 def check_source(source: str | None) -> None:
     """Check that a checkpoint or a variant's weights can be there, before PyTorch is loaded.
 
     Raises:
-        UsageError: neither a file nor a variant.
-        SmlpError: no such file, or weights that were never released.
+        UsageError: neither a file nor a variant, or one whose weights were never released.
+        CheckpointError: no such file.
     """
     from smlp_deploy.models.pretrained import weights_url
     from smlp_deploy.models.variants import VARIANTS, find_variant

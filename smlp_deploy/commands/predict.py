@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from smlp_deploy.commands import options as o
-from smlp_deploy.errors import UsageError
+from smlp_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from smlp_deploy.images.gpu_decode import GpuDecoder
@@ -85,8 +85,9 @@ def predict(
     else:
         failed, following = _run_here(request)
     if failed and not allow_errors:
-        raise typer.Exit(1)
-    suggest("smlp", *following)
+        raise typer.Exit(ImageError.exit_code)
+    if following:
+        suggest("smlp", *following)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,8 @@ def _run_here(request: Request) -> tuple[int, list[object]]:
     from smlp_deploy.inference.records import RunIdentity
     from smlp_deploy.interrupts import put_off
 
+    if request.decode_on_gpu and request.devices is not None:
+        raise UsageError("contradicts --decode gpu", where="--devices", fix="give one of them")
     output, resume = request.output, request.resume
     part, kind = _check_shard(request)
     kind = kind or _check(request)
@@ -128,7 +131,7 @@ def _run_here(request: Request) -> tuple[int, list[object]]:
         request.device, request.devices, request.provider, request.runtime, request.model
     )
     if resume and output is not None and part is None and is_finished(output):
-        return 0, ["verify", request.model]
+        return 0, []
     o.check_files(request.model)
     if output is not None:
         check_writable(output if part is None else part.file(output, kind.value))
@@ -307,8 +310,6 @@ def _check(request: Request) -> o.RecordFormat:
         raise UsageError("a page shows the images of one run", where="--html", fix="leave out --resume")
     if request.decode_on_gpu and kind is o.RecordFormat.csv:
         raise UsageError("CSV does not say how images were decoded", where="--decode gpu", fix="write JSONL")
-    if request.decode_on_gpu and request.devices is not None:
-        raise UsageError("contradicts --decode gpu", where="--devices", fix="give one of them")
     return kind
 
 

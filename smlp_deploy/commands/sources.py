@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smlp_deploy.errors import SmlpError
+from smlp_deploy.errors import CheckError, SmlpError
 
 if TYPE_CHECKING:
     from smlp_deploy.dependencies import GpuDevice
@@ -76,7 +76,7 @@ def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Pat
         options: passed to `export_checkpoint`.
 
     Raises:
-        SmlpError: the export failed parity.
+        CheckError: the export failed parity.
     """
     from smlp_deploy.artifacts import default_path
     from smlp_deploy.commands.tables import show_parity, show_sensitivity
@@ -90,7 +90,7 @@ def export_and_show(checkpoint: Checkpoint, metadata: ModelMetadata, target: Pat
         show_sensitivity(export.sensitivity)
     show_parity(export.report, on_stderr=True)
     if not export.report.passed:
-        raise SmlpError(
+        raise CheckError(
             f"parity failed: {', '.join(gate.name for gate in export.report.failures)}",
             where=export.path,
             fix=f"see the report {export.report_path}",

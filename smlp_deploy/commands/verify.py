@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlp_deploy.commands import options as o
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
     from smlp_deploy.evaluation.layers import DivergenceReport
@@ -77,7 +77,7 @@ def _verify_whole(
     """Show the gates.
 
     Raises:
-        SmlpError: a gate failed.
+        CheckError: a gate failed.
     """
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_parity
@@ -95,7 +95,7 @@ def _verify_whole(
         page=lambda: parity_page(output.page_origin([candidate, reference]), report),
     )
     if not report.passed:
-        raise SmlpError(
+        raise CheckError(
             f"parity failed: {', '.join(gate.name for gate in report.failures)}",
             where=candidate,
             fix="find where they diverge with smlp verify --layers",
@@ -139,7 +139,7 @@ def _show_layers(
     """Show the error at each point.
 
     Raises:
-        SmlpError: one is over the gate.
+        CheckError: one is over the gate.
     """
     from smlp_deploy.commands import output
     from smlp_deploy.commands.tables import show_divergence
@@ -157,7 +157,7 @@ def _show_layers(
         page=lambda: divergence_page(output.page_origin([candidate, reference]), report),
     )
     if (over := report.first_over) is not None:
-        raise SmlpError(
+        raise CheckError(
             f"diverges from {report.reference} at {over.name}: error {over.error:.2g}, allowed {report.max_error:g}",
             where=candidate,
         )

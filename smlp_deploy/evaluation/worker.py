@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smlp_deploy.errors import SmlpError
+from smlp_deploy.errors import CheckError, SmlpError
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.images.batches import FloatArray, ImageArray, decoded_batches
 from smlp_deploy.inference.classify import Classifier
@@ -90,7 +90,7 @@ class TimedProcess:
     """A process with one model; a context manager. Its methods wait for the result.
 
     Raises:
-        SmlpError: from each method, if the model fails or its process ended.
+        SmlpError: from each method, if the model fails or its process ended; of the class that it had there.
     """
 
     def __init__(self, target: Target) -> None:
@@ -115,7 +115,7 @@ class TimedProcess:
         """Seconds of the first prediction.
 
         Raises:
-            SmlpError: its output is not finite.
+            CheckError: its output is not finite.
         """
         answer: float = self._ask("first", batch)
         return answer
@@ -168,7 +168,8 @@ class TimedProcess:
                 fix="if memory ran out, choose smaller --batch",
             ) from None
         if error is not None:
-            raise SmlpError(error["what"], where=error["where"] or self._target.path, fix=error["fix"])
+            kind, what, where, fix = error
+            raise kind(what, where=where or self._target.path, fix=fix)
         return answer
 
 
@@ -187,11 +188,11 @@ def _serve(connection: Connection, target: Target, started: float) -> None:
             try:
                 connection.send((None, getattr(session, method)(*arguments)))
             except SmlpError as error:
-                connection.send(({"what": error.what, "where": error.where, "fix": error.fix}, None))
+                connection.send(((type(error), error.what, error.where, error.fix), None))
             # A framework may raise anything; the caller gets it as one line.
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
-                connection.send(({"what": f"{type(error).__name__}: {lines[0]}", "where": None, "fix": None}, None))
+                connection.send(((SmlpError, f"{type(error).__name__}: {lines[0]}", None, None), None))
 
 
 def _open(target: Target) -> Runner:
@@ -234,7 +235,7 @@ class _Session:
         logits = self.runner.infer(images)
         seconds = time.perf_counter() - start
         if not np.isfinite(logits).all():
-            raise SmlpError("its output has NaN or infinite values, so its speed means nothing")
+            raise CheckError("its output has NaN or infinite values, so its speed means nothing")
         return seconds
 
     def turn(self, batch: int, seconds: float) -> Sample:

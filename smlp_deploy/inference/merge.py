@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import CheckError, RecordsError, SmlpError, UsageError
 from smlp_deploy.files import replacing
 from smlp_deploy.inference import parquet
 from smlp_deploy.inference.facts import Facts, NamesHash, name_bytes
@@ -50,7 +50,8 @@ def merge_shards(folder: Path, target: Path) -> Merged:
 
     Raises:
         UsageError: `folder` is not one, or the name has another suffix.
-        SmlpError: shards are missing, unfinished, damaged, or of different runs.
+        CheckError: shards are missing, unfinished, doubled, or of different runs.
+        RecordsError: a shard is damaged.
     """
     kind, shards = _find_shards(folder)
     if target.suffix != f".{kind}":
@@ -73,8 +74,8 @@ def merge_shards(folder: Path, target: Path) -> Merged:
     return Merged(facts, len(parts))
 
 
-def _not_the_listings(where: Path) -> SmlpError:
-    return SmlpError("records are not those of the listing", where=where, fix="delete the shards, and run them again")
+def _not_the_listings(where: Path) -> CheckError:
+    return CheckError("records are not those of the listing", where=where, fix="delete the shards, and run them again")
 
 
 def _find_shards(folder: Path) -> tuple[str, list[Shard]]:
@@ -83,14 +84,14 @@ def _find_shards(folder: Path) -> tuple[str, list[Shard]]:
         raise UsageError("is not a folder", where=folder, fix="give the folder of smlp predict --shard")
     matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     if not matches:
-        raise SmlpError("has no shards", where=folder, fix="smlp predict --shard writes them")
+        raise CheckError("has no shards", where=folder, fix="smlp predict --shard writes them")
     fix = "merge one set of shards; move the other elsewhere"
     counts = sorted({int(match[2]) for match in matches})
     if len(counts) > 1:
-        raise SmlpError(f"has shards of {counts[0]} and of {counts[1]}", where=folder, fix=fix)
+        raise CheckError(f"has shards of {counts[0]} and of {counts[1]}", where=folder, fix=fix)
     kinds = sorted({match[3] for match in matches})
     if len(kinds) > 1:
-        raise SmlpError(f"has shards in {' and in '.join(KINDS[kind] for kind in kinds)}", where=folder, fix=fix)
+        raise CheckError(f"has shards in {' and in '.join(KINDS[kind] for kind in kinds)}", where=folder, fix=fix)
     shards = [Shard(number, counts[0]) for number in range(1, counts[0] + 1)]
     started, finished = ({int(match[1]) for match in matches if bool(match[4]) is partial} for partial in (True, False))
     _require_all([shard for shard in shards if shard.number in started], folder, "not finished")
@@ -103,7 +104,7 @@ def _require_all(wrong: Sequence[Shard], folder: Path, what: str) -> None:
         shown = ", ".join(map(str, wrong[:10])) + (f" and {len(wrong) - 10} others" if len(wrong) > 10 else "")
         these = f"shard {shown} is" if len(wrong) == 1 else f"shards {shown} are"
         fix = f"run smlp predict --shard {wrong[0]} with the same options and --resume"
-        raise SmlpError(f"{these} {what}", where=folder, fix=fix)
+        raise CheckError(f"{these} {what}", where=folder, fix=fix)
 
 
 def _check_parts(parts: Sequence[_Part]) -> None:
@@ -111,10 +112,10 @@ def _check_parts(parts: Sequence[_Part]) -> None:
     first = parts[0].facts
     for part in parts:
         if part.facts.shard != str(part.shard):
-            raise SmlpError(f"holds shard {part.facts.shard}", where=part.path, fix="delete it, and run its shard")
+            raise CheckError(f"holds shard {part.facts.shard}", where=part.path, fix="delete it, and run its shard")
         if different := difference(first, replace(part.facts, shard=first.shard)):
             fix = "delete those that are not wanted, and run them again"
-            raise SmlpError(f"shards are of different runs: {different}", where=part.path, fix=fix)
+            raise CheckError(f"shards are of different runs: {different}", where=part.path, fix=fix)
         if part.facts.images != part.shard.size(first.listing["images"], batch_size=first.run["batch_size"]):
             raise _not_the_listings(part.path)
 
@@ -139,8 +140,10 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        fix = "raise the limit with ulimit -n" if error.errno == errno.EMFILE else None
-        raise SmlpError(f"cannot read: {error.strerror}", where=path, fix=fix) from None
+        what = f"cannot read: {error.strerror}"
+        if error.errno == errno.EMFILE:
+            raise SmlpError(what, where=path, fix="raise the limit with ulimit -n") from None
+        raise RecordsError(what, where=path) from None
 
 
 def _in_groups(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:

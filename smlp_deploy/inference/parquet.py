@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from smlp_deploy import __version__
 from smlp_deploy.dependencies import require
-from smlp_deploy.errors import SmlpError
+from smlp_deploy.errors import RecordsError
 from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.inference.facts import Facts, NamesHash, name_bytes
 from smlp_deploy.inference.resume import RecordFile, sha256_of_json
@@ -74,7 +74,7 @@ def read_facts(path: Path) -> Facts:
     """What a Parquet file is of.
 
     Raises:
-        SmlpError: `smlp predict` did not write it.
+        RecordsError: `smlp predict` did not write it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -83,14 +83,16 @@ def read_facts(path: Path) -> Facts:
         with path.open("rb") as stream:
             return Facts.from_json((pq.read_metadata(stream).metadata or {})[_FACTS])
     except (OSError, KeyError, ValueError, pa.ArrowException):
-        raise SmlpError("is not a Parquet file of smlp predict", where=path, fix="delete it to run it again") from None
+        raise RecordsError(
+            "is not a Parquet file of smlp predict", where=path, fix="delete it to run it again"
+        ) from None
 
 
 def read_batches(stream: BinaryIO, path: Path) -> Iterator[Any]:
     """The rows of a file that `smlp predict` wrote, as record batches.
 
     Raises:
-        SmlpError: the file `path` is damaged, or has other columns.
+        RecordsError: the file `path` is damaged, or has other columns.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -98,10 +100,10 @@ def read_batches(stream: BinaryIO, path: Path) -> Iterator[Any]:
     try:
         file = pq.ParquetFile(stream)
         if not file.schema_arrow.equals(_schema()):
-            raise SmlpError("has other columns", where=path, fix="delete it to run it again")
+            raise RecordsError("has other columns", where=path, fix="delete it to run it again")
         yield from file.iter_batches(batch_size=_READ)
     except (OSError, pa.ArrowException) as error:
-        raise SmlpError(f"is damaged: {error}", where=path, fix="delete it to run it again") from None
+        raise RecordsError(f"is damaged: {error}", where=path, fix="delete it to run it again") from None
 
 
 def regroup(batches: Iterable[Any], rows: int) -> Iterator[Any]:

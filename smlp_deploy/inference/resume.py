@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, Self, TextIO, TypeVar
 
 from smlp_deploy.dependencies import installed_version
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import RecordsError, SmlpError, UsageError
 from smlp_deploy.files import alone, check_writable, replacing, write_text
 
 
@@ -237,7 +237,7 @@ class RecordFile(Generic[R]):
             then = json.loads(self._identity_path.read_text(encoding="utf-8"))
             different = next(differences(then, now), None)
         except (OSError, ValueError, KeyError, TypeError):
-            raise SmlpError(
+            raise RecordsError(
                 f"cannot continue it: {self._identity_path.name}, which records its settings, is missing or damaged",
                 where=self.partial,
                 fix="delete both to start over",

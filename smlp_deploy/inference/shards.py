@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import RecordsError, UsageError
 from smlp_deploy.files import read_text, write_text
 from smlp_deploy.images.preprocessing import Decoder
 from smlp_deploy.inference import parquet
@@ -217,7 +217,7 @@ def _finished(target: Path, identity: RunIdentity, listing: Listing, shard: Shar
     Raises:
         UsageError: it would not.
         StoppedError: a signal arrived.
-        SmlpError: nothing is known of the file.
+        RecordsError: nothing is known of the file.
     """
     found = read_facts(target)
     if not (different := difference(found, Facts.of(identity, listing, failed=0, shard=str(shard)), listed=False)):
@@ -235,15 +235,15 @@ def read_facts(path: Path) -> Facts:
     """What a shard's file is of.
 
     Raises:
-        SmlpError: it does not say.
+        RecordsError: it does not say.
     """
     if path.suffix == ".parquet":
         return parquet.read_facts(path)
     fix = "delete it to run it again"
     try:
-        return Facts.from_json(read_text(_facts_path(path), error=SmlpError, fix=fix))
+        return Facts.from_json(read_text(_facts_path(path), error=RecordsError, fix=fix))
     except ValueError:
-        raise SmlpError("is not a file of smlp predict", where=_facts_path(path), fix=fix) from None
+        raise RecordsError("is not a file of smlp predict", where=_facts_path(path), fix=fix) from None
 
 
 def difference(then: Facts, now: Facts, *, listed: bool = True) -> str | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from smlp_deploy.errors import DownloadError, SmlpError
+from smlp_deploy.errors import DownloadError, SmlpError, UsageError
 from smlp_deploy.files import alone, cache_folder, sha256_of, write_text
 from smlp_deploy.models.variants import OFFICIAL_URL, VARIANTS, Variant, find_variant
 
@@ -68,11 +68,12 @@ def weights_url(variant: Variant) -> str:
     """The address of a variant's weights, at the mirror if `SMLP_WEIGHTS_URL` names one.
 
     Raises:
-        DownloadError: no weights were ever released for it, or the mirror's address is not http or https.
+        UsageError: no weights were ever released for it.
+        DownloadError: the mirror's address is not http or https.
     """
     if variant.weights_file is None:
         released = ", ".join(v.name for v in VARIANTS.values() if v.weights_file)
-        raise DownloadError(
+        raise UsageError(
             f"no weights were ever released for {variant.name}", fix=f"released: {released}; or give a checkpoint"
         )
     base = os.environ.get(MIRROR_VARIABLE) or OFFICIAL_URL
@@ -94,7 +95,8 @@ def fetch_weights(variant: Variant, *, progress: ByteProgress | None = None) -> 
     """A variant's official weights: from the cache, verified, or fetched into it.
 
     Raises:
-        DownloadError: none were released, the network failed, or the cached file differs from what was fetched.
+        UsageError: none were released.
+        DownloadError: the network failed, or the cached file differs from what was fetched.
     """
     url = weights_url(variant)
     path = weights_folder() / url.rpartition("/")[2]

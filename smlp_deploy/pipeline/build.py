@@ -12,7 +12,7 @@ from typing import Any
 
 from smlp_deploy.artifacts import engine_manifest_path, engine_path, failed_path, untried_path
 from smlp_deploy.dependencies import GpuDevice, find_gpu, require_onnxruntime
-from smlp_deploy.errors import ArtifactError, BuildError, SmlpError, UsageError
+from smlp_deploy.errors import BuildError, CheckError, SmlpError, UsageError
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, prove
 from smlp_deploy.evaluation.sensitivity import SensitivityReport
 from smlp_deploy.exporters.kernels import UNKNOWN, KernelSummary, summarize
@@ -132,7 +132,7 @@ def prepare_graph(
         progress: told of each stage, and of how much of it is done.
 
     Raises:
-        ArtifactError: the converted graph fails parity.
+        CheckError: the converted graph fails parity.
         UsageError: the graph is already in a precision other than fp32, or takes uint8 and cannot be converted.
     """
     precision = precision or source.metadata.precision
@@ -152,7 +152,7 @@ def prepare_graph(
         parity = prove(reference, candidate, images, bounds=bounds, artifact_sha256=graph.sha256, progress=progress)
     if not parity.passed:
         converted = precision if precision != source.metadata.precision else f"{precision} with {wanted_input} input"
-        raise ArtifactError(f"parity failed in {converted}: {_failures(parity)}", where=source.path)
+        raise CheckError(f"parity failed in {converted}: {_failures(parity)}", where=source.path)
     sensitivity = quantization.sensitivity if quantization else None
     return Prepared(source=source, graph=graph, images=images, parity=parity, sensitivity=sensitivity)
 
@@ -182,8 +182,8 @@ def build_prepared(
         progress: told of each step.
 
     Raises:
-        BuildError: TensorRT refused, built all kernels in another precision, or the engine failed parity or
-            cannot be run.
+        BuildError: TensorRT refused, built all kernels in another precision, or the engine cannot be run.
+        CheckError: the engine failed parity.
         UsageError: TF32 for another precision than fp32.
     """
     if options.tf32 and prepared.graph.metadata.precision != "fp32":
@@ -279,7 +279,8 @@ def _try(
     A build takes minutes, and a try can end the process, so the engine is on disk before it is tried.
 
     Raises:
-        BuildError: it failed parity or cannot be run; it is kept under its `.failed` name.
+        BuildError: it cannot be run; it is kept under its `.failed` name.
+        CheckError: it failed parity; it is kept as well.
     """
     untried = untried_path(target)
     _write(untried, plan, manifest)
@@ -299,7 +300,7 @@ def _try(
     manifest = replace(manifest, ran_here=True, engine_parity=_as_json(parity))
     kept = _move(untried, target if parity.passed else failed_path(target), manifest)
     if not parity.passed:
-        raise BuildError(f"parity failed on this GPU: {_failures(parity)}", where=kept)
+        raise CheckError(f"parity failed on this GPU: {_failures(parity)}", where=kept)
     return parity
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from smlp_deploy.dependencies import GpuDevice, require
-from smlp_deploy.errors import ArtifactError, GpuError
+from smlp_deploy.errors import GpuError, GpuMemoryError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Cuda:
         """The value that a function of the runtime returns, if any.
 
         Raises:
-            ArtifactError: there is not enough memory; the GPU can go on.
+            GpuMemoryError: there is not enough memory; the GPU can go on.
             GpuError: any other error. Most of them end all work on the GPU, in this process.
         """
         error, *values = getattr(self._runtime, function)(*arguments)
@@ -67,7 +67,7 @@ class Cuda:
         """Raise the error of an earlier call, which somebody else made.
 
         Raises:
-            ArtifactError, GpuError: see `call`.
+            GpuMemoryError, GpuError: see `call`.
         """
         self._check(function, self._runtime.cudaGetLastError()[0])
 
@@ -79,7 +79,7 @@ class Cuda:
         reason = self._runtime.cudaGetErrorString(error)[1]
         reason = reason.decode() if isinstance(reason, bytes) else str(reason)
         if error == errors.cudaErrorMemoryAllocation:
-            raise ArtifactError(
+            raise GpuMemoryError(
                 "the GPU's memory is full", fix="choose a smaller batch, or end what else runs on the GPU"
             )
         old = error == errors.cudaErrorInsufficientDriver
@@ -127,7 +127,8 @@ class Cuda:
         """The graph of what `work` enqueues in a stream, ready to launch; the caller destroys it.
 
         Raises:
-            ArtifactError, GpuError: it cannot be captured. Nothing has run, and the stream can be used as before.
+            ArtifactError, GpuMemoryError, GpuError: it cannot be captured. Nothing has run, and the stream can be used
+                as before.
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", stream, mode)

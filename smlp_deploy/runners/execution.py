@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smlp_deploy.errors import ArtifactError, GpuError
+from smlp_deploy.errors import ArtifactError, GpuError, GpuMemoryError
 from smlp_deploy.runners.cuda import Cuda
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Execution:
         graphs: whether to capture CUDA graphs.
 
     Raises:
-        ArtifactError: it does not fit in the GPU's memory.
+        GpuMemoryError: it does not fit in the GPU's memory.
         GpuError: the GPU fails.
     """
 
@@ -253,7 +253,7 @@ class Execution:
             self._discard(self._sizes.popitem(last=False)[1])
         context = self._make_context()
         if context is None:
-            raise ArtifactError("the GPU's memory is full", fix="choose a smaller batch")
+            raise GpuMemoryError("the GPU's memory is full", fix="choose a smaller batch")
         context.set_device_memory(self._scratch, self._scratch_bytes)
         shaped = context.set_input_shape(self._input.name, (batch, *self._input.shape))
         placed = [context.set_tensor_address(each.name, each.address) for each in (self._input, *self._outputs)]
@@ -281,7 +281,7 @@ class Execution:
     def _capture(self, size: _Size) -> None:
         try:
             size.graph = self._cuda.capture(self._compute, lambda: self._execute(size))
-        except (ArtifactError, GpuError) as error:  # slower without, but it runs
+        except (ArtifactError, GpuError, GpuMemoryError) as error:  # slower without, but it runs
             logger.info("not captured as a CUDA graph: %s", error)
             size.capturable = False
 

@@ -174,7 +174,8 @@ class OpenVinoRunner(Closing):
         """A network of OpenVINO for parallel requests, from the cache if it is there.
 
         Raises:
-            ArtifactError: OpenVINO does not compile it, or not in its precision.
+            ArtifactError: OpenVINO does not compile it.
+            SmlpError: OpenVINO does not compute it in its precision here.
         """
         properties = {
             "INFERENCE_PRECISION_HINT": self._type,
@@ -191,7 +192,7 @@ class OpenVinoRunner(Closing):
             self._cache.write(blob, compiled)
         given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if given != self._type:
-            raise ArtifactError(
+            raise SmlpError(
                 f"OpenVINO computes it in {given} in place of {self._type}",
                 where=self._path,
                 fix="use --runtime onnxruntime",

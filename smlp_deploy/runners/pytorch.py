@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from smlp_deploy.dependencies import GpuDevice
-from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
+from smlp_deploy.errors import GpuError, GpuMemoryError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ class PyTorchRunner(Closing):
         on_gpu: whether it runs on a GPU.
 
     Raises:
-        ArtifactError: the GPU's memory is full.
+        GpuMemoryError: the GPU's memory is full.
         GpuError: the GPU fails.
         MissingDependencyError: this PyTorch cannot use the GPU.
     """
@@ -139,7 +139,7 @@ def _errors() -> Iterator[None]:
     """PyTorch's errors from the GPU as ours.
 
     Raises:
-        ArtifactError: the GPU's memory is full; it can go on.
+        GpuMemoryError: the GPU's memory is full; it can go on.
         GpuError: any other error of CUDA or one of its libraries.
     """
     try:
@@ -148,7 +148,7 @@ def _errors() -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in reason:
             clear_frames(error.__traceback__)  # which hold the activations, until the error is handled
-            raise ArtifactError(
+            raise GpuMemoryError(
                 "the GPU's memory is full", fix="choose a smaller batch, or end what else runs on the GPU"
             ) from error
         if not isinstance(error, torch.AcceleratorError) and not any(word in reason for word in _FROM_CUDA):

@@ -30,7 +30,7 @@ from smlp_deploy.dependencies import (
     start_tensorrt,
     tensorrt_log,
 )
-from smlp_deploy.errors import ArtifactError, MissingDependencyError, SmlpError
+from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError, SmlpError
 from smlp_deploy.files import cache_folder, check_regular, read_file, read_text, sha256_of, write_bytes
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import EngineManifest, trace_points
@@ -230,12 +230,13 @@ def check_machine(path: Path, manifest: EngineManifest, gpu: GpuDevice | None = 
     """Check that an engine can run here, on `gpu` or by default the first, as far as possible without loading it.
 
     Raises:
-        ArtifactError: there is no GPU, or the engine was built for others.
+        GpuError: there is none.
+        ArtifactError: the engine was built for others.
         MissingDependencyError: its backend is not installed, or in another major version.
     """
     gpu = gpu or find_gpu()
     if gpu is None:
-        raise ArtifactError("needs an NVIDIA GPU and driver; none was found", where=path, fix="use the ONNX file")
+        raise GpuError("needs an NVIDIA GPU and driver; none was found", where=path, fix="use the ONNX file")
     if not _built_for(gpu, manifest):
         raise ArtifactError(
             f"was built for {', '.join(manifest.architectures)}, this GPU is {gpu.architecture} ({gpu.name})",
@@ -301,7 +302,7 @@ def _execution(
     stack.callback(cuda.close)
     runtime = start_tensorrt(trt, "Runtime")
     if runtime is None:
-        raise ArtifactError(
+        raise GpuError(
             f"{manifest.backend} does not start: the NVIDIA driver is missing or too old for it",
             where=path,
             fix="update the driver",

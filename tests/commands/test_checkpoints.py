@@ -81,7 +81,7 @@ def test_export_says_so_too(smlp: Smlp, options: tuple[str, ...], notes: list[st
     assert "no such file" in err  # before anything is read
     Path("one.txt").write_text("one\n")
     code, _, err = smlp("export", "both.pth", "--labels", "one.txt", *options)
-    assert code == 1
+    assert code == 5
     assert "1 labels for" in err
     assert [line for line in err.splitlines() if line.startswith("note: both.pth") and "states" not in line] == [
         f"note: {note}" for note in notes
@@ -118,7 +118,7 @@ def test_several_networks_are_one_clear_error(smlp: Smlp) -> None:
     torch.save({"student": WEIGHTS, "teacher": AVERAGED}, "both.pth")
     for verb in ("inspect", "export"):
         code, out, err = smlp(verb, "both.pth")
-        assert (code, out) == (1, "")
+        assert (code, out) == (5, "")
         assert "error: has 2 different sets of weights, student, teacher, and does not say which is meant · both" in err
         assert len(err.splitlines()) == 1
 

@@ -271,7 +271,7 @@ def test_quiet_leaves_results_and_errors(model: Path, digit_images: list[Path], 
     assert heading.startswith("image ")
     assert digit_images[0].name in line
     code, shown = plain("verify", "--quiet", "absent.onnx", folder=tmp_path)
-    assert code == 1
+    assert code == 5
     assert shown.startswith("error: no such file · absent.onnx")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from smlp_deploy import dependencies
 from smlp_deploy.dependencies import GpuDevice
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.evaluation import benchmark as module
 from smlp_deploy.evaluation.benchmark import (
     Clock,
@@ -116,7 +116,7 @@ def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list
 
 
 def test_what_cannot_be_started_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"):
+    with pytest.raises(ArtifactError, match=r"no such file · .*absent\.onnx"):
         run_benchmark([Target(path=tmp_path / "absent.onnx")])
 
 

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from smlp_deploy.errors import SmlpError
+from smlp_deploy.errors import ArtifactError, CheckError, SmlpError
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Target, TimedProcess, _Session
 from smlp_deploy.images.batches import FloatArray
@@ -58,7 +58,7 @@ def test_a_model_is_timed_in_its_own_process(
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path) -> None:
     with (
         TimedProcess(Target(path=tmp_path / "absent.onnx")) as process,
-        pytest.raises(SmlpError, match=r"no such file · .*absent\.onnx"),
+        pytest.raises(ArtifactError, match=r"no such file · .*absent\.onnx"),
     ):
         process.load()
 
@@ -79,7 +79,7 @@ def test_a_model_that_overflows_is_not_timed(digits_export: Export, tmp_path: Pa
     onnx.save(model, path)
     with TimedProcess(Target(path=path)) as process:
         process.load()
-        with pytest.raises(SmlpError, match=r"its output has NaN or infinite values.* · .*overflows\.onnx"):
+        with pytest.raises(CheckError, match=r"its output has NaN or infinite values.* · .*overflows\.onnx"):
             process.first(1)
 
 

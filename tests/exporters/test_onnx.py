@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from smlp_deploy.errors import SmlpError
+from smlp_deploy.evaluation import parity
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.capture import capture
 from smlp_deploy.exporters.onnx import OPSETS, export_onnx
+from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
 from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -165,11 +167,18 @@ def test_an_invalid_graph_is_one_clear_error(
         ("smlpnet_base", 2, "cpu"),
     ],
 )
-def test_full_size_networks_export_and_pass_parity(name: str, batch: int | None, form: str, tmp_path: Path) -> None:
+def test_full_size_networks_export_and_pass_parity(
+    name: str, batch: int | None, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How many inputs there are is of no account for random weights; small networks are compared on all of them.
+    monkeypatch.setattr(parity, "LARGEST_BATCH", 6)
+    monkeypatch.setattr(parity, "batch_size_of", lambda runner: 6)
+    images = bundled_images()[:2]
     path = tmp_path / f"{name}.pth"
     torch.save({"model": recipe_weights(config_of(CASES[name]), CASES[name]["seed"])}, path)
     checkpoint = load_checkpoint(path)
     metadata = replace(describe(checkpoint, batch=batch), form=form)
-    result = export_checkpoint(checkpoint, metadata, tmp_path / f"{name}.onnx")
+    result = export_checkpoint(checkpoint, metadata, tmp_path / f"{name}.onnx", images=images)
     assert result.report.passed, result.report.failures
+    assert (result.report.images, result.report.noise) == (2, 4)
     assert describe(checkpoint).variant == name

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smlp_deploy import __version__, dependencies
-from smlp_deploy.errors import MissingDependencyError, SmlpError
+from smlp_deploy.errors import MissingDependencyError, RecordsError, SmlpError
 from smlp_deploy.inference import parquet
 from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.inference.facts import Facts, Listing
@@ -148,7 +148,7 @@ def test_another_file_has_no_facts(target: Path, content: bytes | None) -> None:
         pq.write_table(pa.table({"a": [1]}), target)
     else:
         target.write_bytes(content)
-    with pytest.raises(SmlpError, match=r"is not a Parquet file of smlp predict · .*x\.parquet"):
+    with pytest.raises(RecordsError, match=r"is not a Parquet file of smlp predict · .*x\.parquet"):
         parquet.read_facts(target)
 
 

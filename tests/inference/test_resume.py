@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_can_be_continued(predict: Predi
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     target = tmp_path / "x.csv"
     code, err = predict.finish(target, before=limit)
-    assert code == 1
+    assert code == 6
     assert err.splitlines() == [
         f"error: cannot write: File too large · {target}.partial · free disk space, then continue with --resume"
     ]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smlp_deploy.errors import SmlpError, StoppedError, UsageError
+from smlp_deploy.errors import CheckError, RecordsError, SmlpError, StoppedError, UsageError
 from smlp_deploy.inference import parquet
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.facts import Facts, Listing
@@ -157,12 +157,12 @@ class TestMerged:
         parts = runs.all(out, kind)
         parts[1].unlink()
         parts[3].unlink()
-        with pytest.raises(SmlpError, match=r"shards 2/4, 4/4 are missing · .*out · run .*--shard 2/4.* --resume"):
+        with pytest.raises(CheckError, match=r"shards 2/4, 4/4 are missing · .*out · run .*--shard 2/4.* --resume"):
             merge_shards(out, tmp_path / f"all.{kind}")
 
     def test_one_is_not_finished(self, runs: Runs, out: Path, kind: str, tmp_path: Path) -> None:
         runs.all(out, kind)[2].with_name(f"part-00003-of-00004.{kind}.partial").touch()
-        with pytest.raises(SmlpError, match="shard 3/4 is not finished"):
+        with pytest.raises(CheckError, match="shard 3/4 is not finished"):
             merge_shards(out, tmp_path / f"all.{kind}")
 
     def test_one_is_there_twice(self, runs: Runs, out: Path, kind: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ class TestMerged:
         for suffix in ("", ".json"):
             if (source := parts[0].with_name(parts[0].name + suffix)).exists():
                 shutil.copy(source, parts[1].with_name(parts[1].name + suffix))
-        with pytest.raises(SmlpError, match=r"holds shard 1/4 .* part-00002-of-00004|holds shard 1/4 · .*part-00002"):
+        with pytest.raises(CheckError, match=r"holds shard 1/4 .* part-00002-of-00004|holds shard 1/4 · .*part-00002"):
             merge_shards(out, tmp_path / f"all.{kind}")
 
     def test_records_that_are_not_the_listings(self, runs: Runs, out: Path, kind: str, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ class TestMerged:
             table = pq.read_table(part)
             pq.write_table(table.take([1, *range(1, table.num_rows)]).cast(table.schema), part)
         (tmp_path / f"all.{kind}").write_bytes(b"before")
-        with pytest.raises(SmlpError, match=r"records are not those of the listing · .*out"):
+        with pytest.raises(CheckError, match=r"records are not those of the listing · .*out"):
             merge_shards(out, tmp_path / f"all.{kind}")
         assert (tmp_path / f"all.{kind}").read_bytes() == b"before"
 
@@ -196,7 +196,7 @@ class TestMerged:
                 table = pq.read_table(part)
                 changed = table.slice(1) if wrong == "few" else pa.concat_tables([table, table.slice(0, 1)])
                 pq.write_table(changed, part)
-            with pytest.raises(SmlpError, match=r"records are not those of the listing · .*out"):
+            with pytest.raises(CheckError, match=r"records are not those of the listing · .*out"):
                 merge_shards(out, tmp_path / f"all.{kind}")
             shutil.rmtree(out)
 
@@ -229,13 +229,13 @@ class TestMerged:
         if "versions" in changes:
             changes = {"versions": {**identity.versions, **changes["versions"]}}
         runs.shard(3, out, identity=replace(identity, **changes))
-        with pytest.raises(SmlpError, match=rf"shards are of different runs: {message}.* · .*part-00003-of-00004"):
+        with pytest.raises(CheckError, match=rf"shards are of different runs: {message}.* · .*part-00003-of-00004"):
             merge_shards(out, tmp_path / f"all.{kind}")
 
     def test_one_of_other_images(self, runs: Runs, out: Path, kind: str, tmp_path: Path) -> None:
         runs.all(out, kind)
         runs.shard(4, out, identity=runs.identity(kind), images=runs.images[:-1], resume=False)
-        with pytest.raises(SmlpError, match="different runs: listing images was 20, now it is 19"):
+        with pytest.raises(CheckError, match="different runs: listing images was 20, now it is 19"):
             merge_shards(out, tmp_path / f"all.{kind}")
 
 
@@ -250,18 +250,18 @@ def test_a_folder_without_shards_or_with_several_sets(runs: Runs, out: Path, tmp
     with pytest.raises(UsageError, match=r"is not a folder · .*out"):
         merge_shards(out, tmp_path / "all.parquet")
     out.mkdir()
-    with pytest.raises(SmlpError, match=r"has no shards · .*out"):
+    with pytest.raises(CheckError, match=r"has no shards · .*out"):
         merge_shards(out, tmp_path / "all.parquet")
     runs.shard(1, out, count=2)
     runs.shard(2, out, count=2)
     with pytest.raises(UsageError, match=r"the shards are Parquet · .*all\.jsonl · end it in \.parquet"):
         merge_shards(out, tmp_path / "all.jsonl")
     runs.shard(1, out, count=3)
-    with pytest.raises(SmlpError, match="has shards of 2 and of 3"):
+    with pytest.raises(CheckError, match="has shards of 2 and of 3"):
         merge_shards(out, tmp_path / "all.parquet")
     (out / "part-00001-of-00003.parquet").unlink()
     runs.shard(2, out, count=2, identity=runs.identity("jsonl"))
-    with pytest.raises(SmlpError, match="has shards in JSONL and in Parquet"):
+    with pytest.raises(CheckError, match="has shards in JSONL and in Parquet"):
         merge_shards(out, tmp_path / "all.parquet")
 
 
@@ -315,7 +315,7 @@ class TestResume:
     def test_nor_one_of_which_nothing_is_known(self, runs: Runs, out: Path, kind: str) -> None:
         path = runs.shard(2, out, identity=runs.identity(kind)).path
         (path if kind == "parquet" else path.with_name(path.name + ".json")).write_bytes(b"{}")
-        with pytest.raises(SmlpError, match=r"is not a .* of smlp predict · .*part-00002-of-00004"):
+        with pytest.raises(RecordsError, match=r"is not a .* of smlp predict · .*part-00002-of-00004"):
             runs.shard(2, out, identity=runs.identity(kind), resume=True)
 
     def test_what_was_stopped_goes_on(self, runs: Runs, out: Path, kind: str) -> None:
@@ -422,7 +422,7 @@ class TestProcesses:
         assert [process.returncode for process in processes] == [0, 0, -signal.SIGKILL, 0], errors
         assert "shard 1/4: 24 images, " in errors[0]
         code, err = run_verb("merge", out, "-o", merged)
-        assert (code, "shard 3/4 is not finished" in err) == (1, True)
+        assert (code, "shard 3/4 is not finished" in err) == (3, True)
         for number in (1, 2, 3, 4):
             code, err = run_verb(*command(out, "--shard", f"{number}/4", "--format", kind, "--resume"))
             assert code == 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from smlp_deploy import files
-from smlp_deploy.errors import DownloadError
+from smlp_deploy.errors import DownloadError, UsageError
 from smlp_deploy.models import pretrained
 from smlp_deploy.models.pretrained import fetch_weights, find_checkpoint, weights_folder
 from smlp_deploy.models.variants import VARIANTS
@@ -367,7 +367,7 @@ def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiny_was_never_released() -> None:
-    with pytest.raises(DownloadError, match="no weights were ever released for smlpnet_tiny"):
+    with pytest.raises(UsageError, match="no weights were ever released for smlpnet_tiny"):
         fetch_weights(VARIANTS["smlpnet_tiny"])
 
 

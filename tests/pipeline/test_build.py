@@ -17,7 +17,7 @@ from smlp_deploy import dependencies
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.cli import main
 from smlp_deploy.dependencies import GpuDevice
-from smlp_deploy.errors import ArtifactError, BuildError, UsageError
+from smlp_deploy.errors import ArtifactError, BuildError, CheckError, UsageError
 from smlp_deploy.evaluation.parity import prove
 from smlp_deploy.exporters.kernels import KernelSummary, summarize
 from smlp_deploy.exporters.pixels import take_pixels
@@ -127,7 +127,7 @@ class TestInput:
             return take_pixels(model, replace(preprocessing, mean=(0.9, 0.9, 0.9)))
 
         monkeypatch.setattr(precision, "take_pixels", wrong)
-        with pytest.raises(ArtifactError, match="parity failed in fp32 with uint8 input: difference"):
+        with pytest.raises(CheckError, match="parity failed in fp32 with uint8 input: difference"):
             prepare_graph(digits_export.graph, None)
 
 
@@ -239,7 +239,7 @@ class TestWhereTheEngineRuns:
         with OnnxRuntimeRunner(prepared.graph) as half:
             wrong = FakeRunner(lambda batch: -half.infer(batch), prepared.graph.metadata)
             monkeypatch.setattr(TensorRTRunner, "load", lambda *_: wrong)
-            with pytest.raises(BuildError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
+            with pytest.raises(CheckError, match=r"parity failed on this GPU: cosine.*x\.engine\.failed"):
                 build_prepared(prepared, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
         assert {path.name for path in tmp_path.iterdir()} == {"x.engine.failed", "x.engine.failed.json"}
         manifest = read_manifest(tmp_path / "x.engine.failed")
@@ -550,7 +550,7 @@ class TestLayerByLayer:
         (tmp_path / "source.onnx").unlink()
         with pytest.raises(SystemExit) as stop:
             main(["verify", str(path), "--layers"])
-        assert stop.value.code == 1
+        assert stop.value.code == 6
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: needs an NVIDIA GPU and driver; none was found · ")
 
@@ -565,7 +565,7 @@ class TestLayerByLayer:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main(["verify", path, "--layers", "--reference", str(digits_export.path), "--quiet"])
-        assert stop.value.code == 1
+        assert stop.value.code == 3
         assert "at stage 2 block 2: error" in capsys.readouterr().err
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
@@ -636,7 +636,7 @@ def test_a_graph_that_half_precision_ruins_is_refused(digits_export: Export, tmp
         changed = (numpy_helper.to_array(weights[name]) + change).astype(np.float32)
         weights[name].CopyFrom(numpy_helper.from_array(changed, name))
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(ArtifactError, match="parity failed in bf16: cosine"):
+    with pytest.raises(CheckError, match="parity failed in bf16: cosine"):
         prepare_graph(Graph.read(tmp_path / "x.onnx"), "bf16")
 
 

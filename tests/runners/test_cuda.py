@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from smlp_deploy.errors import ArtifactError, GpuError
+from smlp_deploy.errors import GpuError, GpuMemoryError
 from smlp_deploy.runners.cuda import Cuda, use_gpu
 from tests.support.cuda_names import cudaError_t
 from tests.support.cuda_runtime import CudaBench
@@ -26,7 +26,7 @@ class TestAnErrorIsReportedOnce:
 
     def test_memory_that_ran_out(self, bench: CudaBench) -> None:
         cuda = Cuda()
-        with pytest.raises(ArtifactError, match="the GPU's memory is full"):
+        with pytest.raises(GpuMemoryError, match="the GPU's memory is full"):
             cuda.device(2000)
         cuda.check("execute_async_v3")
         cuda.close()
@@ -52,7 +52,7 @@ class TestAnErrorIsReportedOnce:
     def test_one_that_somebody_else_made_is_found(self, bench: CudaBench) -> None:
         cuda = Cuda()
         bench.runtime.cudaMalloc(2000)
-        with pytest.raises(ArtifactError, match="the GPU's memory is full"):
+        with pytest.raises(GpuMemoryError, match="the GPU's memory is full"):
             cuda.check("execute_async_v3")
         cuda.check("execute_async_v3")
         cuda.close()
@@ -67,7 +67,7 @@ class TestTheGpuOfAThread:
         assert bench.device == 0
         cuda.use()
         assert bench.device == 1
-        with pytest.raises(ArtifactError):
+        with pytest.raises(GpuMemoryError):
             cuda.device(600)  # the 300 are on the other
         cuda.close()
         bench.release(bench._memory[1])

@@ -282,7 +282,7 @@ class TestPrecision:
         monkeypatch.setattr(module, "_start", lambda: Core(["FP32", "BF16"], given="bf16"))
         with (
             OpenVinoRunner.open(digits_export.path) as runner,
-            pytest.raises(ArtifactError, match=r"computes it in bf16 in place of f32 .* --runtime onnxruntime"),
+            pytest.raises(SmlpError, match=r"computes it in bf16 in place of f32 .* --runtime onnxruntime"),
         ):
             runner.infer(images(1))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from smlp_deploy.errors import ArtifactError, GpuError, MissingDependencyError
+from smlp_deploy.errors import GpuError, GpuMemoryError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -162,8 +162,8 @@ class TestOnAGpu:
     @pytest.mark.parametrize(
         ("raised", "expected", "message"),
         [
-            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ArtifactError, "memory is full"),
-            (torch.AcceleratorError("CUDA error: out of memory"), ArtifactError, "the GPU's memory is full"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), GpuMemoryError, "memory is full"),
+            (torch.AcceleratorError("CUDA error: out of memory"), GpuMemoryError, "the GPU's memory is full"),
             (
                 torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors"),
                 GpuError,
@@ -207,7 +207,7 @@ class TestOnAGpu:
             monkeypatch.setattr(runner, "_run", run)
             try:
                 runner.infer(batch)
-            except ArtifactError:
+            except GpuMemoryError:
                 assert held[0]() is None
         assert held
 
@@ -216,7 +216,7 @@ class TestOnAGpu:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(torch.nn.Module, "to", full)
-        with pytest.raises(ArtifactError, match="the GPU's memory is full"):
+        with pytest.raises(GpuMemoryError, match="the GPU's memory is full"):
             PyTorchRunner(digits, describe(digits))
 
     def test_a_gpu_computes_in_true_fp32(self, monkeypatch: pytest.MonkeyPatch) -> None:

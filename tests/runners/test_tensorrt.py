@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from smlp_deploy import dependencies
 from smlp_deploy.artifacts import engine_manifest_path
 from smlp_deploy.dependencies import find_gpu
-from smlp_deploy.errors import ArtifactError, ConfigError, GpuError, MissingDependencyError, UsageError
+from smlp_deploy.errors import ArtifactError, ConfigError, GpuError, GpuMemoryError, MissingDependencyError, UsageError
 from smlp_deploy.files import sha256_of
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import BatchProfile, EngineManifest
@@ -270,12 +270,12 @@ class TestWhatFails:
     def test_a_driver_that_is_too_old_is_one_line(self, engine: Path) -> None:
         with (
             gpu(fail="driver"),
-            pytest.raises(ArtifactError, match=r"driver is missing or too old .* update the driver"),
+            pytest.raises(GpuError, match=r"driver is missing or too old .* update the driver"),
         ):
             load(engine)
         with gpu() as bench:
             bench.break_device(cudaError_t.cudaErrorInsufficientDriver)
-            with pytest.raises((GpuError, ArtifactError), match="update the NVIDIA driver"):
+            with pytest.raises(GpuError, match="update the NVIDIA driver"):
                 load(engine)
 
     def test_too_little_memory_is_one_line_and_leaks_nothing(self, engine: Path) -> None:
@@ -284,7 +284,7 @@ class TestWhatFails:
                 bench.fail("cudaMalloc", cudaError_t.cudaErrorMemoryAllocation, call=call)
                 try:
                     load(engine).close()
-                except ArtifactError as error:
+                except GpuMemoryError as error:
                     assert "the GPU's memory is full" in str(error)  # noqa: PT017
 
     def test_an_engine_that_does_not_load_here(self, engine: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_next_batch_is_uploaded_while_one_is_computed(engine: Path) -> None:
 
 def test_without_a_gpu_it_is_one_clear_line(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
-    with pytest.raises(ArtifactError, match=r"needs an NVIDIA GPU and driver.*x\.engine · use the ONNX file"):
+    with pytest.raises(GpuError, match=r"needs an NVIDIA GPU and driver.*x\.engine · use the ONNX file"):
         open_runner(engine)
 
 

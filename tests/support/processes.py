@@ -86,7 +86,7 @@ def _run(stderr: Connection, arguments: list[str], before: str) -> None:
     for source, target in ((null, 0), (null, 1), (stderr.fileno(), 2)):
         os.dup2(source, target)
     stderr.close()
-    allow_ctrl_c()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new interpreter does
     sys.argv[1:] = arguments
     exec(before, {})
     runpy.run_module("smlp_deploy", run_name="__main__", alter_sys=True)
