@@ -161,7 +161,7 @@ def finished_shard(
     target = shard.file(folder, identity.format)
     if not target.exists() or partial_path(target).exists():
         return None
-    facts = _finished(target, identity, listing, shard, stop or StopRequest())
+    facts = _finished(target, identity, listing, shard, StopRequest() if stop is None else stop)
     return ShardRun(path=target, facts=facts, skipped=True)
 
 

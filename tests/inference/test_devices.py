@@ -174,14 +174,14 @@ class TestPredict:
         assert shared.read_bytes() == whole.read_bytes()
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("options", "exit_code", "message"),
         [
-            (("--devices", "0,1"), "error: no NVIDIA GPU"),
-            (("--devices", "cpu,cpu", "--device", "cpu"), "error: contradicts --devices · --device cpu"),
-            (("--devices", "cpu,cpu", "--decode", "gpu"), "error: contradicts --decode gpu · --devices"),
-            (("--devices", "cpu,,cpu"), "error: names no device · --devices cpu,,cpu"),
+            (("--devices", "0,1"), 6, "error: no NVIDIA GPU"),
+            (("--devices", "cpu,cpu", "--device", "cpu"), 2, "error: contradicts --devices · --device cpu"),
+            (("--devices", "cpu,cpu", "--decode", "gpu"), 2, "error: contradicts --decode gpu · --devices"),
+            (("--devices", "cpu,,cpu"), 2, "error: names no device · --devices cpu,,cpu"),
         ],
     )
-    def test_wrong_usage(self, digits_export: Export, options: tuple[str, ...], message: str) -> None:
+    def test_wrong_usage(self, digits_export: Export, options: tuple[str, ...], exit_code: int, message: str) -> None:
         code, err = run_verb("predict", "images", "-m", digits_export.path, *options)
-        assert (code, err.splitlines()[-1][: len(message)]) == (2, message)
+        assert (code, err.splitlines()[-1][: len(message)]) == (exit_code, message)
