@@ -22,9 +22,7 @@ ConcurrencyOption = Annotated[
     str,
     typer.Option(metavar="N,N", help="Clients that ask at the same time; 0 to skip.", rich_help_panel=_LOAD_PANEL),
 ]
-RequestsOption = Annotated[
-    int, typer.Option(min=1, help="Requests of each measurement.", rich_help_panel=_LOAD_PANEL)
-]
+RequestsOption = Annotated[int, typer.Option(min=1, help="Requests of each measurement.", rich_help_panel=_LOAD_PANEL)]
 DifferenceOption = Annotated[
     float | None,
     typer.Option(
@@ -88,5 +86,5 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{text!r} is not a list of numbers", where="--concurrency", fix="for example 1,4,16") from None
+        raise UsageError(f"{text!r} is not a list of numbers", where="--concurrency", fix="for example 1,4") from None
     return () if numbers == (0,) else numbers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -263,8 +264,11 @@ class _Comparison:
             (first, *_) = unknown or renamed
             self.disagreements.append(f"{path}: the server calls class {first.index} {first.label}")
             return
-        for score in server.scores:  # unlike max(), it keeps a NaN
-            self.largest = float(np.maximum(self.largest, abs(score.probability - probabilities[score.index])))
+        differences = [abs(score.probability - probabilities[score.index]) for score in server.scores]
+        if not all(map(math.isfinite, differences)):
+            self.disagreements.append(f"{path}: a probability on the server is not a finite number")
+            return
+        self.largest = max(self.largest, *differences)
         best, local = server.scores[0], here.scores[0]
         if best.index != local.index:
             self.disagreements.append(

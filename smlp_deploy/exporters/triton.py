@@ -123,7 +123,7 @@ class Interface:
 
     @property
     def preferred(self) -> tuple[int, ...]:
-        """Batch sizes to run at once, without waiting for more: that with which the network is fastest, and two below."""
+        """Batch sizes to run without waiting for more: that with which the network is fastest, and two below it."""
         best = self.profile.opt
         return () if self.batch else tuple(sorted({best // 4, best // 2, best} - {0, 1}))
 

@@ -1,7 +1,7 @@
 """What the Python backend of Triton runs: from encoded images to the network's input, and from logits to classes.
 
-The files `model.py` in a repository import these classes. Triton calls `initialize` once, `execute` with the requests of
-a batch, and `finalize` at the end. Its own module exists only in the processes that it starts.
+The files `model.py` in a repository import these classes. Triton calls `initialize` once, `execute` with the requests
+of a batch, and `finalize` at the end. Its own module exists only in the processes that it starts.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ class Preprocess(_Model):
             self._pool.map(self._load, encoded.reshape(-1).tolist(), inputs)
             for encoded, inputs in zip(tensors, prepared, strict=True)
         ]
-        return [
-            _first(list(each)) or {tensor.name: inputs} for each, inputs in zip(reasons, prepared, strict=True)
-        ]
+        return [_first(list(each)) or {tensor.name: inputs} for each, inputs in zip(reasons, prepared, strict=True)]
 
     def _load(self, content: bytes, out: NDArray[Any]) -> str | None:
         """Prepare an image; returns the reason if it cannot be read."""
