@@ -149,9 +149,7 @@ class TritonClient:
         self._client.close()
 
     def check(self, *, input_type: str) -> str:
-        client = self._client
-        if not self._asked(client.is_server_ready):
-            raise SmlpError("the server is not ready", where=self.endpoint, fix="its log says why")
+        # Not whether the server is ready: it is not while it changes a version, and its models answer meanwhile.
         absent = [name for name in (NETWORK, ENSEMBLE) if not self._is_loaded(name)]
         if absent:
             what = f"the model {absent[0]} is not loaded"
@@ -165,7 +163,7 @@ class TritonClient:
                 where=self.endpoint,
                 fix="give the model that it serves with --model",
             )
-        about = self._asked(lambda: client.get_server_metadata(**self._as_json))
+        about = self._asked(lambda: self._client.get_server_metadata(**self._as_json))
         return f"{about['name']} {about['version']}"
 
     def _is_loaded(self, model: str) -> bool:

@@ -272,7 +272,7 @@ def test_a_server_that_does_not_answer_is_one_line(
     def fail(*given: Any, **settings: Any) -> None:
         raise failure
 
-    client = SimpleNamespace(is_server_ready=fail, infer=fail, close=lambda: None)
+    client = SimpleNamespace(is_model_ready=fail, infer=fail, close=lambda: None)
     modules = {
         "tritonclient": SimpleNamespace(__spec__=SimpleNamespace()),
         "tritonclient.utils": SimpleNamespace(InferenceServerException=FakeFailureError),
