@@ -1,8 +1,8 @@
 """A real `tritonserver` serves what `smlp export --format triton` writes; run by `make test-triton`.
 
-It is the server inside nvidia-pytriton 0.7.0, version 2.51, with its Python backend. Backends for ONNX Runtime and TensorRT
-are not on PyPI, so the Python backend runs the exported ONNX file in ONNX Runtime (`support/triton_network.py`), and of
-the configuration one line is another. Everything else is as exported.
+It is the server inside nvidia-pytriton 0.7.0, version 2.51, with its Python backend. Backends for ONNX Runtime and
+TensorRT are not on PyPI, so the Python backend runs the exported ONNX file in ONNX Runtime
+(`support/triton_network.py`), and of the configuration one line is another. Everything else is as exported.
 
 Its environment has NumPy 1 and no PyTorch, so no fixture of conftest.py is used here.
 """
@@ -10,6 +10,7 @@ Its environment has NumPy 1 and no PyTorch, so no fixture of conftest.py is used
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,9 @@ pytestmark = pytest.mark.skipif(
     not is_installed(), reason="nvidia-pytriton and tritonclient need an environment of their own: make test-triton"
 )
 
-IMAGES = sorted((Path(__file__).parents[1] / "images").glob("*.jpg"))
+ROOT = Path(__file__).parents[1]
+IMAGES = sorted((ROOT / "images").glob("*.jpg"))
+PAGE = ROOT / "docs" / "serving.md"
 MODELS = ("smlpnet", "preprocess", "postprocess", "classify")
 
 
@@ -160,13 +163,22 @@ def test_the_classification_extension_has_the_labels(server: Server) -> None:
 
 
 def test_metrics_have_what_the_page_names(server: Server) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     named = [word.strip("`") for word in page.split() if word.startswith("`nv_") and "gpu" not in word]
     assert len(named) >= 5
     for name in named:
         assert f"{name}{{" in text, name
+
+
+def test_the_client_on_the_page(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    code = code.replace("localhost:8000", server.http).replace('"images/', f'"{IMAGES[0].parent}/')
+    exec(code, {})
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("0 0.92")
+    assert len(others) == 4
 
 
 def test_a_new_version_is_served_after_a_load(exported: Path, tmp_path: Path) -> None:
@@ -241,10 +253,8 @@ def test_no_server_is_one_line(protocol: str) -> None:
 def test_a_model_that_is_not_loaded_and_one_of_another_tool_are_one_line(exported: Path, tmp_path: Path) -> None:
     repository = tmp_path / "model_repository"
     shutil.copytree(exported, repository)
-    ensemble = repository / "classify" / "config.pbtxt"
-    ensemble.write_text(ensemble.read_text().replace('name: "index"', 'name: "number"').replace('"index"', '"index"'))
-    text = ensemble.read_text().replace('value: "index"', 'value: "number"')
-    ensemble.write_text(text)
+    for field in ("name", "value"):
+        replaced(f'{field}: "index"', f'{field}: "number"', model="classify")(repository)
     with serving(repository, tmp_path, "--model-control-mode=explicit", "--load-model=smlpnet") as running:
         for protocol in ("http", "grpc"):
             code, _, err = checked(running, IMAGES[0], "--protocol", protocol)
@@ -254,7 +264,9 @@ def test_a_model_that_is_not_loaded_and_one_of_another_tool_are_one_line(exporte
         for protocol in ("http", "grpc"):
             code, _, err = checked(running, IMAGES[0], "--protocol", protocol)
             assert code == 1
-            assert err.startswith("error: its classify takes image and gives label, number, probability: smlp export did")
+            assert err.startswith(
+                "error: its classify takes image and gives label, number, probability: smlp export did"
+            )
 
 
 Edit = Callable[[Path], Any]
@@ -277,19 +289,33 @@ def renamed(name: str) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        pytest.param(replaced('name: "smlpnet"', 'name: "other"'), "unexpected directory name", id="rule 1"),
+        pytest.param(replaced('name: "smlpnet"', 'name: "other"'), "directory name must equal model name", id="rule 1"),
         pytest.param(renamed("01"), "at least one version must be available", id="rule 2, 01"),
         pytest.param(renamed("v1"), "at least one version must be available", id="rule 2, v1"),
-        pytest.param(replaced('backend: "python"', 'platform: "onnx"'), "platform", id="rule 3"),
-        pytest.param(replaced("max_batch_size: 64", "max_batch_size: 0"), "dynamic batching", id="rule 4"),
-        pytest.param(replaced("[ 16, 32, 64 ]", "[ 16, 32, 128 ]"), "preferred", id="rule 5"),
-        pytest.param(replaced("TYPE_FP32", "TYPE_FLOAT"), "TYPE_FLOAT", id="rule 6"),
-        pytest.param(replaced('"labels.txt"', '"absent.txt"'), "absent.txt", id="rule 7, absent"),
-        pytest.param(replaced('"labels.txt"', '"/etc/hostname"'), "hostname", id="rule 7, absolute"),
-        pytest.param(replaced('key: "logits"', 'key: "logit"', model="classify"), "logit", id="rule 8, name"),
-        pytest.param(replaced("[ 3, 32, 32 ]", "[ 3, 32, 33 ]", model="preprocess"), "33", id="rule 8, dims"),
-        pytest.param(replaced("TYPE_FP32", "TYPE_FP16", model="postprocess"), "TYPE_FP16", id="rule 8, type"),
-        pytest.param(replaced("size: 64", "size: 128", model="classify"), "128", id="rule 8, batch"),
+        pytest.param(replaced('backend: "python"', 'platform: "onnx"'), "unexpected platform type 'onnx'", id="rule 3"),
+        pytest.param(replaced("size: 64", "size: 0"), "preferred size must be <= max batch size", id="rule 4"),
+        pytest.param(replaced("32, 64 ]", "32, 128 ]"), "preferred size must be <= max batch size", id="rule 5"),
+        pytest.param(replaced("TYPE_FP32", "TYPE_FLOAT"), "failed to read text proto", id="rule 6, no such type"),
+        pytest.param(replaced('"labels.txt"', '"absent.txt"'), "failed to open text file", id="rule 7, absent"),
+        pytest.param(replaced('"labels.txt"', '"/etc/hostname"'), "failed to open text file", id="rule 7, absolute"),
+        pytest.param(
+            replaced('key: "logits"', 'key: "logit"', model="classify"),
+            "is mapped from non-existing output logit in model smlpnet",
+            id="rule 8, name",
+        ),
+        pytest.param(
+            replaced("[ 3, 32, 32 ]", "[ 3, 32, 33 ]", model="preprocess"),
+            "inconsistent shape: [-1,3,32,33] is inferred from model preprocess",
+            id="rule 8, dims",
+        ),
+        pytest.param(
+            replaced("TYPE_FP32", "TYPE_FP16", model="postprocess"), "inconsistent data type", id="rule 8, type"
+        ),
+        pytest.param(
+            replaced("size: 64", "size: 128", model="classify"),
+            "allows maximum batch size 128, but",
+            id="rule 8, batch",
+        ),
     ],
 )
 def test_the_server_refuses_what_breaks_a_rule(edit: Edit, message: str, exported: Path, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def configurations(interface: Interface) -> dict[str, Message]:
         for name, kind in ((INDEX, "INT32"), (LABEL, "STRING"), (PROBABILITY, "FP32"))
     ]
     step = {"backend": "python", "max_batch_size": interface.max_batch_size}
-    batching = {} if interface.batch else {"dynamic_batching": {}}
+    batching: Message = {} if interface.batch else {"dynamic_batching": {}}
     return {
         NETWORK: _network(interface, images, logits),
         PREPROCESS: {"name": PREPROCESS, **step, "input": [encoded], "output": [images], **batching},
