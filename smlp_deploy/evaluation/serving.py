@@ -30,10 +30,12 @@ from smlp_deploy.runners.base import arithmetic_of
 
 DEFAULT_CONCURRENCY = (1, 4, 16)
 DEFAULT_REQUESTS = 200
-MAX_DIFFERENCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2}
+MAX_DIFFERENCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1}
 """The largest difference of a probability, by what the artifact here computes in.
 
-The server may run it in another backend, on other hardware, or as an engine of the same precision."""
+The server may run it in another backend. Between ONNX Runtime and OpenVINO the bundled model's probabilities differ, on
+30 images, by up to 2e-7 in fp32, 7e-4 in fp16, 0.017 in bf16 and 0.039 in int8; the bounds leave room for more.
+"""
 _SHOWN = 20
 """Disagreements that a report names."""
 
