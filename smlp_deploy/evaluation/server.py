@@ -78,14 +78,6 @@ def _parsed(text: str, where: str) -> tuple[bool, str, int | None]:
     return match[1] == "https", match[2], port
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batching:
-    """How often a model ran since its server started: images, and runs of the network for them."""
-
-    images: int
-    runs: int
-
-
 class Client(Protocol):
     """One connection to a server; used by one thread."""
 
@@ -111,8 +103,8 @@ class Client(Protocol):
         """
         ...
 
-    def batching(self) -> Batching:
-        """What the server has counted for the network."""
+    def runs(self) -> int:
+        """How often the network ran since the server started."""
         ...
 
     def close(self) -> None: ...
@@ -200,11 +192,9 @@ class TritonClient:
         best = zip(index[0].tolist(), label[0].tolist(), probability[0].tolist(), strict=True)
         return Prediction("", tuple(Score(number, name.decode(), value) for number, name, value in best))
 
-    def batching(self) -> Batching:
+    def runs(self) -> int:
         found = self._asked(lambda: self._client.get_inference_statistics(NETWORK, **self._as_json))
-        counts = found["model_stats"]
-        images, runs = (sum(int(one.get(f"{name}_count", 0)) for one in counts) for name in ("inference", "execution"))
-        return Batching(images=images, runs=runs)
+        return sum(int(version.get("execution_count", 0)) for version in found["model_stats"])
 
     def _asked(self, ask: Callable[[], _Result]) -> _Result:
         """The server's answer.

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -322,10 +322,11 @@ def measure_load(
     for content in itertools.islice(itertools.cycle(contents), requests):
         left.put(content)
     with closing(connect()) as observer, ThreadPoolExecutor(concurrency) as pool:
-        before = observer.batching()
+        before = observer.runs()
         working = [pool.submit(_time_requests, connect, left) for _ in range(concurrency)]
-        spans = [span for thread in working for span in thread.result()]
-        after = observer.batching()
+        with _drained(left):
+            spans = [span for thread in working for span in thread.result()]
+        after = observer.runs()
     seconds = [end - begin for begin, end in spans]
     total = max(end for _, end in spans) - min(begin for begin, _ in spans)
     p90, p99 = (float(value) for value in np.percentile(seconds, (90, 99), method="inverted_cdf"))
@@ -338,26 +339,32 @@ def measure_load(
         p90=p90,
         p99=p99,
         images_per_second=len(spans) / total,
-        runs=after.runs - before.runs,
+        runs=after - before,
     )
 
 
 def _time_requests(connect: Callable[[], Client], left: SimpleQueue[bytes]) -> list[tuple[float, float]]:
     """Begin and end of each request that this thread sent, until none is left."""
-    spans = []
-    with closing(connect()) as client:
-        try:
-            while True:
+    spans: list[tuple[float, float]] = []
+    with closing(connect()) as client, _drained(left):
+        while True:
+            try:
                 content = left.get_nowait()
-                begin = time.perf_counter()
-                answer = client.classify(content)
-                spans.append((begin, time.perf_counter()))
-                if answer.error is not None:
-                    raise SmlpError(f"the server refuses an image that it answered before: {answer.error}")
-        except Empty:
-            return spans
-        except BaseException:
-            with suppress(Empty):  # so that the others stop, too
-                while True:
-                    left.get_nowait()
-            raise
+            except Empty:
+                return spans
+            begin = time.perf_counter()
+            answer = client.classify(content)
+            spans.append((begin, time.perf_counter()))
+            if answer.error is not None:
+                raise SmlpError(f"the server refuses an image that it answered before: {answer.error}")
+
+
+@contextmanager
+def _drained(left: SimpleQueue[bytes]) -> Iterator[None]:
+    """Leave no request for other threads, so that they stop if this one does."""
+    try:
+        yield
+    finally:
+        with suppress(Empty):
+            while True:
+                left.get_nowait()

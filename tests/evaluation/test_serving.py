@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from smlp_deploy.errors import MissingDependencyError, SmlpError, UsageError
-from smlp_deploy.evaluation.server import GRPC, HTTP, Batching, Endpoint, TritonClient, endpoints_of
+from smlp_deploy.evaluation.server import GRPC, HTTP, Endpoint, TritonClient, endpoints_of
 from smlp_deploy.evaluation.serving import Settings, check_server, compare, measure_load
 from smlp_deploy.files import BUNDLED_MODEL
 from smlp_deploy.inference.classify import Classifier, Prediction, Score
@@ -57,8 +57,8 @@ class FakeServer:
             self.asked += 1
         return self._change(next(iter(self._classifier.classify(content))))
 
-    def batching(self) -> Batching:
-        return Batching(images=self.asked, runs=self.asked // 2)
+    def runs(self) -> int:
+        return self.asked // 2
 
     def close(self) -> None:
         with self._lock:
