@@ -89,4 +89,4 @@ fuzz: .venv/test
 	$(BIN)/python -m scripts.fuzz --minutes 20
 
 clean:
-	rm -rf .venv artifacts build dist site .cache *.egg-info
+	rm -rf .venv artifacts model_repository build dist site .cache *.egg-info

@@ -241,6 +241,21 @@ def test_another_model_does_not_agree(server: Server, tmp_path: Path) -> None:
     assert "top-1 is the same on 0 of 12 images" in err
 
 
+@pytest.mark.parametrize("verb", [("--help",), ("predict", str(IMAGES[0]), "--model", str(BUNDLED_MODEL))])
+def test_other_verbs_load_nothing_of_it(verb: tuple[str, ...]) -> None:
+    script = (
+        "import sys\n"
+        "from smlp_deploy.cli import main\n"
+        f"try: main({list(verb)!r})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('LOADED', *sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rpartition("LOADED ")[2].split())
+    assert "smlp_deploy" in loaded
+    assert not loaded & {"tritonclient", "gevent", "geventhttpclient", "grpc", "pytriton"}
+
+
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_no_server_is_one_line(protocol: str) -> None:
     arguments = ("127.0.0.1:9", IMAGES[0], "--protocol", protocol, "--model", BUNDLED_MODEL)

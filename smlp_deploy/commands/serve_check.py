@@ -12,6 +12,13 @@ from smlp_deploy.errors import SmlpError, UsageError
 _LOAD_PANEL = "Latency and throughput"
 
 UrlArgument = Annotated[str, typer.Argument(metavar="URL", help="The server's address for HTTP: localhost:8000.")]
+ImagesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGES",
+        help="Images, folders, quoted patterns, @FILE with a path per line, - for such a list on stdin.",
+    ),
+]
 GrpcOption = Annotated[
     str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Its address for gRPC. Default: the next port.")
 ]
@@ -37,7 +44,7 @@ DifferenceOption = Annotated[
 
 def serve_check(
     url: UrlArgument,
-    inputs: o.ImagesArgument,
+    inputs: ImagesArgument,
     model: o.ModelOption = None,
     grpc: GrpcOption = None,
     protocol: ProtocolOption = "http,grpc",
