@@ -4,6 +4,7 @@
 # make coverage   the tests again with the lines that none of them runs; Python 3.11 is twice as slow while it counts
 # make test-gpu   on a machine with an NVIDIA GPU: doctor, the tests that need one, engines and timings, in
 #             build/gpu-report; GPU_EXTRA=gpu-cu12, tensorrt, rtx or rtx-cu13 takes another backend (docs/gpu-testing.md)
+# make test-triton   in an environment of its own: a real Triton Inference Server serves what smlp export writes
 # make docs   the documentation as a site in site/, built offline; a broken link or reference is an error
 # make fuzz   mutated images, model files and metadata for twenty minutes; any traceback, crash or hang is a finding
 
@@ -20,7 +21,9 @@ GPU_ENV := .venv/with-$(GPU_EXTRA)
 GPU_DECODE := decode-gpu$(if $(filter gpu-cu12 rtx,$(GPU_EXTRA)),-cu12)
 GPU_EXTRAS := $(GPU_EXTRA),$(GPU_DECODE),export$(if $(filter gpu gpu-%,$(GPU_EXTRA)),,$(comma)cpu)
 
-.PHONY: demo test test-gpu coverage docs fuzz clean
+TRITON_ENV := .venv/with-triton
+
+.PHONY: demo test test-gpu test-triton coverage docs fuzz clean
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
@@ -55,6 +58,20 @@ $(GPU_ENV)/installed: pyproject.toml
 	$(GPU_ENV)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(GPU_EXTRAS)]" pytest
 	touch $@
 
+# conftest.py needs PyTorch, which is not there.
+test-triton: $(TRITON_ENV)/installed
+	$(TRITON_ENV)/bin/python -m pytest --noconftest tests/test_triton_server.py $(PYTEST_OPTIONS)
+
+# nvidia-pytriton has the server, and takes NumPy 1; tritonclient takes protobuf 6, where constraints.txt has 7. So neither
+# fits the other environments, and here smlp-deploy comes without its requirements, of which all but NumPy 2 are listed.
+$(TRITON_ENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(TRITON_ENV)
+	$(TRITON_ENV)/bin/pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 "tritonclient[grpc,http]" \
+		onnx onnx-ir onnxruntime pytest \
+		filelock msgspec pillow platformdirs rich safetensors "typer>=0.27,<0.29"
+	$(TRITON_ENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 # Copied as they lie, so that links between them are the same in the repository and on the site.
 PAGES := README.md CHANGELOG.md docs benchmarks/README.md benchmarks/lowering.md smlp_deploy/data/README.md
 
@@ -72,4 +89,4 @@ fuzz: .venv/test
 	$(BIN)/python -m scripts.fuzz --minutes 20
 
 clean:
-	rm -rf .venv artifacts build dist site .cache *.egg-info
+	rm -rf .venv artifacts model_repository build dist site .cache *.egg-info

@@ -24,7 +24,7 @@ from scripts.digits import ROOT, write_held_out
 TARGET = ROOT / "docs" / "terminal.md"
 COLUMNS = 80
 GETTING_AND_MAKING = ("models", "download", "inspect", "export", "build-engine", "profile")
-VERBS = ("", *GETTING_AND_MAKING, "predict", "verify", "eval", "benchmark", "doctor")
+VERBS = ("", *GETTING_AND_MAKING, "predict", "verify", "eval", "benchmark", "serve-check", "doctor")
 COMMANDS = (
     "smlp models",
     "smlp export --format onnx",

@@ -47,6 +47,12 @@ _VERBS = {
         "Prove",
         "smlp benchmark artifacts/my-fp32.onnx --baseline --reference my.pth",
     ),
+    "serve-check": (
+        "commands.serve_check",
+        "serve_check",
+        "Prove",
+        "smlp serve-check localhost:8000 photos/ -m artifacts/my-fp32.onnx",
+    ),
     "doctor": ("commands.doctor", "doctor", "Prove", None),
 }
 """Module, function, group in the help, and an example of each verb."""

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
@@ -56,6 +57,24 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():  # on a read-only file system even removing a file that is not there is an error
             temporary.unlink()
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside `target`, from which the block moves what is finished; it is removed afterwards.
+
+    Raises:
+        SmlpError: it cannot be made or written to, or the move leads to another file system.
+    """
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def check_writable(target: Path) -> None:

@@ -13,6 +13,7 @@ from smlp_deploy.files import (
     alone,
     cache_folder,
     check_writable,
+    folder_beside,
     read_file,
     read_text,
     replacing,
@@ -154,9 +155,39 @@ class TestUnwritable:
             ):
                 write(UNWRITABLE)
 
+    def test_a_folder_too(self) -> None:
+        message = r"^cannot write: (Operation not permitted|Permission denied) · /sys/x\.json"
+        with pytest.raises(SmlpError, match=message), folder_beside(UNWRITABLE):
+            pytest.fail("made")
+
     def test_the_lock_too(self) -> None:
         with pytest.raises(SmlpError, match=r"^cannot write: Permission denied · /sys/x\.json"), alone(UNWRITABLE):
             pytest.fail("locked")
+
+
+def test_of_a_folder_stays_what_was_moved_out(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    for content in ("first", "second"):
+        with folder_beside(target) as folder:
+            (folder / "left").mkdir()
+            (folder / content).write_text(content)
+            if content == "first":
+                folder.rename(target)
+            else:
+                (folder / content).rename(target / content)
+    assert contents(target) == ["first", "left", "second"]
+    assert contents(tmp_path / "new") == ["folder"]
+
+
+def test_a_folder_is_removed_after_an_error(tmp_path: Path) -> None:
+    def full() -> None:
+        with folder_beside(tmp_path / "folder") as folder:
+            (folder / "part").write_text("")
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with pytest.raises(SmlpError, match=r"^cannot write: Invalid cross-device link · .*folder · choose another path"):
+        full()
+    assert contents(tmp_path) == []
 
 
 def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:

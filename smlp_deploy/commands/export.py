@@ -13,6 +13,7 @@ from smlp_deploy.errors import UsageError
 
 
 def export(
+    context: typer.Context,
     source: o.CheckpointArgument = None,
     format_: o.FormatOption = o.ExportFormat.onnx,
     output: o.OnnxOutputOption = None,
@@ -42,7 +43,15 @@ def export(
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
-    """Export a checkpoint to a deployable ONNX file, and prove that it computes what the network computes."""
+    """Export a checkpoint to a deployable ONNX file, and prove that it computes what the network computes.
+
+    With --format triton, put an ONNX file or engine into a model repository of NVIDIA's Triton Inference Server.
+    """
+    if format_ is o.ExportFormat.triton:
+        from smlp_deploy.commands.repository import export_to_triton
+
+        export_to_triton(context, source, output, as_json=as_json)
+        return
     from smlp_deploy.commands.sources import export_and_show, load_source
     from smlp_deploy.commands.terminal import suggest
     from smlp_deploy.dependencies import require_onnxruntime, require_torch

@@ -29,10 +29,12 @@ LAYERS_PANEL = "Block by block (--layers)"
 BASELINE_PANEL = "Baselines (--baseline)"
 RAY_PANEL = "On a Ray cluster (--ray)"
 FILES_PANEL = "From image files to records (--end-to-end)"
+AGREEMENT_PANEL = "Agreement"
 
 
 class ExportFormat(StrEnum):
     onnx = "onnx"
+    triton = "triton"
 
 
 class Form(StrEnum):
@@ -90,7 +92,8 @@ CheckpointArgument = Annotated[
     typer.Argument(
         metavar="CHECKPOINT|VARIANT",
         help="Weights as torch.save, Lightning, timm or safetensors write them, or a variant name for its official "
-        "weights. Default: the bundled digits model.",
+        "weights. Default: the bundled digits model. For --format triton: an ONNX file or engine; default: the newest "
+        "ONNX file in artifacts/.",
     ),
 ]
 BuildSourceArgument = Annotated[
@@ -296,6 +299,16 @@ MinTop1Option = Annotated[
         rich_help_panel=GATES_PANEL,
     ),
 ]
+MinSameOption = Annotated[
+    float,
+    typer.Option(
+        "--min-top1",
+        metavar="SHARE",
+        callback=_check_share,
+        help="Minimum share of images with the same top-1, from 0 to 1.",
+        rich_help_panel=AGREEMENT_PANEL,
+    ),
+]
 LayersOption = Annotated[
     bool,
     typer.Option(
@@ -349,11 +362,22 @@ def _export_format(name: str) -> ExportFormat:
 
 FormatOption = Annotated[
     ExportFormat,
-    typer.Option("--format", metavar="FORMAT", parser=_export_format, help="What to write: onnx.", show_default=False),
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        parser=_export_format,
+        help="What to write: onnx, or triton for a model repository.",
+        show_default=False,
+    ),
 ]
 OnnxOutputOption = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Default: artifacts/, named by model and precision.", show_default=False),
+    typer.Option(
+        "-o",
+        "--output",
+        help="Default: artifacts/, named by model and precision; for triton model_repository/.",
+        show_default=False,
+    ),
 ]
 EngineOutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="Default: artifacts/, named by model and precision.")

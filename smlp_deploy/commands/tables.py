@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smlp_deploy.evaluation.parity import ParityReport
     from smlp_deploy.evaluation.profile import GraphProfile
     from smlp_deploy.evaluation.sensitivity import SensitivityReport
+    from smlp_deploy.evaluation.serving import ServerReport
     from smlp_deploy.exporters.kernels import KernelSummary
     from smlp_deploy.models.variants import Variant
 
@@ -204,6 +205,30 @@ def _ratio(ratio: Ratio | None) -> tuple[str, str]:
     if ratio is None:
         return "1", ""
     return f"{ratio.value:.2f}", "" if ratio.low is None else f"{ratio.low:.2f}-{ratio.high:.2f}"
+
+
+def show_server(report: ServerReport) -> None:
+    """How far the server agrees, on which images it does not, and its times, on stdout."""
+    from smlp_deploy.reports.page import four_digits
+
+    console = stdout()
+    console.print(Text(f"{printable(report.server)} against {printable(report.model)}"), soft_wrap=True)
+    table = _table("", "images", "refused by both", "same top-1", "largest difference", words=("",))
+    for found in report.agreements:
+        share = _measured(found.share, share=True)
+        table.add_row(found.endpoint, str(found.images), str(found.refused), share, f"{found.largest:.2g}")
+    console.print(table)
+    for found in report.agreements:
+        for line in found.disagreements:
+            console.print(Text(f"{found.endpoint}: {printable(line)}", style="red"), soft_wrap=True)
+    if report.loads:
+        heads = ("", "clients", "median ms", "p90", "p99", "images/s", "requests", "runs")
+        table = _table(*heads, words=("",))
+        for load in report.loads:
+            times = (four_digits(1000 * seconds) for seconds in (load.median, load.p90, load.p99))
+            counts = (str(load.requests), str(load.runs))
+            table.add_row(load.endpoint, str(load.concurrency), *times, four_digits(load.images_per_second), *counts)
+        console.print(table)
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,25 +219,25 @@ class Classifier:
         self, batch: Batch, outcomes: list[Outcome], topk: int, *, decode: str | None
     ) -> Iterator[Prediction]:
         logits = [outcome for outcome in outcomes if not isinstance(outcome, str)]
-        best = iter(self._best(np.stack(logits), topk) if logits else ())
+        best = iter(best_classes(np.stack(logits), self.labels, topk) if logits else ())
         each = [outcome if isinstance(outcome, str) else next(best) for outcome in outcomes]
         for path, found in batch.with_each(each):
             scores, error = ((), found) if isinstance(found, str) else (found, None)
             yield Prediction(path, scores, error, decode)
 
-    def _best(self, logits: FloatArray, topk: int) -> Iterator[tuple[Score, ...]]:
-        """The best classes of each image, best first, equal ones by index; from finite logits N, classes."""
-        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        worst = np.partition(logits, -topk, axis=1)[:, -topk, None]
-        rows, columns = np.nonzero(logits >= worst)  # by row, then by column
-        order = np.lexsort((-logits[rows, columns], rows))  # stable
-        starts = np.searchsorted(rows, np.arange(len(logits)))
-        labels = self.runner.metadata.labels
-        for row, start in enumerate(starts):
-            chosen = columns[order[start : start + topk]].tolist()
-            values = probabilities[row, chosen].tolist()
-            yield tuple(Score(i, labels[i], value) for i, value in zip(chosen, values, strict=True))
+
+def best_classes(logits: FloatArray, labels: Sequence[str], topk: int) -> Iterator[tuple[Score, ...]]:
+    """The best classes of each image, best first, equal ones by index; from finite logits N, classes."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    worst = np.partition(logits, -topk, axis=1)[:, -topk, None]
+    rows, columns = np.nonzero(logits >= worst)  # by row, then by column
+    order = np.lexsort((-logits[rows, columns], rows))  # stable
+    starts = np.searchsorted(rows, np.arange(len(logits)))
+    for row, start in enumerate(starts):
+        chosen = columns[order[start : start + topk]].tolist()
+        values = probabilities[row, chosen].tolist()
+        yield tuple(Score(i, labels[i], value) for i, value in zip(chosen, values, strict=True))
 
 
 def check_batch_size(batch_size: int | None, *, usual: int, largest: int | None) -> int:
