@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from smlp_deploy.commands import options as o
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import CheckError, UsageError
 
 _LOAD_PANEL = "Latency and throughput"
 
@@ -86,7 +86,7 @@ def serve_check(
         report = check_server(endpoints, classifier, images, settings=settings, progress=progress)
     show(as_json=as_json, json_text=report.to_json, table=lambda: show_server(report))
     if report.failures:
-        raise SmlpError(f"the server does not agree: {'; '.join(report.failures)}", where=path)
+        raise CheckError(f"the server does not agree: {'; '.join(report.failures)}", where=path)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

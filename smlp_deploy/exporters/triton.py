@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from smlp_deploy import strictjson
-from smlp_deploy.errors import ArtifactError, ConfigError, SmlpError
+from smlp_deploy.errors import ArtifactError, ConfigError, UsageError
 from smlp_deploy.files import alone, folder_beside, read_text
 from smlp_deploy.metadata import BatchProfile, Preprocessing, Text
 
@@ -175,11 +175,12 @@ def write_repository(repository: Path, interface: Interface, network: Mapping[st
         network: the files of the version, by name.
 
     Raises:
-        SmlpError: it cannot be written, or has folders of other models with these names.
+        UsageError: it is a file, or has folders of other models with these names.
+        SmlpError: it cannot be written.
     """
     place = repository.resolve()
     if not place.name or (place.exists() and not place.is_dir()):
-        raise SmlpError("cannot be a model repository", where=repository, fix="name a folder with -o")
+        raise UsageError("cannot be a model repository", where=repository, fix="name a folder with -o")
     with folder_beside(place) as new, alone(place):
         models = _models(interface)
         there = {name for name in models if (place / name).exists()}
@@ -221,16 +222,16 @@ def _check_same(folder: Path, interface: Interface) -> None:
     """Check that a model that is there is of the same interface.
 
     Raises:
-        SmlpError: it is not, or another tool wrote it.
+        UsageError: it is not, or another tool wrote it.
     """
     elsewhere = "export into another folder, or remove this repository's folders "
     elsewhere += ", ".join(f"{name}/" for name in (NETWORK, PREPROCESS, POSTPROCESS, ENSEMBLE))
     if not (folder / INTERFACE_FILE).is_file():
-        raise SmlpError("is a model that smlp export did not write", where=folder, fix="export into another folder")
+        raise UsageError("is a model that smlp export did not write", where=folder, fix="export into another folder")
     found = Interface.read(folder)
     differ = [field.name for field in fields(found) if getattr(found, field.name) != getattr(interface, field.name)]
     if differ:
-        raise SmlpError(
+        raise UsageError(
             f"the versions there have another {', '.join(differ)}, and all versions share one configuration",
             where=folder,
             fix=elsewhere,

@@ -54,8 +54,8 @@ def test_the_newest_file_becomes_the_next_version(smlp: Callable[..., Result], t
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("absent.onnx",), 1, "no such file · absent.onnx"),
-        (("my.pth",), 1, "no such file · my.pth"),
+        (("absent.onnx",), 5, "no such file · absent.onnx"),
+        (("my.pth",), 5, "no such file · my.pth"),
         ((BUNDLED_MODEL, "--fp16"), 2, "says how to make an ONNX file, and a repository is made of one that is there"),
         ((BUNDLED_MODEL, "--mean", "0,0,0"), 2, "· --mean · export it first"),
         ((BUNDLED_MODEL, "--for", "gpu"), 2, "· --for · export it first"),
@@ -93,7 +93,7 @@ def test_wrong_usage_of_the_check_is_one_line(
 def test_the_package_is_asked_for_before_any_work(smlp: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smlp_deploy.dependencies.is_installed", lambda module: module != "tritonclient")
     code, _, err = smlp("serve-check", "localhost:8000", "absent.jpg")
-    assert code == 1
+    assert code == 6
     assert (
         err == 'error: tritonclient not installed, needed to ask a Triton server · pip install "smlp-deploy[serve]"\n'
     )
@@ -137,6 +137,6 @@ def test_a_check_as_json_over_one_protocol(smlp: Callable[..., Result], digit_im
 def test_a_check_that_fails_has_its_table_and_one_line(smlp: Callable[..., Result], digit_images: list[Path]) -> None:
     given = ("-m", BUNDLED_MODEL, "--concurrency", "0", "--max-difference", "0")
     code, out, err = smlp("serve-check", "localhost:8000", *digit_images, *given)
-    assert code == 1
+    assert code == 3
     assert "largest difference" in out
     assert err.startswith("error: the server does not agree: http://localhost:8000: top-1 is the same on 12 of 12")
