@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import smlp_deploy
+from smlp_deploy.files import BUNDLED_MODEL
 
 PACKAGE = Path(smlp_deploy.__file__).parent
 LAYERS = (
@@ -135,6 +136,13 @@ def test_artifacts_are_used_without_torch(framework: str, arguments: tuple[str, 
     loaded = loaded_by(*arguments, folder=tmp_path)
     assert framework in loaded
     assert "torch" not in loaded
+
+
+def test_a_run_on_one_machine_loads_nothing_of_clusters_and_servers(tmp_path: Path) -> None:
+    images = sorted((PACKAGE.parent / "images").glob("*.jpg"))
+    loaded = loaded_by("predict", *map(str, images), "-o", "x.jsonl", "-m", str(BUNDLED_MODEL), folder=tmp_path)
+    assert (tmp_path / "x.jsonl").exists()
+    assert not loaded & {"ray", "pandas", "pyarrow", "tritonclient", "grpc", "multiprocessing"}
 
 
 def test_artifacts_are_timed_without_any_framework_in_the_process_that_asks(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from smlp_deploy.errors import SmlpError, UsageError
+from smlp_deploy.errors import MissingDependencyError, SmlpError, UsageError
 from smlp_deploy.inference import cluster
 from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.inference.cluster import ActorOptions, shards_of
@@ -126,6 +126,17 @@ def identity(export: Export) -> RunIdentity:
 def test_wrong_usage(digits_export: Export, options: tuple[str, ...], message: str) -> None:
     code, err = run_verb("predict", Path("images").absolute(), "-m", digits_export.path, *options)
     assert (code, err.count("\n"), err[: len(message) + 7]) == (2, 1, f"error: {message}")
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smlp_deploy.dependencies.is_installed", lambda module: module != "ray")
+    with (
+        pytest.raises(
+            MissingDependencyError, match=r'ray not installed, needed for --ray · pip install "smlp-deploy\[ray\]"'
+        ),
+        cluster.connect("local", OPTIONS),
+    ):
+        pass
 
 
 @dataclass
