@@ -26,7 +26,10 @@ def run_on_ray(
     from smlp_deploy.interrupts import put_off
 
     kind, folder = _check(request, address)
-    images = list(find_images(request.inputs, o.standard_input()))
+    lines = o.standard_images(request.inputs)
+    if isinstance(lines, bytes):
+        raise UsageError("an image on standard input does not travel to a cluster", where="-", fix="give its path")
+    images = list(find_images(request.inputs, lines))
     o.check_files(request.model)
     model = default_model(request.model, o.choose_placement(None, request.provider, request.runtime, [request.model]))
     options = ActorOptions(
