@@ -121,7 +121,8 @@ ImagesArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="IMAGES",
-        help="Images, folders, quoted patterns, @FILE with a path per line; - for such a list or an image on stdin.",
+        help="Images, folders, quoted patterns, s3:// and gs:// names, @FILE with a path per line or @FILE.parquet; "
+        "- for a list or an image on stdin.",
     ),
 ]
 DatasetArgument = Annotated[

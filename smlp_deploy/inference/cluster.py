@@ -8,6 +8,7 @@ the same names: in a folder that they share, or in an object store.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ import platform
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from smlp_deploy.dependencies import require
 from smlp_deploy.errors import GpuError, SmlpError, UsageError
@@ -33,6 +34,8 @@ from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.base import StreamingRunner, batch_size_of
 from smlp_deploy.runners.placement import Placement
+
+logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 """The address of a cluster of this machine alone, which lives as long as the run."""
@@ -102,6 +105,10 @@ class Cluster:
         """
         import ray
 
+        wanted = {"CPU": self._options.cpus, "GPU": self._options.gpus}
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        if busy := [kind for kind, number in wanted.items() if free.get(kind, 0) < number]:
+            logger.warning("other work has all %ss of the cluster; waiting for it to end", " and ".join(busy))
         remote = ray.remote(num_cpus=self._options.cpus, num_gpus=self._options.gpus)(_describe)
         with _errors_of_actors():
             return ray.get(remote.remote(self._options))
@@ -218,11 +225,12 @@ def connect(address: str, options: ActorOptions) -> Iterator[Cluster]:
             ray.init(address=address, **settings, **(local if address == LOCAL else {}))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(f"no Ray cluster there: {_first_line(error)}", where=f"--ray {address}") from None
-    try:
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        yield Cluster(options, _fitting(options, [node["Resources"] for node in nodes if node["Alive"]]))
-    finally:
-        ray.shutdown()
+    with redirect_stdout(cast(TextIO, _Log())):  # Ray prints what happens to nodes and actors
+        try:
+            nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+            yield Cluster(options, _fitting(options, [node["Resources"] for node in nodes if node["Alive"]]))
+        finally:
+            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -242,6 +250,15 @@ def _check_answers(address: str) -> None:
     except (OSError, OverflowError) as error:
         fix = "check the address of its head, and the network"
         raise UsageError(f"no Ray cluster answers there: {error}", where=f"--ray {address}", fix=fix) from None
+
+
+class _Log(io.TextIOBase):
+    """Hands lines to the log, which --debug shows."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.debug("%s", text.strip())
+        return len(text)
 
 
 @contextmanager
