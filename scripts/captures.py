@@ -20,11 +20,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from scripts.digits import ROOT, write_held_out
+from smlp_deploy import cli
 
 TARGET = ROOT / "docs" / "terminal.md"
 COLUMNS = 80
-GETTING_AND_MAKING = ("models", "download", "inspect", "export", "build-engine", "profile")
-VERBS = ("", *GETTING_AND_MAKING, "predict", "verify", "eval", "benchmark", "serve-check", "doctor")
+VERBS = ("", *cli.VERBS)
 COMMANDS = (
     "smlp models",
     "smlp export --format onnx",
@@ -35,6 +35,9 @@ COMMANDS = (
     "smlp profile artifacts/smlpnet_digits-fp32.onnx --top 5",
     "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx",
     "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx --format jsonl --topk 1 -q",
+    "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx --shard 1/2 -o out/ --batch 4",
+    "smlp predict images/ --model artifacts/smlpnet_digits-fp32.onnx --shard 2/2 -o out/ --batch 4",
+    "smlp merge out/ -o all.parquet",
     "smlp verify artifacts/smlpnet_digits-fp32.onnx",
     "smlp verify artifacts/smlpnet_digits-int8.onnx --layers",
     "smlp eval held-out/ -m artifacts/smlpnet_digits-fp32.onnx -m artifacts/smlpnet_digits-fp16.onnx "
@@ -46,6 +49,7 @@ COMMANDS = (
     "smlp predict",
     "smlp export smlpnet_tny",
     "smlp predict images/absent.jpg",
+    "smlp merge images/ -o all.parquet",
     "smlp verify broken.onnx",
     "smlp verify artifacts/smlpnet_digits-int8.onnx --min-cosine 0.9999",
     "smlp inspect images/",

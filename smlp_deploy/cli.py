@@ -20,7 +20,7 @@ from smlp_deploy.commands import output
 from smlp_deploy.errors import SmlpError, printable
 from smlp_deploy.interrupts import Terminated, handle_sigterm
 
-_VERBS = {
+VERBS = {
     "models": ("commands.models", "models", "Get", None),
     "download": ("commands.download", "download", "Get", "smlp download smlpnet_small"),
     "inspect": ("commands.inspect", "inspect", "Get", "smlp inspect my.pth"),
@@ -72,8 +72,8 @@ def command_line(*verbs: str) -> typer.Typer:
         no_args_is_help=True,
         callback=smlp,
     )
-    for name in verbs or _VERBS:
-        module, function, panel, example = _VERBS[name]
+    for name in verbs or VERBS:
+        module, function, panel, example = VERBS[name]
         verb = getattr(import_module(f"smlp_deploy.{module}"), function)
         app.command(name, cls=_Verb, rich_help_panel=panel, epilog=example and f"Example: {example}")(verb)
     return app
@@ -160,7 +160,7 @@ def _run(arguments: list[str] | None) -> NoReturn:
     output.remember(given)
     first = next((word for word in given if word != "--debug"), None)
     try:
-        app = command_line(*([first] if first in _VERBS else ()))
+        app = command_line(*([first] if first in VERBS else ()))
         code = app(args=arguments, prog_name="smlp", standalone_mode=False)
     except SmlpError as error:
         _fail(str(error), error.exit_code, error)

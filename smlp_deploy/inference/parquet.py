@@ -31,7 +31,7 @@ ROW_GROUP = 1 << 14
 """Records in a row group, the unit that is in memory at a time."""
 
 _READ = 1 << 10
-"""Rows of a file that are decoded at a time; a merge reads all shards at once."""
+"""Rows that are decoded, or made of records, at a time; a merge reads all shards at once."""
 
 _FACTS = b"smlp.run"
 
@@ -50,7 +50,7 @@ def conclude(file: RecordFile[Prediction], facts: Facts) -> None:
 
     def write(target: Path) -> None:
         with file.partial.open("rb") as lines:
-            write_batches(target, _batches(lines), facts)
+            write_batches(target, regroup(_batches(lines), ROW_GROUP), facts)
 
     file.conclude_with(write)
 
@@ -137,7 +137,7 @@ def _batches(lines: Iterable[bytes]) -> Iterator[Any]:
     import pyarrow as pa
 
     rows = map(_row, lines)
-    while group := list(islice(rows, ROW_GROUP)):
+    while group := list(islice(rows, _READ)):  # Python's objects take some ten times the memory of Arrow's
         yield pa.RecordBatch.from_pylist(group, schema=_schema())
 
 

@@ -156,6 +156,7 @@ def test_rows_are_written_in_groups_and_not_held(
     target: Path, identity: RunIdentity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "ROW_GROUP", 10)
+    monkeypatch.setattr(parquet, "_READ", 5)
     read, write = parquet._row, parquet.write_batches
     lines: list[bytes] = []
     seen: list[int] = []
