@@ -12,13 +12,15 @@ from PIL import Image
 
 from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
+from smlp_deploy.exporters.tensorrt import TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.environments import Environments
 from tests.support.fakes import Exported
-from tests.support.graphs import remembering
+from tests.support.graphs import building_once, kept, remembering
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -46,16 +48,24 @@ def digits() -> Checkpoint:
     return load_checkpoint(BUNDLED_CHECKPOINT)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    folder /= "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def traces(shared: Path) -> Iterator[Path]:
     """Trace each unlowered baseline once for all tests, which takes seconds each time.
 
     The folder holds the traces of all processes.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        folder = folder.parent
-    folder /= "traces"
+    folder = shared / "traces"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "_trace", remembering(exporter._trace, folder))
@@ -68,18 +78,30 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
     return Environments(tmp_path_factory.mktemp("environments"))
 
 
+@pytest.fixture
+def built_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT builds once from each graph with each set of options, for all tests that use this."""
+    monkeypatch.setattr(TensorRT, "build", building_once(TensorRT.build, shared))
+
+
 @pytest.fixture(scope="session")
-def exported(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The bundled model as ONNX files that passed parity, each made once; not to be written to."""
-    folder = tmp_path_factory.mktemp("exported")
+def exported(digits: Checkpoint, shared: Path) -> Exported:
+    """The bundled model as ONNX files that passed parity, each made once for all processes; not to be written to."""
+    folder = shared / "exported"
+    folder.mkdir(exist_ok=True)
 
     @cache
     def export(precision: str = "fp32", batch: int | None = None, form: str = "cpu") -> Export:
         named = f"digits-{precision}{f'-batch{batch}' if batch else ''}{'-gpu' if form == 'gpu' else ''}"
         metadata = replace(describe(digits, precision=precision, batch=batch), form=form)
-        result = export_checkpoint(digits, metadata, folder / f"{named}.onnx")
-        assert result.report.passed, result.report.failures
-        return result
+        path = folder / f"{named}.onnx"
+
+        def make() -> Export:
+            made = export_checkpoint(digits, metadata, path)
+            assert made.report.passed, made.report.failures
+            return replace(made, graph=None)  # type: ignore[arg-type]
+
+        return replace(kept(shared, named, make), graph=Graph.read(path))
 
     return export
 
