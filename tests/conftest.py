@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from scripts import digits as digits_module
 from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.tensorrt import TensorRT
@@ -76,6 +77,14 @@ def traces(shared: Path) -> Iterator[Path]:
 def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
     """Environments with some of the extras, each made once."""
     return Environments(tmp_path_factory.mktemp("environments"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mnist(shared: Path) -> Iterator[None]:
+    """Read MNIST's text once for all tests, which takes four seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits_module, "mnist_data", partial(kept, shared, "mnist", digits_module.mnist_data))
+        yield
 
 
 @pytest.fixture
