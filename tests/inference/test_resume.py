@@ -193,7 +193,7 @@ class Predict:
         return self.finish(target, *options, before=after_bytes(number, after))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def predict(tmp_path_factory: pytest.TempPathFactory, digits_export: Export, digit_images: list[Path]) -> Predict:
     predict = Predict(tmp_path_factory.mktemp("many"), digits_export.path)
     for number in range(600):
