@@ -25,7 +25,7 @@ import typer.main
 from PIL import Image
 from rich.console import Console
 
-from smlp_deploy import __version__, dependencies, files, reports
+from smlp_deploy import __version__, dependencies, doctor, files, reports
 from smlp_deploy.cli import command_line, main
 from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
@@ -37,6 +37,7 @@ from smlp_deploy.models import pretrained
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.fakes import Exported
+from tests.support.graphs import kept
 from tests.support.processes import Forked, after_bytes, at_open, run_verb, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -1006,6 +1007,12 @@ class TestEval:
 
 
 class TestDoctor:
+    @pytest.fixture(autouse=True)
+    def asked_once(self, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What this environment's packages answer in processes of their own is the same for both tests."""
+        ask = doctor._run
+        monkeypatch.setattr(doctor, "_run", lambda code: kept(shared, f"doctor {code}", lambda: ask(code)))
+
     def test_lines(self, smlp: Smlp) -> None:
         outcome = smlp("doctor")
         assert outcome.code == 0
