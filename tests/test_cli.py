@@ -25,7 +25,7 @@ import typer.main
 from PIL import Image
 from rich.console import Console
 
-from smlp_deploy import __version__, dependencies, files, reports
+from smlp_deploy import __version__, dependencies, doctor, files, reports
 from smlp_deploy.cli import command_line, main
 from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
@@ -37,7 +37,8 @@ from smlp_deploy.models import pretrained
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.fakes import Exported
-from tests.support.processes import after_bytes, at_open, run_verb, start, with_traces
+from tests.support.graphs import kept
+from tests.support.processes import Forked, after_bytes, at_open, run_verb, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
@@ -696,31 +697,6 @@ class TestPredict:
             assert [row["path"] for row in csv.DictReader(stream)] == [str(path) for path in digit_images]
         assert [path.name for path in Path("out").iterdir()] == ["records.csv"]
 
-    def test_a_dead_gpu_ends_the_run_and_what_was_done_is_kept(
-        self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        run, batches = OnnxRuntimeRunner.infer, []
-
-        def dying(runner: OnnxRuntimeRunner, batch: FloatArray) -> FloatArray:
-            batches.append(len(batch))
-            if len(batches) > 2:
-                raise GpuError("an illegal memory access was encountered")
-            return run(runner, batch)
-
-        command: list[str | Path] = ["predict", "--batch-size", "3", "-o", "x.jsonl", *digit_images]
-        with monkeypatch.context() as patch:
-            patch.setattr(OnnxRuntimeRunner, "infer", dying)
-            outcome = smlp(*command)
-        assert outcome.code == 6
-        assert one_error(outcome) == (
-            "error: an illegal memory access was encountered, after 6 images · x.jsonl.partial · "
-            "the same command with --resume continues"
-        )
-        assert batches == [3, 3, 3]
-        assert smlp(*command, "--resume").code == 0
-        records = Path("x.jsonl").read_text().splitlines()
-        assert [json.loads(record)["path"] for record in records] == list(map(str, digit_images))
-
     def test_records_have_the_paths_that_were_given(self, smlp: Smlp, artifact: Path, digit_images: list[Path]) -> None:
         shutil.copytree(digit_images[0].parent, "photos")
         name = digit_images[0].name
@@ -731,7 +707,7 @@ class TestPredict:
         expected = [*given, *(f"./photos/{path.name}" for path in digit_images), f"./photos/{name}"]
         assert [json.loads(line)["path"] for line in records.splitlines()] == expected
 
-    def test_a_run_goes_on_with_the_paths_that_were_given(
+    def test_a_dead_gpu_ends_the_run_which_goes_on_with_the_paths_that_were_given(
         self, smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shutil.copytree(digit_images[0].parent, "photos")
@@ -754,7 +730,13 @@ class TestPredict:
 
         with monkeypatch.context() as patch:
             patch.setattr(OnnxRuntimeRunner, "infer", dying)
-            assert smlp(*command).code == 6
+            outcome = smlp(*command)
+        assert outcome.code == 6
+        assert one_error(outcome) == (
+            "error: an illegal memory access was encountered, after 6 images · x.jsonl.partial · "
+            "the same command with --resume continues"
+        )
+        assert batches == [3, 3, 3]
         changed = smlp(*command[:-2], "photos", "--resume")
         assert changed.code == 2
         assert f"image 1 was ./photos/{digit_images[0].name}, now it is photos/" in one_error(changed)
@@ -971,16 +953,6 @@ def test_an_image_on_standard_input(artifact: Path, tmp_path: Path, digit_images
     assert result.stderr == b"1 image, 0 failed\n"
 
 
-def test_a_closed_pipe_ends_quietly(artifact: Path, digit_images: list[Path]) -> None:
-    command = [sys.executable, "-m", "smlp_deploy", "predict", "-m", str(artifact), *map(str, digit_images * 400)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        assert "Traceback" not in process.stderr.read()
-
-
 class TestEval:
     @pytest.fixture
     def dataset(self, tmp_path: Path, digit_images: list[Path]) -> Path:
@@ -1035,6 +1007,12 @@ class TestEval:
 
 
 class TestDoctor:
+    @pytest.fixture(autouse=True)
+    def asked_once(self, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What this environment's packages answer in processes of their own is the same for both tests."""
+        ask = doctor._run
+        monkeypatch.setattr(doctor, "_run", lambda code: kept(shared, f"doctor {code}", lambda: ask(code)))
+
     def test_lines(self, smlp: Smlp) -> None:
         outcome = smlp("doctor")
         assert outcome.code == 0
@@ -1052,15 +1030,15 @@ class TestInterruptions:
     """Commands in processes of their own."""
 
     @pytest.mark.parametrize(
-        ("verb", "folder", "times", "number"),
+        ("verb", "folder", "times", "number", "fresh"),
         [
-            ("export", None, 1, signal.SIGTERM),
-            ("export", None, 2, signal.SIGINT),
-            ("export", "parity", 5, signal.SIGINT),
-            ("export --int8", "calibration", 100, signal.SIGTERM),
-            ("build-engine --gpu-arch sm89", None, 1, signal.SIGINT),
-            ("build-engine --gpu-arch sm89", None, 2, signal.SIGTERM),
-            ("build-engine --gpu-arch sm89 --fp16", "parity", 5, signal.SIGTERM),
+            ("export", None, 1, signal.SIGTERM, False),
+            ("export", None, 2, signal.SIGINT, True),
+            ("export", "parity", 5, signal.SIGINT, False),
+            ("export --int8", "calibration", 100, signal.SIGTERM, False),
+            ("build-engine --gpu-arch sm89", None, 1, signal.SIGINT, False),
+            ("build-engine --gpu-arch sm89", None, 2, signal.SIGTERM, True),
+            ("build-engine --gpu-arch sm89 --fp16", "parity", 5, signal.SIGTERM, False),
         ],
     )
     def test_no_partial_files_are_left(
@@ -1073,6 +1051,7 @@ class TestInterruptions:
         folder: str | None,
         times: int,
         number: signal.Signals,
+        fresh: bool,
     ) -> None:
         """The signal comes when a file is made or written, or an image is read to calibrate with or to prove on."""
         command, *options = verb.split()
@@ -1083,10 +1062,9 @@ class TestInterruptions:
         before = at_open(DATA_FOLDER / folder if folder else target.parent, number, times=times)
         if command == "export":
             before += with_traces(traces)
-        with start(command, source, *options, "-o", target, before=before) as process:
-            _, err = process.communicate()
+        code, err = run_verb(command, source, *options, "-o", target, before=before, fresh=fresh)
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        assert process.returncode == 128 + number
+        assert code == 128 + number
         assert err.splitlines()[-1] == f"error: stopped by {name}; no partial files left"
         assert not list(target.parent.glob("*"))
 
@@ -1123,21 +1101,17 @@ class TestInterruptions:
         target = tmp_path / "out" / "x.onnx"
         export = ["export", str(micro_pth), "-o", str(target)]
         before = with_traces(traces)
-        with start(*export, before=before) as first, start(*export, before=before) as second:
-            errors = [process.communicate()[1] for process in (first, second)]
-        assert (first.returncode, second.returncode) == (0, 0), errors
+        both = [Forked(*export, before=before) for _ in range(2)]
+        assert [process.wait()[0] for process in both] == [0, 0]
         assert sorted(path.name for path in target.parent.iterdir()) == ["x.onnx", "x.parity.json"]
-        with start("verify", target, "--reference", micro_pth, "--quiet") as check:
-            assert check.communicate()[1] == ""
-        assert check.returncode == 0
+        assert run_verb("verify", target, "--reference", micro_pth, "--quiet") == (0, "")
 
     def test_a_full_disk_is_one_line_and_leaves_nothing(
         self, digits_export: Export, tmp_path: Path, traces: Path
     ) -> None:
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-        with start("export", "-o", tmp_path / "out" / "x.onnx", before=with_traces(traces) + limit) as process:
-            _, err = process.communicate()
-        assert process.returncode == 6
+        code, err = run_verb("export", "-o", tmp_path / "out" / "x.onnx", before=with_traces(traces) + limit)
+        assert code == 6
         assert err.splitlines()[-1] == (f"error: cannot write: File too large · {tmp_path}/out/x.onnx · make room")
         assert not list((tmp_path / "out").iterdir())
 

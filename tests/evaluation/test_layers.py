@@ -200,7 +200,7 @@ class TestRealNetworks:
     ) -> None:
         artifact = exported(precision, form="gpu").path
         for reference in (None, exported(form="gpu").path, digits_export.path):
-            report = verify_layers(artifact, reference=reference)
+            report = verify_layers(artifact, reference=reference, images=IMAGES)
             assert report.first_over is None
             assert len(report.points) == 3 + 2 * 6
             # The products of each block's token mixing; the form for CPUs has others.
@@ -246,10 +246,17 @@ class TestRealNetworks:
             verify_layers(tmp_path / "x.txt")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def int8(exported: Exported) -> Path:
     """The bundled model in int8; not to be written to."""
     return exported("int8").path
+
+
+@pytest.fixture(scope="module")
+def sound(digits_export: Export, int8: Path) -> dict[str, LayerNoise]:
+    """The noise of each of its layers, by name."""
+    report = verify_layers(int8, reference=digits_export.path)
+    return {found.name: found for found in report.layers}
 
 
 class TestInt8Layers:
@@ -277,9 +284,8 @@ class TestInt8Layers:
         "layer", ["embeddings.0/conv", "blocks.2.mixing.fuse_height/conv", "blocks.3.hidden/conv", "blocks.4.out/conv"]
     )
     def test_a_coarse_scale_makes_its_layer_the_worst(
-        self, digits_export: Export, int8: Path, tmp_path: Path, layer: str
+        self, digits_export: Export, int8: Path, sound: dict[str, LayerNoise], tmp_path: Path, layer: str
     ) -> None:
-        sound = {found.name: found for found in verify_layers(int8, reference=digits_export.path).layers}
         path = self.coarsened(int8, layer, tmp_path / "coarse.onnx")
         worst, *others = verify_layers(path, reference=digits_export.path).layers
         assert worst.name == layer
@@ -317,12 +323,12 @@ class TestInt8Layers:
         assert found.sqnr_db == pytest.approx(decibels(clean, self.values(int8, layer, images)), abs=0.05)
 
     def test_layers_are_found_whatever_the_numbers_in_their_names(
-        self, digits: Checkpoint, digits_export: Export, int8: Path, tmp_path: Path
+        self, digits: Checkpoint, digits_export: Export, sound: dict[str, LayerNoise], tmp_path: Path
     ) -> None:
         metadata = describe(digits, precision="int8", batch=1)
         fixed = export_checkpoint(digits, metadata, tmp_path / "x.onnx", opset=18).path
         found = verify_layers(fixed, reference=digits_export.path, images=IMAGES[:1]).layers
-        assert len(found) == len(verify_layers(int8, reference=digits_export.path).layers) == 3 + 6 * 5
+        assert len(found) == len(sound) == 3 + 6 * 5
         assert all(10 < layer.own_sqnr_db < 80 for layer in found)
 
     def test_pixels_give_the_same_as_floats(self, exported: Exported, tmp_path: Path) -> None:
@@ -340,8 +346,8 @@ class TestInt8Layers:
                 assert {each.name: each.sqnr_db for each in some} == pytest.approx(ratios, abs=0.2)
 
     def test_only_int8_against_fp32_has_layers(self, digits_export: Export, int8: Path) -> None:
-        assert verify_layers(digits_export.path).layers == ()
-        assert verify_layers(int8, reference=int8).layers == ()
+        assert verify_layers(digits_export.path, images=IMAGES).layers == ()
+        assert verify_layers(int8, reference=int8, images=IMAGES).layers == ()
 
     def test_a_reference_without_a_layer_is_refused(self, digits_export: Export, int8: Path, tmp_path: Path) -> None:
         model = onnx.load(digits_export.path)

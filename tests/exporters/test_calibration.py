@@ -32,7 +32,9 @@ def model(digits_export: Export) -> ModelProto:
 @pytest.fixture(scope="module")
 def training(digits: Checkpoint) -> FloatArray:
     """128 training digits."""
-    return prepared(load_digits()[0], digits)[::31][:128].copy()
+    part = load_digits()[0]
+    chosen = slice(None, 31 * 128, 31)
+    return prepared(Digits(part.pixels[chosen], part.labels[chosen], part.positions[chosen]), digits)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from smlp_deploy.inference.classify import Prediction, Score
 from smlp_deploy.inference.records import RunIdentity
 from smlp_deploy.inference.resume import RecordFile
 from smlp_deploy.pipeline.export import Export
-from tests.support.processes import after_bytes, run_verb, start
+from tests.support.processes import Forked, after_bytes, run_verb
 
 ODD_NAMES = [os.fsdecode(b"\xff.jpg"), 'a "b",\n\t\x1b.jpg', "c\r\nd.jpg", "\n", "図.jpg", "'", '"', "e,f"]
 IDENTITY = RunIdentity(
@@ -193,7 +193,7 @@ class Predict:
         return self.finish(target, *options, before=after_bytes(number, after))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def predict(tmp_path_factory: pytest.TempPathFactory, digits_export: Export, digit_images: list[Path]) -> Predict:
     predict = Predict(tmp_path_factory.mktemp("many"), digits_export.path)
     for number in range(600):
@@ -264,9 +264,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_can_be_continued(predict: Predi
 def test_two_runs_at_once_do_not_mix(predict: Predict, tmp_path: Path) -> None:
     target = tmp_path / "x.jsonl"
     command = predict.arguments(target)
-    with start(*command) as first, start(*command) as second:
-        errors = [process.communicate()[1] for process in (first, second)]
+    both = [Forked(*command) for _ in range(2)]
+    ended = [process.wait() for process in both]
     assert target.read_bytes() == (predict.folder / "whole.jsonl").read_bytes()
-    refused = [err for process, err in zip((first, second), errors, strict=True) if process.returncode]
-    assert all("another run is writing it" in err for err in refused)
+    refused = [(code, err) for code, err in ended if code]
+    assert all(code == 6 and "another run is writing it" in err for code, err in refused)
     assert len(refused) <= 1  # none, where one was done before the other began

@@ -29,7 +29,7 @@ from smlp_deploy.inference.shards import Shard, ShardRun, run_shard
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.pipeline.export import Export
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
-from tests.support.processes import after_bytes, run_verb, start
+from tests.support.processes import Forked, after_bytes, run_verb
 
 KINDS = ("parquet", "jsonl")
 UNDECODABLE = os.fsdecode(b"\xff \n.png")
@@ -412,14 +412,14 @@ class TestProcesses:
         assert run_verb(*command(whole))[0] == 0
         before = after_bytes(signal.SIGKILL, 3000)
         processes = [
-            start(
+            Forked(
                 *command(out, "--shard", f"{number}/4", "--format", kind),
                 before=before if number == 3 else "",
             )
             for number in (1, 2, 3, 4)
         ]
-        errors = [process.communicate()[1] for process in processes]
-        assert [process.returncode for process in processes] == [0, 0, -signal.SIGKILL, 0], errors
+        codes, errors = zip(*(process.wait() for process in processes), strict=True)
+        assert codes == (0, 0, -signal.SIGKILL, 0), errors
         assert "shard 1/4: 24 images, " in errors[0]
         code, err = run_verb("merge", out, "-o", merged)
         assert (code, "shard 3/4 is not finished" in err) == (3, True)

@@ -47,6 +47,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory, digit_images: list[Path]) -
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, digits_export: Export, photos: Path) -> list[dict[str, Any]]:
+    """The records of ONNX Runtime."""
+    return predict(digits_export.path, photos, tmp_path_factory.mktemp("expected") / "onnx.jsonl")
+
+
 @pytest.fixture
 def engine(tmp_path: Path, digits_export: Export) -> Path:
     return engine_in(tmp_path, digits_export, BatchProfile(min=1, opt=BATCH, max=BATCH))
@@ -79,13 +85,12 @@ def of(bench: CudaBench, name: str) -> list[Traced]:
 @SCHEDULES
 def test_two_thousand_images_through_an_engine(
     photos: Path,
+    expected: list[dict[str, Any]],
     engine: Path,
-    digits_export: Export,
     tmp_path: Path,
     schedule: Schedule,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = predict(digits_export.path, photos, tmp_path / "onnx.jsonl")
     milliseconds = {"H2D": 0.5, "execute": 4.0, "D2H": 0.1, "D2D": 0.1}
     allocations: list[int] = []
     with gpu(schedule=schedule, milliseconds=lambda name, _: milliseconds.get(name, 0.0)) as bench:

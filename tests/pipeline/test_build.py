@@ -4,6 +4,7 @@ import errno
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, cast
@@ -42,11 +43,19 @@ from tests.support.cuda_runtime import CudaBench
 from tests.support.fakes import Exported, FakeRunner
 from tests.support.gpu import gpu
 
+Prepare = Callable[..., Prepared]
 SM89 = BuildOptions(architectures=("sm89",), profile=BatchProfile(min=1, opt=4, max=8))
 
 
-def test_an_engine_is_written_with_its_facts(digits_export: Export, tmp_path: Path) -> None:
-    graph = prepare_graph(Graph.read(digits_export.path), "fp16")
+@pytest.fixture(scope="module")
+def prepare(digits_export: Export) -> Prepare:
+    """`prepare_graph` of the bundled model, with each precision and input once."""
+    return cache(partial(prepare_graph, digits_export.graph))
+
+
+@pytest.mark.usefixtures("built_once")
+def test_an_engine_is_written_with_its_facts(digits_export: Export, prepare: Prepare, tmp_path: Path) -> None:
+    graph = prepare("fp16")
     assert graph.parity is not None
     assert graph.parity.passed
     result = build_prepared(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
@@ -87,11 +96,15 @@ def test_a_source_that_is_swapped_while_it_is_built_no_longer_matters(
 
 
 class TestInput:
-    @pytest.mark.parametrize("precision", [None, "fp16", "bf16", "int8"])
+    @pytest.mark.usefixtures("built_once")
+    @pytest.mark.parametrize(
+        ("precision", "elements"),
+        [(None, {"Float"}), ("fp16", {"Half"}), ("bf16", {"BFloat16"}), ("int8", {"Int8", "Half"})],
+    )
     def test_engines_take_pixels_and_were_compared_with_the_file_of_floats(
-        self, digits_export: Export, tmp_path: Path, precision: str | None
+        self, digits_export: Export, prepare: Prepare, tmp_path: Path, precision: str | None, elements: set[str]
     ) -> None:
-        prepared = prepare_graph(digits_export.graph, precision)
+        prepared = prepare(precision)
         assert prepared.source is digits_export.graph
         assert prepared.parity is not None
         assert prepared.parity.passed
@@ -101,7 +114,8 @@ class TestInput:
         manifest = read_manifest(tmp_path / "x.engine")
         assert manifest.metadata.input == "uint8"
         assert manifest.graph_parity is not None
-        floats = prepare_graph(digits_export.graph, precision, wanted_input="float32")
+        assert pixels.summary.compute_by_precision.keys() == elements
+        floats = prepare(precision, wanted_input="float32")
         other = build_prepared(floats, tmp_path / "y.engine", SM89, backend="tensorrt-rtx")
         assert read_manifest(tmp_path / "y.engine").metadata.input == "float32"
         assert pixels.summary.count <= other.summary.count + 1
@@ -131,13 +145,6 @@ class TestInput:
             prepare_graph(digits_export.graph, None)
 
 
-@pytest.mark.parametrize(("precision", "element"), [(None, "Float"), ("bf16", "BFloat16")])
-def test_other_precisions(digits_export: Export, tmp_path: Path, precision: str | None, element: str) -> None:
-    graph = prepare_graph(Graph.read(digits_export.path), precision)
-    result = build_prepared(graph, tmp_path / "x.engine", SM89, backend="tensorrt-rtx")
-    assert result.summary.compute_by_precision.keys() == {element}
-
-
 def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
     digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +159,7 @@ def test_a_build_without_the_kernels_asked_for_fails_and_leaves_no_file(
 H100 = GpuDevice(name="NVIDIA H100 80GB HBM3", architecture="sm90", driver=13000)
 
 
+@pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize(
     ("architecture", "device", "reason"),
     [
@@ -191,9 +199,9 @@ def test_an_engine_for_another_gpu_is_not_run_and_says_why(
 
 @pytest.mark.parametrize("chosen", [None, replace(H100, name="NVIDIA L4", architecture="sm89", index=1)])
 def test_the_manifest_names_the_gpu_that_it_was_built_on(
-    digits_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: GpuDevice | None
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: GpuDevice | None
 ) -> None:
-    graph = prepare_graph(Graph.read(digits_export.path), None)
+    graph = prepare(None)
     built = Engine(plan=b"plan", kernels=(), memory=(), timing_cache=None)
     adapter = SimpleNamespace(version="10.16.1", build=lambda *_, **__: built, architectures=tuple)
     monkeypatch.setattr(TensorRT, "load", lambda _: adapter)
@@ -206,13 +214,14 @@ def test_the_manifest_names_the_gpu_that_it_was_built_on(
     assert (manifest.gpu, manifest.architectures) == (gpu.name, (gpu.architecture,))
 
 
+@pytest.mark.usefixtures("built_once")
 class TestWhereTheEngineRuns:
     """On a fake GPU: ONNX Runtime runs the graph that the engine was built from."""
 
     @pytest.fixture
-    def prepared(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    def prepared(self, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> Prepared:
         monkeypatch.setattr(engine, "check_machine", lambda path, manifest, gpu: None)
-        return prepare_graph(Graph.read(digits_export.path), "fp16")
+        return prepare("fp16")
 
     def test_it_is_compared_with_its_source(
         self, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -294,8 +303,9 @@ class TestTf32:
         with pytest.raises(UsageError, match="TF32 is for fp32 engines; this one is fp16 · --tf32"):
             build_prepared(prepared, tmp_path / "x.engine", replace(SM89, tf32=True), backend="tensorrt-rtx")
 
-    def test_its_manifest_says_so(self, digits_export: Export, tmp_path: Path) -> None:
-        prepared = prepare_graph(digits_export.graph, None)
+    @pytest.mark.usefixtures("built_once")
+    def test_its_manifest_says_so(self, prepare: Prepare, tmp_path: Path) -> None:
+        prepared = prepare(None)
         for tf32, arithmetic in ((True, "tf32"), (False, "fp32")):
             path = tmp_path / f"{arithmetic}.engine"
             build_prepared(prepared, path, replace(SM89, tf32=tf32), backend="tensorrt-rtx")
@@ -456,8 +466,10 @@ class TestLayerByLayer:
         assert errors == pytest.approx([point.error for point in expected.points], rel=0.1, abs=1e-6)
         assert workshop.sizes == [8, 8, 2] * 2
 
-    def test_an_int8_engine_of_pixels(self, digits_export: Export, tmp_path: Path, workshop: Workshop) -> None:
-        graph = prepare_graph(digits_export.graph, "int8").graph
+    def test_an_int8_engine_of_pixels(
+        self, digits_export: Export, prepare: Prepare, tmp_path: Path, workshop: Workshop
+    ) -> None:
+        graph = prepare("int8").graph
         report = verify_layers(engine_of(digits_export.path, tmp_path, metadata=graph.metadata))
         assert graph.metadata.input == "uint8"
         assert report.first_over is None
@@ -467,9 +479,9 @@ class TestLayerByLayer:
         assert [point.error for point in report.points] == pytest.approx([0] * 15, abs=1e-5)
 
     def test_an_engine_that_was_quantized_while_it_was_built(
-        self, digits_export: Export, digits: Checkpoint, tmp_path: Path, workshop: Workshop
+        self, digits_export: Export, prepare: Prepare, digits: Checkpoint, tmp_path: Path, workshop: Workshop
     ) -> None:
-        graph = prepare_graph(Graph.read(digits_export.path), "int8")
+        graph = prepare("int8")
         path = engine_of(digits_export.path, tmp_path, metadata=graph.graph.metadata)
         report = verify_layers(path)
         assert report.first_over is None
@@ -595,7 +607,7 @@ class TestLayerByLayer:
             assert written.count(shape) == points or precision == "fp32"  # whose other kernels write Float too
 
 
-def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_path: Path) -> None:
+def test_an_interrupted_build_leaves_the_old_engine(prepare: Prepare, tmp_path: Path) -> None:
     target = tmp_path / "x.engine"
     target.write_text("old")
 
@@ -606,7 +618,7 @@ def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         build_prepared(
-            prepare_graph(Graph.read(digits_export.path), None),
+            prepare(None),
             target,
             SM89,
             backend="tensorrt-rtx",
@@ -616,8 +628,8 @@ def test_an_interrupted_build_leaves_the_old_engine(digits_export: Export, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
 
 
-def test_a_half_graph_cannot_be_built_in_another_precision(digits_export: Export, tmp_path: Path) -> None:
-    half = prepare_graph(Graph.read(digits_export.path), "fp16").graph
+def test_a_half_graph_cannot_be_built_in_another_precision(prepare: Prepare) -> None:
+    half = prepare("fp16").graph
     assert prepare_graph(half, "fp16").parity is None
     for other in ("bf16", "int8"):
         with pytest.raises(UsageError, match=rf"the graph is fp16 .* {other} was requested"):

@@ -1,17 +1,22 @@
-"""Small ONNX graphs, and traces that are made once."""
+"""Small ONNX graphs, and traces, exports and engines that are made once for all processes."""
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+
+from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT
+
+T = TypeVar("T")
 
 
 def smallest_classifier() -> onnx.ModelProto:
@@ -42,4 +47,24 @@ def remembering(trace: Callable[..., onnx.ModelProto], folder: Path) -> Callable
         return onnx.load(path)
 
     remembered.__wrapped__ = trace  # type: ignore[attr-defined]
+    return remembered
+
+
+def kept(folder: Path, key: str, make: Callable[[], T]) -> T:
+    """What `make` returns, which is called once for each key by all processes that share a folder."""
+    path = folder / hashlib.sha256(key.encode()).hexdigest()
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    made: T = pickle.loads(path.read_bytes())
+    return made
+
+
+def building_once(build: Callable[..., Engine], folder: Path) -> Callable[..., Engine]:
+    """`TensorRT.build`, which builds once from each graph with each set of options."""
+
+    def remembered(tensorrt: TensorRT, graph: bytes, options: BuildOptions, **keywords: Any) -> Engine:
+        key = f"{tensorrt.version} {hashlib.sha256(graph).hexdigest()} {options}"
+        return kept(folder, key, lambda: build(tensorrt, graph, options, **keywords))
+
     return remembered

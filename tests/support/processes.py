@@ -14,7 +14,12 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What is imported there is there in all commands; the fuzzer's children come from the same process.
-_CONTEXT.set_forkserver_preload(["scripts.fuzz", "smlp_deploy.commands.eval", "smlp_deploy.commands.predict"])
+_COMMANDS = [
+    f"smlp_deploy.commands.{verb}" for verb in ("build_engine", "eval", "export", "predict", "sources", "verify")
+]
+_CONTEXT.set_forkserver_preload(
+    ["scripts.fuzz", *_COMMANDS, "smlp_deploy.pipeline.build", "smlp_deploy.pipeline.export"]
+)
 
 _RUN = """
 import runpy
@@ -68,17 +73,31 @@ def start(*arguments: str | Path, before: str = "", **settings: Any) -> subproce
     return subprocess.Popen(command, **{**pipes, "preexec_fn": allow_ctrl_c, "text": True, **settings})
 
 
-def run_verb(*arguments: str | Path, before: str = "") -> tuple[int | None, str]:
-    """Exit code and stderr of `smlp`, in a process forked from one that has imported it, which saves a second."""
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run, args=(theirs, [*map(str, arguments)], before))
-    process.start()
-    theirs.close()
-    with os.fdopen(os.dup(ours.fileno()), encoding="utf-8") as stream:
-        err = stream.read()
-    ours.close()
-    process.join()
-    return process.exitcode, err
+class Forked:
+    """`smlp` in a process forked from one that has imported it, which saves seconds; see `start` for the arguments."""
+
+    def __init__(self, *arguments: str | Path, before: str = "") -> None:
+        self._ours, theirs = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(target=_run, args=(theirs, [*map(str, arguments)], before))
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> tuple[int | None, str]:
+        """Its exit code and stderr."""
+        with os.fdopen(os.dup(self._ours.fileno()), encoding="utf-8") as stream:
+            err = stream.read()
+        self._ours.close()
+        self._process.join()
+        return self._process.exitcode, err
+
+
+def run_verb(*arguments: str | Path, before: str = "", fresh: bool = False) -> tuple[int | None, str]:
+    """Exit code and stderr of `smlp`, forked, or in an interpreter of its own, whose end may go wrong, too."""
+    if not fresh:
+        return Forked(*arguments, before=before).wait()
+    with start(*arguments, before=before) as process:
+        err = process.communicate()[1]
+    return process.returncode, err
 
 
 def _run(stderr: Connection, arguments: list[str], before: str) -> None:
