@@ -30,6 +30,10 @@ def run_on_ray(
     if isinstance(lines, bytes):
         raise UsageError("an image on standard input does not travel to a cluster", where="-", fix="give its path")
     images = list(find_images(request.inputs, lines))
+    if not images:
+        raise UsageError(
+            "no images", where=", ".join(request.inputs), fix="name image files, folders or listings of them"
+        )
     o.check_files(request.model)
     model = default_model(request.model, o.choose_placement(None, request.provider, request.runtime, [request.model]))
     options = ActorOptions(

@@ -25,9 +25,10 @@ from smlp_deploy.dependencies import require
 from smlp_deploy.errors import GpuError, SmlpError, UsageError
 from smlp_deploy.images.batches import available_cores
 from smlp_deploy.images.remote import is_remote
-from smlp_deploy.inference.classify import Classifier
+from smlp_deploy.inference.classify import Classifier, Prediction
 from smlp_deploy.inference.facts import Listing
-from smlp_deploy.inference.records import RunIdentity, prediction_of, record_of
+from smlp_deploy.inference.parquet import table_of
+from smlp_deploy.inference.records import RunIdentity, record_of
 from smlp_deploy.inference.resume import differences
 from smlp_deploy.inference.shards import Shard, ShardRun, finished_shard, write_shard
 from smlp_deploy.interrupts import StopRequest
@@ -155,14 +156,15 @@ class Cluster:
         lists = {shard.number: list(shard.of(images, batch_size=identity.batch_size)) for shard in left.values()}
         actor = _ActorArguments(self._options, identity, workers or self._options.cpus, Path.cwd())
         with _errors_of_actors(), closing(self._records(lists, actor)) as finished:
-            for number, lines in finished:
+            for number, rows in finished:
                 if number not in left:  # a shard that was run again after its node was lost
                     continue
                 shard = left.pop(number)
-                predictions = [prediction_of(json.loads(line)) for line in lines]
-                runs[shard] = write_shard(
-                    predictions, identity, listing, folder, shard=shard, resume=resume, advance=advance
-                )
+                records = rows if identity.format == "parquet" else rows["text"].to_pylist()
+                failed = sum(rows["failed"].to_pylist())
+                runs[shard] = write_shard(records, identity, listing, folder, shard=shard, failed=failed)
+                for _ in range(len(rows)):
+                    advance()
                 if stop:
                     break
         stop.report(sum(run.facts.images for run in runs.values()), partial=folder)
@@ -170,15 +172,14 @@ class Cluster:
             raise SmlpError(f"Ray ended without {len(left)} shards", where=folder, fix="run it again with --resume")
         return [runs[shard] for shard in shards]
 
-    def _records(self, lists: Mapping[int, list[str]], actor: _ActorArguments) -> Generator[tuple[int, list[str]]]:
-        """The number of each shard and its records as JSON, in the order in which they are finished."""
+    def _records(self, lists: Mapping[int, list[str]], actor: _ActorArguments) -> Generator[tuple[int, Any]]:
+        """The number of each shard and its rows, in the order in which they are finished."""
         import ray
 
         if not lists:
             return
         _quiet()
-        named: Iterator[Any] = (_table(number, [json.dumps(name) for name in names]) for number, names in lists.items())
-        references: list[Any] = [ray.put(table) for table in named]
+        references: list[Any] = [ray.put(_table(number, names)) for number, names in lists.items()]
         records = ray.data.from_arrow_refs(references).map_batches(
             _Actor,
             batch_size=None,  # a whole block, which is a shard
@@ -190,7 +191,7 @@ class Cluster:
         )
         tables: Iterable[Any] = records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for table in tables:
-            yield table["shard"][0].as_py(), table["text"].to_pylist()
+            yield table["shard"][0].as_py(), table
 
 
 def shards_of(images: int, *, batch_size: int) -> list[Shard]:
@@ -358,7 +359,7 @@ class _Actor:
         self._classifier: Classifier | None = None
 
     def __call__(self, table: Any) -> Any:
-        paths = [json.loads(text) for text in table["text"].to_pylist()]
+        paths = [json.loads(text) for text in table["path"].to_pylist()]
         _enter(self._arguments.folder, paths)
         classifier = self._classifier = self._classifier or _open(self._arguments)
         predictions = classifier.classify(
@@ -367,7 +368,16 @@ class _Actor:
             topk=self._arguments.identity.topk,
             workers=self._arguments.workers,
         )
-        return _table(table["shard"][0].as_py(), [json.dumps(record_of(prediction)) for prediction in predictions])
+        return self._rows(table["shard"][0].as_py(), list(predictions))
+
+    def _rows(self, number: int, predictions: Sequence[Prediction]) -> Any:
+        """Records as the file has them, made here because one driver would be too slow for a large cluster."""
+        import pyarrow as pa
+
+        lines = [json.dumps(record_of(prediction)) for prediction in predictions]
+        rows = table_of(lines) if self._arguments.identity.format == "parquet" else pa.table({"text": lines})
+        failed = pa.array([prediction.error is not None for prediction in predictions], pa.bool_())
+        return rows.append_column("failed", failed).append_column("shard", _numbers(number, len(lines)))
 
 
 def _open(arguments: _ActorArguments) -> Classifier:
@@ -403,9 +413,14 @@ def _enter(folder: Path, paths: Iterable[str]) -> None:
         ) from None
 
 
-def _table(number: int, texts: list[str]) -> Any:
-    """A shard's paths or records, each as JSON: it is ASCII, whatever bytes a file's name has."""
+def _table(number: int, paths: Sequence[str]) -> Any:
+    """A shard's paths, each as JSON: it is ASCII, whatever bytes a file's name has."""
     import pyarrow as pa
 
-    schema = pa.schema([pa.field("shard", pa.int32(), nullable=False), pa.field("text", pa.string(), nullable=False)])
-    return pa.table({"shard": [number] * len(texts), "text": texts}, schema=schema)
+    return pa.table({"shard": _numbers(number, len(paths)), "path": [json.dumps(path) for path in paths]})
+
+
+def _numbers(number: int, rows: int) -> Any:
+    import pyarrow as pa
+
+    return pa.array([number] * rows, pa.int32())

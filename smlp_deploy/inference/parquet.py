@@ -55,6 +55,21 @@ def conclude(file: RecordFile[Prediction], facts: Facts) -> None:
     file.conclude_with(write)
 
 
+def table_of(lines: Iterable[str | bytes]) -> Any:
+    """The rows of JSON lines, as a pyarrow.Table."""
+    import pyarrow as pa
+
+    return pa.Table.from_batches(_batches(lines), schema=_schema())
+
+
+def write_table(target: Path, table: Any, facts: Facts) -> None:
+    """Write rows that `table_of` made, perhaps elsewhere."""
+    import pyarrow as pa
+
+    rows = pa.Table.from_arrays([table.column(name) for name in _schema().names], schema=_schema())
+    write_batches(target, regroup(rows.to_batches(), ROW_GROUP), facts)
+
+
 def write_batches(target: Path, batches: Iterable[Any], facts: Facts) -> None:
     """Write a Parquet file.
 
@@ -132,7 +147,7 @@ def counting_names(batches: Iterable[Any], names: NamesHash) -> Iterator[Any]:
         yield batch
 
 
-def _batches(lines: Iterable[bytes]) -> Iterator[Any]:
+def _batches(lines: Iterable[str | bytes]) -> Iterator[Any]:
     """The rows of JSON lines, as record batches."""
     import pyarrow as pa
 
@@ -141,7 +156,7 @@ def _batches(lines: Iterable[bytes]) -> Iterator[Any]:
         yield pa.RecordBatch.from_pylist(group, schema=_schema())
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def _row(line: str | bytes) -> dict[str, Any]:
     record = json.loads(line)
     path = record["path"]
     scores = record.get("predictions")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from smlp_deploy.errors import GpuError
 from smlp_deploy.files import sha256_of
-from smlp_deploy.inference.classify import Prediction, Score
+from smlp_deploy.inference.classify import Prediction
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.metadata import ModelMetadata
@@ -44,12 +44,6 @@ def record_of(prediction: Prediction) -> dict[str, Any]:
     if prediction.decode is not None:
         record["decode"] = prediction.decode
     return record
-
-
-def prediction_of(record: Mapping[str, Any]) -> Prediction:
-    """The prediction of which `record_of` made a record."""
-    scores = tuple(Score(**score) for score in record.get("predictions", ()))
-    return Prediction(record["path"], scores, record.get("error"), record.get("decode"))
 
 
 def csv_writer(stream: TextIO, *, topk: int, header: bool = True) -> Write:

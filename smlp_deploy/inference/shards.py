@@ -11,16 +11,16 @@ in a JSON file beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from smlp_deploy.errors import RecordsError, UsageError
-from smlp_deploy.files import read_text, write_text
+from smlp_deploy.files import alone, check_writable, read_text, replacing, write_text
 from smlp_deploy.images.preprocessing import Decoder
 from smlp_deploy.inference import parquet
-from smlp_deploy.inference.classify import Classifier, Prediction
+from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.facts import Facts, Listing
 from smlp_deploy.inference.records import RunIdentity, write_records
 from smlp_deploy.inference.resume import RecordFile, differences, partial_path
@@ -144,7 +144,10 @@ def run_shard(
         )
         done, failed = write_records(predictions, records, stop, batch_size=identity.batch_size, advance=advance)
         facts = Facts.of(identity, listing, images=done, failed=failed, shard=str(shard))
-        _conclude(records, target, facts)
+        if identity.format == "parquet":
+            parquet.conclude(records, facts)
+        else:
+            write_text(_facts_path(target), facts.to_json() + "\n")
     return ShardRun(path=target, facts=facts)
 
 
@@ -166,45 +169,36 @@ def finished_shard(
 
 
 def write_shard(
-    predictions: Sequence[Prediction],
-    identity: RunIdentity,
-    listing: Listing,
-    folder: Path,
-    *,
-    shard: Shard,
-    resume: bool,
-    advance: Callable[[], None] = lambda: None,
+    rows: Any, identity: RunIdentity, listing: Listing, folder: Path, *, shard: Shard, failed: int
 ) -> ShardRun:
-    """Write the file of a shard that was classified elsewhere, as `run_shard` writes it.
+    """Write the file of a shard that was classified elsewhere; it has the bytes of `run_shard`'s.
 
     Args:
-        predictions: all of the shard's.
+        rows: all of the shard's records, as `parquet.table_of` makes them or as JSON lines.
         identity: see `run_shard`.
         listing: read to its end.
         folder: for the file.
         shard: which one.
-        resume: go on with a file whose writing was interrupted.
-        advance: called after each image.
+        failed: records with an error.
 
     Raises:
-        UsageError: there is an interrupted file, and `resume` is false or it is of another run.
+        UsageError: an interrupted run of the shard is there.
         SmlpError: the file cannot be written.
     """
     target = shard.file(folder, identity.format)
-    with RecordFile.open(target, identity, resume=resume) as records:
-        records.skip(prediction.path for prediction in predictions)
-        rest = predictions[records.done :]
-        done, failed = write_records(rest, records, StopRequest(), batch_size=identity.batch_size, advance=advance)
-        facts = Facts.of(identity, listing, images=done, failed=failed, shard=str(shard))
-        _conclude(records, target, facts)
+    facts = Facts.of(identity, listing, images=len(rows), failed=failed, shard=str(shard))
+    check_writable(target)
+    with alone(target):
+        if partial_path(target).exists():
+            fix = "finish it with --shard and --resume, or delete it"
+            raise UsageError("found an interrupted run", where=partial_path(target), fix=fix)
+        if identity.format == "parquet":
+            with replacing(target) as temporary:
+                parquet.write_table(temporary, rows, facts)
+        else:
+            write_text(target, "".join(f"{line}\n" for line in rows))
+            write_text(_facts_path(target), facts.to_json() + "\n")
     return ShardRun(path=target, facts=facts)
-
-
-def _conclude(records: RecordFile[Prediction], target: Path, facts: Facts) -> None:
-    if target.suffix == ".parquet":
-        parquet.conclude(records, facts)
-    else:
-        write_text(_facts_path(target), facts.to_json() + "\n")
 
 
 def _facts_path(target: Path) -> Path:

@@ -24,8 +24,8 @@ from smlp_deploy.inference import parquet
 from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.facts import Facts, Listing
 from smlp_deploy.inference.merge import merge_shards
-from smlp_deploy.inference.records import RunIdentity
-from smlp_deploy.inference.shards import Shard, ShardRun, run_shard
+from smlp_deploy.inference.records import RunIdentity, record_of
+from smlp_deploy.inference.shards import Shard, ShardRun, run_shard, write_shard
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.pipeline.export import Export
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
@@ -382,6 +382,42 @@ def test_other_json_is_not_facts(text: str, runs: Runs) -> None:
     for key in ("run", "listing", "images", "shard"):
         with pytest.raises(ValueError, match=r"not the facts|Expecting"):
             Facts.from_json(json.dumps(json.loads(facts.to_json()) | {key: 1.5}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestWrittenElsewhere:
+    def written(self, runs: Runs, folder: Path, kind: str) -> ShardRun:
+        identity, shard, listing = runs.identity(kind), Shard(2, 4), Listing(runs.images)
+        images = list(listing)
+        with Classifier(FakeRunner(quadrant_means)) as classifier:
+            mine = shard.of(images, batch_size=identity.batch_size)
+            found = list(classifier.classify(mine, batch_size=identity.batch_size, topk=identity.topk))
+        lines = [json.dumps(record_of(prediction)) for prediction in found]
+        rows = parquet.table_of(lines) if kind == "parquet" else lines
+        failed = sum(prediction.error is not None for prediction in found)
+        return write_shard(rows, identity, listing, folder, shard=shard, failed=failed)
+
+    def test_it_is_the_file_of_a_shard_that_was_run_here(
+        self, runs: Runs, out: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(parquet, "ROW_GROUP", 2)
+        here = runs.shard(2, tmp_path / "here", identity=runs.identity(kind))
+        there = self.written(runs, out, kind)
+        assert there.path.read_bytes() == here.path.read_bytes()
+        assert there.facts == here.facts
+        assert there.facts.failed == 2
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in here.path.parent.iterdir())
+        assert runs.shard(2, out, identity=runs.identity(kind)).skipped
+
+    def test_an_interrupted_run_of_it_is_kept(self, runs: Runs, out: Path, kind: str) -> None:
+        out.mkdir()
+        partial = out / f"part-00002-of-00004.{kind}.partial"
+        partial.write_text("records")
+        with pytest.raises(
+            UsageError, match=r"found an interrupted run · .*\.partial · finish it with --shard and --resume"
+        ):
+            self.written(runs, out, kind)
+        assert partial.read_text() == "records"
 
 
 class TestProcesses:
