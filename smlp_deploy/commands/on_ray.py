@@ -10,7 +10,7 @@ from smlp_deploy.commands.predict import Request, at_most, check_shards
 from smlp_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from smlp_deploy.inference.cluster import Opened
+    from smlp_deploy.inference.devices import Opened
     from smlp_deploy.inference.records import RunIdentity
 
 

@@ -26,14 +26,13 @@ from smlp_deploy.errors import GpuError, SmlpError, UsageError
 from smlp_deploy.images.batches import available_cores
 from smlp_deploy.images.remote import is_remote
 from smlp_deploy.inference.classify import Classifier, Prediction
+from smlp_deploy.inference.devices import Opened
 from smlp_deploy.inference.facts import Listing
 from smlp_deploy.inference.parquet import table_of
 from smlp_deploy.inference.records import RunIdentity, record_of
 from smlp_deploy.inference.resume import differences
 from smlp_deploy.inference.shards import Shard, ShardRun, finished_shard, write_shard
 from smlp_deploy.interrupts import StopRequest
-from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import StreamingRunner, batch_size_of
 from smlp_deploy.runners.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -73,23 +72,6 @@ class ActorOptions:
         """Where the model runs, in the process of an actor; Ray shows it no GPUs but its own."""
         device = "cuda" if self.gpus and self.provider is None else None
         return Placement.of(device=device, provider=self.provider, runtime=self.runtime, threads=self.cpus)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What an actor's node says of the model.
-
-    Attributes:
-        metadata: of the model.
-        provider: what it runs on, as `RunIdentity` has it.
-        batch_size: what it is fastest with.
-        largest: the largest batch that it takes, if that is limited.
-    """
-
-    metadata: ModelMetadata
-    provider: str
-    batch_size: int
-    largest: int | None
 
 
 class Cluster:
@@ -346,9 +328,7 @@ class _ActorArguments:
 def _describe(options: ActorOptions) -> Opened:
     placement = options.placement()
     with Classifier.open(options.model, placement=placement) as classifier:
-        runner, metadata = classifier.runner, classifier.metadata
-        largest = runner.largest if isinstance(runner, StreamingRunner) else None
-        return Opened(metadata, placement.kind_of(options.model, metadata), batch_size_of(runner), largest)
+        return Opened.of(classifier, options.model, placement)
 
 
 class _Actor:

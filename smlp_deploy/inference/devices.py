@@ -37,13 +37,30 @@ _LARGEST = 6
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """What the calling process is told of a model that another one opened."""
+class Opened:
+    """What another process says of a model that it has opened.
+
+    Attributes:
+        name: what runs it.
+        metadata: of the model.
+        provider: what it runs on, as `RunIdentity` has it.
+        batch_size: what it is fastest with.
+        largest: the largest batch that it takes, if that is limited.
+    """
 
     name: str
     metadata: ModelMetadata
+    provider: str
     batch_size: int
     largest: int | None
+
+    @classmethod
+    def of(cls, classifier: Classifier, path: Path, placement: Placement) -> Self:
+        """What to say of the classifier of a file."""
+        runner = classifier.runner
+        largest = runner.largest if isinstance(runner, StreamingRunner) else None
+        provider = placement.kind_of(path, runner.metadata)
+        return cls(runner.name, runner.metadata, provider, batch_size_of(runner), largest)
 
 
 class DeviceClassifier:
@@ -86,9 +103,10 @@ class DeviceClassifier:
         except BaseException:
             self.close()
             raise
-        self.name = f"{opened[0].name} on {self._devices} devices"
-        self.metadata: ModelMetadata = opened[0].metadata
-        self._batch_size = opened[0].batch_size
+        first: Opened = opened[0]
+        self.name = f"{first.name} on {self._devices} devices"
+        self.metadata = first.metadata
+        self._batch_size = first.batch_size
         self._largest = min((one.largest for one in opened if one.largest is not None), default=None)
 
     @property
@@ -198,14 +216,12 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _open() -> _Opened:
+def _open() -> Opened:
     try:
         _Process.classifier = classifier = Classifier.open(_Process.path, placement=_Process.placement)
     finally:
         _Process.opening.wait()  # so that each process gets one of these calls
-    runner = classifier.runner
-    largest = runner.largest if isinstance(runner, StreamingRunner) else None
-    return _Opened(runner.name, runner.metadata, batch_size_of(runner), largest)
+    return Opened.of(classifier, _Process.path, _Process.placement)
 
 
 def _classify(images: list[ImageSource], batch_size: int, topk: int, workers: int) -> list[Prediction]:
