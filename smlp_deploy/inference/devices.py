@@ -18,7 +18,6 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from smlp_deploy.errors import GpuError, UsageError
@@ -26,7 +25,7 @@ from smlp_deploy.images.batches import available_cores
 from smlp_deploy.images.preprocessing import Decoder, ImageSource
 from smlp_deploy.inference.classify import Classifier, Prediction, check_batch_size, check_topk
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.runners.base import StreamingRunner, batch_size_of
+from smlp_deploy.runners.base import Closing, StreamingRunner, batch_size_of
 from smlp_deploy.runners.placement import Placement
 
 _AHEAD = 2
@@ -63,7 +62,7 @@ class Opened:
         return cls(runner.name, runner.metadata, provider, batch_size_of(runner), largest)
 
 
-class DeviceClassifier:
+class DeviceClassifier(Closing):
     """Classifies images on several devices with one model; a context manager, because its processes hold the memory.
 
     Processes are spawned, so a script that uses it runs its own code under `if __name__ == "__main__":`.
@@ -113,14 +112,6 @@ class DeviceClassifier:
     def labels(self) -> tuple[str, ...]:
         """The name of each class, by its index."""
         return self.metadata.labels
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the processes."""

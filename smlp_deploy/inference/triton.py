@@ -7,6 +7,7 @@ of a batch, and `finalize` at the end. Its own module exists only in the process
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ Answer = Mapping[str, NDArray[Any]] | str
 """The outputs of a request by name, or why it has none."""
 
 
-class _Model:
+class _Model(ABC):
     """The form in which Triton calls a model; each request has outputs of its own, or an error of its own."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -44,15 +45,13 @@ class _Model:
         tensors = [self._triton.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
         return [self._response(answer) for answer in self.answers(tensors)]
 
-    def finalize(self) -> None:
-        """Release what `initialize` started."""
-
+    @abstractmethod
     def input_name(self) -> str:
-        raise NotImplementedError
+        """Of the tensor that a request has."""
 
+    @abstractmethod
     def answers(self, tensors: Sequence[NDArray[Any]]) -> list[Answer]:
         """The answer to each request, given its input."""
-        raise NotImplementedError
 
     def _response(self, answer: Answer) -> Any:
         triton = self._triton
@@ -71,6 +70,7 @@ class Preprocess(_Model):
         self._pool = ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
 
     def finalize(self) -> None:
+        """Stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def input_name(self) -> str:
