@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -130,12 +130,6 @@ class TritonClient:
         self._timeout = {} if endpoint.protocol == HTTP else {"client_timeout": _TIMEOUT}
         self._as_json = {} if endpoint.protocol == HTTP else {"as_json": True}
         self._shape = [1, 1]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self._client.close()

@@ -31,7 +31,7 @@ from smlp_deploy.inference.facts import Listing
 from smlp_deploy.inference.parquet import table_of
 from smlp_deploy.inference.records import RunIdentity, record_of
 from smlp_deploy.inference.resume import differences
-from smlp_deploy.inference.shards import Shard, ShardRun, finished_shard, write_shard
+from smlp_deploy.inference.shards import Shard, ShardRun, deal, finished_shard, write_shard
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.runners.placement import Placement
 
@@ -135,7 +135,8 @@ class Cluster:
             if resume and (run := finished_shard(identity, listing, folder, shard=shard)):
                 runs[shard] = run
         left = {shard.number: shard for shard in shards if shard not in runs}
-        lists = {shard.number: list(shard.of(images, batch_size=identity.batch_size)) for shard in left.values()}
+        dealt = deal(images, left.values(), batch_size=identity.batch_size)
+        lists = {shard.number: mine for shard, mine in dealt.items()}
         actor = _ActorArguments(self._options, identity, workers or self._options.cpus, Path.cwd())
         with _errors_of_actors(), closing(self._records(lists, actor)) as finished:
             for number, rows in finished:

@@ -68,13 +68,30 @@ class Shard:
     def of(self, images: Iterable[T], *, batch_size: int) -> Iterator[T]:
         """The shard's images, in their order; reads all of them, each as it is needed."""
         for position, image in enumerate(images):
-            if position // batch_size % self.count == self.number - 1:
+            if _number_of(position, batch_size=batch_size, count=self.count) == self.number:
                 yield image
 
     def size(self, images: int, *, batch_size: int) -> int:
         """How many of that number of images are in the shard."""
         rounds, rest = divmod(images, batch_size * self.count)
         return rounds * batch_size + min(batch_size, max(0, rest - (self.number - 1) * batch_size))
+
+
+def deal(images: Iterable[T], shards: Iterable[Shard], *, batch_size: int) -> dict[Shard, list[T]]:
+    """The images of several shards of one listing, as `Shard.of` gives those of one; reads the listing once."""
+    dealt: dict[Shard, list[T]] = {shard: [] for shard in shards}
+    by_number = {shard.number: mine for shard, mine in dealt.items()}
+    count = next((shard.count for shard in dealt), 1)
+    for position, image in enumerate(images):
+        mine = by_number.get(_number_of(position, batch_size=batch_size, count=count))
+        if mine is not None:
+            mine.append(image)
+    return dealt
+
+
+def _number_of(position: int, *, batch_size: int, count: int) -> int:
+    """The number of the shard, of `count`, that has the image at a position of the listing."""
+    return position // batch_size % count + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,7 +284,7 @@ def test_a_server_that_does_not_answer_is_one_line(
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    with TritonClient(Endpoint(protocol=protocol, address="localhost:1")) as found:
+    with closing(TritonClient(Endpoint(protocol=protocol, address="localhost:1"))) as found:
         with pytest.raises(SmlpError, match=expected):
             found.check(input_type="FP32")
         with pytest.raises(SmlpError, match=expected):

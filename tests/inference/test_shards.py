@@ -25,7 +25,7 @@ from smlp_deploy.inference.classify import Classifier
 from smlp_deploy.inference.facts import Facts, Listing
 from smlp_deploy.inference.merge import merge_shards
 from smlp_deploy.inference.records import RunIdentity, record_of
-from smlp_deploy.inference.shards import Shard, ShardRun, run_shard, write_shard
+from smlp_deploy.inference.shards import Shard, ShardRun, deal, run_shard, write_shard
 from smlp_deploy.interrupts import StopRequest
 from smlp_deploy.pipeline.export import Export
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
@@ -47,6 +47,8 @@ class TestShard:
         whole = {tuple(range(images))[i : i + batch_size] for i in range(0, images, batch_size)}
         assert {tuple(one[i : i + batch_size]) for one in dealt for i in range(0, len(one), batch_size)} == whole
         assert [len(one) for one in dealt] == [shard.size(images, batch_size=batch_size) for shard in shards]
+        some = shards[::2]
+        assert deal(range(images), some, batch_size=batch_size) == dict(zip(some, dealt[::2], strict=True))
 
     def test_the_listing_is_read_as_it_comes(self) -> None:
         read: list[int] = []
