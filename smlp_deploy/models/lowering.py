@@ -123,7 +123,7 @@ def _convolution(
         padding,
         groups=groups,
         bias=bias is not None,
-        dtype=weight.dtype,
+        device="meta",  # so that no random weights are drawn
     )
     conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
@@ -352,7 +352,7 @@ class LoweredSMLPNet(nn.Module):
         # The final BatchNorm is affine and so commutes with the mean over tokens that follows it.
         head = cast(nn.Linear, network.mlp_head[0])
         weight, bias = fold_into_linear_after(head.weight, head.bias, *batch_norm_affine(network.batch_norm))
-        self.head = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        self.head = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         self.head.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.head.bias = nn.Parameter(bias.detach(), requires_grad=False)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from smlp_deploy.errors import GpuError, GpuMemoryError, MissingDependencyError
 from smlp_deploy.images.batches import FloatArray
@@ -26,6 +28,7 @@ from smlp_deploy.runners.pytorch import (
     PyTorchRunner,
     RecordingRunner,
     TracingPyTorchRunner,
+    _Float32Sums,
     device_of,
 )
 from tests.support.gpu import L4
@@ -42,6 +45,31 @@ def test_true_half_arithmetic_is_near_but_not_equal(digits: Checkpoint, batch: F
         expected, found = trained.infer(batch), half.infer(batch)
     assert found.dtype == np.float32
     assert 1e-5 < np.abs(found - expected).max() / expected.std() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, weight: x @ weight,
+        lambda x, weight: functional.linear(x, weight.T),
+        lambda x, weight: functional.conv2d(x.T[None, ..., None], weight.T[..., None, None]),
+    ],
+    ids=["product", "linear", "convolution"],
+)
+def test_half_results_are_those_of_pytorchs_own_kernels(compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).half() for shape in ((64, 96), (96, 32)))
+    x[0] *= 20_000  # whose sums exceed the range
+    expected = compute(x, weight)
+    with _Float32Sums():
+        found = compute(x, weight)
+    assert found.dtype == torch.float16
+    assert found.isinf().any()
+    assert torch.equal(found.isinf(), expected.isinf())
+    # A sum halfway between two fp16 numbers may be rounded to either, because its terms are added in another order.
+    assert (found == expected).float().mean() > 0.99
+    finite = expected.isfinite()
+    assert torch.allclose(found[finite], expected[finite], rtol=2**-10, atol=2**-14)
 
 
 def test_the_recorder_computes_the_same_and_remembers_the_largest(digits: Checkpoint, batch: FloatArray) -> None:

@@ -64,8 +64,9 @@ def _scaled(key: str, z: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def recipe_network(name: str) -> SMLPNet:
     case = CASES[name]
-    network = SMLPNet(config_of(case))
-    network.load_state_dict(recipe_weights(network.config, case["seed"]), strict=True)
+    with torch.device("meta"):
+        network = SMLPNet(config_of(case))
+    network.load_state_dict(recipe_weights(network.config, case["seed"]), strict=True, assign=True)
     return network.eval()
 
 
