@@ -46,8 +46,8 @@ def capture(network: nn.Module, *, image_size: int, batch: int | None, opset: in
     Raises:
         NotImplementedError: the network has an operation that is not among those below, or depends on its batch size.
     """
-    size, other_size = (batch, batch) if batch else (2, 3)
-    run, other = (_record(network, (n, 3, image_size, image_size), opset, ends) for n in (size, other_size))
+    run = _record(network, (batch or 2, 3, image_size, image_size), opset, ends)
+    other = run if batch else _record(network, (3, 3, image_size, image_size), opset, ends)
     if run.nodes != other.nodes:
         raise NotImplementedError("what the network computes depends on the batch size")
     values = {name: _value(name, shape, other.shapes[name]) for name, shape in run.shapes.items()}
@@ -141,7 +141,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = _run(func, args, kwargs)
         several = isinstance(result, tuple | list) and any(isinstance(item, Tensor) for item in result)
         if several or isinstance(result, Tensor):
             operation = _OPERATIONS.get(func.__name__)
@@ -184,6 +184,40 @@ class _Recorder(TorchFunctionMode):
         name = f"number_{operand}"
         self.constants[name] = np.array(operand, np.float32)
         return name
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of PyTorch returns; see `_SHAPES`."""
+    shape_of = _SHAPES.get(func.__name__)
+    operands = [*args, *args[0]] if args and isinstance(args[0], tuple | list) else args
+    if shape_of is None or any(isinstance(value, Tensor) and value.dtype != torch.float32 for value in operands):
+        return func(*args, **kwargs)
+    return torch.empty(shape_of(*args, **kwargs), device="meta")
+
+
+def _elementwise_shape(*operands: object, **_: object) -> tuple[int, ...]:
+    return np.broadcast_shapes(*(value.shape for value in operands if isinstance(value, Tensor)))
+
+
+def _mean_shape(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> tuple[int, ...]:
+    axes = {axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)}
+    return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape) if keepdim or axis not in axes)
+
+
+def _cat_shape(tensors: Sequence[Tensor], dim: int = 0) -> tuple[int, ...]:
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return tuple(shape)
+
+
+_SHAPES: dict[str, Callable[..., tuple[int, ...]]] = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "rsqrt", "gelu"), _elementwise_shape),
+    "mean": _mean_shape,
+    "cat": _cat_shape,
+    "linear": lambda x, weight, *_: (*x.shape[:-1], len(weight)),
+}
+"""The shape of a float32 result, by the name of PyTorch's function, for those that PyTorch itself computes in Python:
+its module for that takes 2 s to import."""
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
