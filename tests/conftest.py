@@ -22,34 +22,57 @@ from smlp_deploy.pipeline.export import Export, export_checkpoint
 from tests.support.environments import Environments
 from tests.support.fakes import Exported
 from tests.support.graphs import building_once, kept, remembering
+from tests.support.processes import CORES
 from tests.support.recipe import CASES, config_of, recipe_weights
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A process more than cores, for the times when another waits for a child or a cluster."""
+    return len(CORES) + 1
+
+
 def pytest_configure() -> None:
-    """Give each process of a parallel run a core of its own: frameworks start a thread for each core they may use."""
+    """Give each process of a parallel run one core: frameworks start a thread for each core they may use."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if worker and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
+        cores = sorted(CORES)
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
         torch.set_num_threads(1)
 
 
-# Each takes ten seconds or more, and would leave one process alone with it at the end.
+# Each takes ten seconds or more, and shares no fixture with the rest of its module.
 _LONGEST = (
+    "inference/test_cluster.py::test_a_cluster_that_loses_its_driver_and_then_a_node_gives_the_rows_of_one_machine",
     "test_container.py::test_the_first_minute_in_a_container",
+    "exporters/test_onnx.py::test_full_size_networks_export_and_pass_parity",
     "test_tutorial.py::test_every_command_of_the_tutorial_gives_what_the_page_shows",
-    "test_onnx.py::test_full_size_networks_export_and_pass_parity",
-    "test_hostile_models.py::test_memory_stays_within_a_multiple_of_the_file",
     "test_hostile_images.py::test_ten_thousand_mixed_files_within_a_limit_on_memory",
-    "test_resume.py::test_killed_again_and_again_it_loses_and_doubles_nothing",
-    "test_benchmark.py::test_models_are_timed_side_by_side",
-    "test_pytorch.py::test_a_compiled_network_computes_the_same",
+    "test_hostile_models.py::test_memory_stays_within_a_multiple_of_the_file",
+    "evaluation/test_benchmark.py::test_models_are_timed_side_by_side",
+    "runners/test_pytorch.py::test_a_compiled_network_computes_the_same",
+    "test_fuzz.py::test_a_short_run_finds_nothing",
+    "models/test_checkpoint.py::test_any_single_mutation_is_refused",
+    "pipeline/test_precision.py::test_a_damaged_layer_alone_is_left_in_half_precision",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first."""
-    items.sort(key=lambda item: not item.nodeid.partition("[")[0].endswith(_LONGEST))
+    """Have each process begin with its share of the longest tests, so that none is left alone with one at the end.
+
+    pytest-xdist gives each an equal part of all tests, in their order, of which others may take from the end.
+    """
+    longest = [item for name in _LONGEST for item in items if item.nodeid.partition("[")[0].endswith(name)]
+    found = set(longest)
+    others = [item for item in items if item not in found]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ordered: list[pytest.Item] = []
+    for number in range(processes):
+        part = (len(items) - len(ordered)) // (processes - number)
+        share = longest[number::processes]
+        room = max(0, part - len(share))
+        ordered += share + others[:room]
+        del others[:room]
+    items[:] = ordered
 
 
 IMAGES = Path(__file__).parent.parent / "images"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +27,7 @@ from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export
 from tests.support.fakes import Exported
+from tests.support.graphs import kept
 
 SCALINGS = pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
 
@@ -59,8 +61,11 @@ def expected(model: ModelProto, held_out: tuple[FloatArray, NDArray[np.int64]]) 
 
 
 @pytest.fixture(scope="module")
-def tables(model: ModelProto, training: FloatArray) -> dict[str, CalibrationTable]:
-    return {method: calibrate(model, batches(training), method=method) for method in METHODS}
+def tables(model: ModelProto, training: FloatArray, shared: Path) -> dict[str, CalibrationTable]:
+    return {
+        method: kept(shared, f"calibrated by {method}", partial(calibrate, model, batches(training), method=method))
+        for method in METHODS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +147,8 @@ def test_the_graph_is_valid_and_carries_what_it_did(
     names = [node.name for node in quantized.graph.node]
     assert len(set(names)) == len(names)
     added = ("QuantizeLinear", "DequantizeLinear")
-    kept = [node.name for node in quantized.graph.node if node.op_type not in added]
-    assert kept == [node.name for node in model.graph.node]
+    others = [node.name for node in quantized.graph.node if node.op_type not in added]
+    assert others == [node.name for node in model.graph.node]
 
 
 def test_convolutions_are_quantized(model: ModelProto, digits: Checkpoint) -> None:
@@ -193,9 +198,9 @@ def test_weights_of_products_for_gpus_are_scaled_alone_or_by_what_they_keep(
         weight = before[dequantize.input[0].removesuffix("_int8")].astype(np.float64)
         narrow, scale = (after[name] for name in dequantize.input)
         axes = [attribute.i for attribute in dequantize.attribute if attribute.name == "axis"]
-        kept = 0 if left else 1
-        assert (scale.shape, axes) == ((weight.shape[kept : kept + 1], [kept]) if per_channel else ((), []))
-        spread = scale.astype(np.float64) if not per_channel else np.expand_dims(scale.astype(np.float64), 1 - kept)
+        scaled = 0 if left else 1
+        assert (scale.shape, axes) == ((weight.shape[scaled : scaled + 1], [scaled]) if per_channel else ((), []))
+        spread = scale.astype(np.float64) if not per_channel else np.expand_dims(scale.astype(np.float64), 1 - scaled)
         assert np.abs(narrow.astype(np.float64) * spread - weight).max() <= spread.max() / 2 * (1 + 1e-9)
 
 
@@ -320,6 +325,7 @@ def test_a_layer_with_a_ruined_scale_is_the_one_left_in_half(model: ModelProto, 
     weight[0, 0] = 1000 * np.abs(weight).max()
     set_constant(damaged, "blocks.5.hidden.bias", bias)
     set_constant(damaged, "blocks.5.out.weight", weight)
+    training = training[::4]
     table = calibrate(damaged, [training])
     layers = quantized_layers(damaged)
     expected = run(damaged, training)

@@ -163,8 +163,8 @@ def test_an_invalid_graph_is_one_clear_error(
     [
         ("smlpnet_tiny", None, "cpu"),
         ("smlpnet_tiny", 2, "gpu"),
-        ("smlpnet_small", 4, "cpu"),
-        ("smlpnet_base", 2, "cpu"),
+        ("smlpnet_small", 2, "cpu"),
+        ("smlpnet_base", 1, "cpu"),
     ],
 )
 def test_full_size_networks_export_and_pass_parity(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow.fs import S3FileSystem
 
 from smlp_deploy.errors import ImageError, MissingDependencyError, UsageError
@@ -25,6 +24,8 @@ UNUSUAL = "week 1/100% é?&#.jpg"
 @pytest.fixture(scope="module")
 def store(digit_images: list[Path]) -> Iterator[S3FileSystem]:
     """A bucket with photographs in folders, two of them broken, and files that are no images."""
+    from moto.server import ThreadedMotoServer  # takes a second to import
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()

@@ -19,7 +19,7 @@ from smlp_deploy.inference.cluster import ActorOptions, shards_of
 from smlp_deploy.inference.records import RunIdentity
 from smlp_deploy.inference.shards import Shard
 from smlp_deploy.pipeline.export import Export
-from tests.support.processes import allow_ctrl_c, at_open, run_verb, start
+from tests.support.processes import at_open, on_all_cores, run_verb, start
 
 IMAGES, BROKEN = 1200, 10
 OPTIONS = ActorOptions(model=Path("x.onnx"))
@@ -153,7 +153,13 @@ def nodes() -> Iterator[Nodes]:
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     command = [sys.executable, "-W", "ignore", "-c", _NODES]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=on_all_cores,
     ) as process:
         assert process.stdout is not None
         line = process.stdout.readline().split()
@@ -179,14 +185,14 @@ def test_a_cluster_that_loses_its_driver_and_then_a_node_gives_the_rows_of_one_m
     assert run_verb(*command, "-o", whole) == (0, f"1200 images, 10 failed, written to {whole}\n")
 
     on_ray = [*command, "-o", out, "--ray", nodes.address]
-    driver = start(*on_ray, before=at_open(out, signal.SIGKILL, times=30))
+    driver = start(*on_ray, before=at_open(out, signal.SIGKILL, times=30), preexec_fn=on_all_cores)
     _, err = driver.communicate()
     assert driver.returncode == -signal.SIGKILL, err
     finished = len(list(out.glob("*.parquet")))
     assert 0 < finished < 10
 
     lose_a_node = at_open(out, signal.SIGKILL, times=15).replace("os.getpid()", str(nodes.second))
-    driver = start(*on_ray, "--resume", before=lose_a_node, preexec_fn=allow_ctrl_c)
+    driver = start(*on_ray, "--resume", before=lose_a_node, preexec_fn=on_all_cores)
     _, err = driver.communicate()
     assert (driver.returncode, err) == (
         0,

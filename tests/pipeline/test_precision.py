@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from scripts.digits import load_digits
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.calibration import read_table
 from smlp_deploy.exporters.int8 import quantized_layers
+from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.graphs.file import Graph
-from smlp_deploy.images.defaults import bundled_images, default_images
+from smlp_deploy.images.defaults import bundled_images, calibration_images, default_images
 from smlp_deploy.images.preprocessing import prepare
-from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.models.checkpoint import Checkpoint
+from smlp_deploy.metadata import ModelMetadata, SMLPNetConfig
+from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.build import build_prepared, prepare_graph
@@ -27,6 +29,7 @@ from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_in
 from smlp_deploy.pipeline.verify import verify_artifact
 from smlp_deploy.runners import open_runner
 from tests.support.fakes import Exported
+from tests.support.recipe import recipe_weights
 
 
 @pytest.fixture
@@ -106,7 +109,8 @@ def test_a_damaged_layer_alone_is_left_in_half_precision(graph: Graph) -> None:
     change("blocks.5.out.weight", (0, 0, 0, 0), 500)
     damaged = next(name for name in quantized_layers(model) if name.startswith("blocks.5.out/"))
     worse = Graph.of(model, graph.metadata, path=graph.path)
-    quantized = plan_quantization(worse, Int8Options(max_drop=0.3))
+    images = calibration_images(graph.metadata)[::4]
+    quantized = plan_quantization(worse, Int8Options(images=images, max_drop=0.3))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.left_out == (damaged,)
     made = to_precision(worse, "int8", quantization=quantized)
@@ -122,18 +126,22 @@ def test_a_graph_of_one_batch_size_is_calibrated_on_whole_batches(digits: Checkp
     assert read_table(tmp_path / "x.calibration.json").images == 128
 
 
-def test_labels_come_from_folders_named_like_classes(graph: Graph, tmp_path: Path) -> None:
-    train, _ = load_digits()
+def test_labels_come_from_folders_named_like_classes(digit_images: list[Path], tmp_path: Path) -> None:
+    config = SMLPNetConfig(dim=8, depths=(1,), expansion=3, patch_size=4, image_size=32, num_classes=10)
+    torch.save(recipe_weights(config, 1), tmp_path / "x.pth")
+    checkpoint = load_checkpoint(tmp_path / "x.pth")
+    metadata = describe(checkpoint, labels=tuple("0123456789"))
+    graph = export_onnx(checkpoint.network(), metadata, path=tmp_path / "x.onnx")
     paths = []
-    for index in range(0, 4000, 100):
-        path = tmp_path / str(train.labels[index]) / f"{index}.png"
+    for image in digit_images:
+        path = tmp_path / image.name.split("-")[1] / image.name
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(train.pixels[index]).save(path)
+        path.symlink_to(image)
         paths.append(path)
     quantized = plan_quantization(graph, Int8Options(images=tuple(paths), max_drop=5.0))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.measure == "accuracy"
-    assert quantized.table.images == 40
+    assert quantized.table.images == 12
 
 
 def test_unreadable_images_are_left_out_with_a_warning(

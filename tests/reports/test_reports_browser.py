@@ -102,7 +102,7 @@ def test_the_keyboard_reaches_the_content_first(folder: Path, page: Page) -> Non
     assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    assert page.url.endswith("#content")
+    page.wait_for_url(lambda url: url.endswith("#content"))
 
 
 def test_dark_screens_print_dark_on_white(folder: Path, page: Page) -> None:

@@ -12,6 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+"""Those that all tests together may use; each process of a parallel run has one of them."""
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What is imported there is there in all commands; the fuzzer's children come from the same process.
 _COMMANDS = [
@@ -127,6 +130,13 @@ def after_bytes(number: signal.Signals, after: int) -> str:
     SIGKILL comes in the middle of a record; other signals come after the batch in which that many bytes were passed.
     """
     return _AFTER_BYTES.format(after=after, number=int(number), torn=number == signal.SIGKILL)
+
+
+def on_all_cores() -> None:
+    """For processes that mostly wait, as those of a cluster; and what `allow_ctrl_c` does."""
+    allow_ctrl_c()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, CORES)
 
 
 def allow_ctrl_c() -> None:
