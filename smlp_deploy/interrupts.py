@@ -17,6 +17,11 @@ T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 """Called with the name of the task, how much of it is done, and the total, 0 if it cannot be known."""
 
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A `Progress` that is not shown."""
+
+
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 

@@ -25,7 +25,7 @@ from smlp_deploy.images.batches import ImageArray, available_cores, decoded_batc
 from smlp_deploy.images.dataset import LabelledImage, find_labelled_images, imagenet_synsets
 from smlp_deploy.inference.resume import RecordFile, Written, read_lines, run_versions, sha256_of_json
 from smlp_deploy.inference.stream import infer_each
-from smlp_deploy.interrupts import Progress, StopRequest, put_off
+from smlp_deploy.interrupts import Progress, StopRequest, no_progress, put_off
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.base import Runner, batch_size_of, common_input, input_of
@@ -272,7 +272,7 @@ def evaluate_dataset(
     workers: int | None = None,
     output: Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Open models, find a dataset's images, and evaluate; see `evaluate`.
 
@@ -294,22 +294,19 @@ def evaluate_dataset(
         StoppedError: a signal arrived.
         SmlpError: a file cannot be used.
     """
-    tell = progress or (lambda what, done, total: None)
     with ExitStack() as stack:
         runners = [stack.enter_context(open_runner(path, placement=placement.for_file(path))) for path in models]
-        metadata = runners[0].metadata
-        synsets = imagenet_synsets(metadata.labels)
-        samples = find_labelled_images(
-            dataset, metadata.labels, synsets=synsets, mapping=mapping, class_order=class_order
-        )
+        labels = runners[0].metadata.labels
+        synsets = imagenet_synsets(labels)
+        samples = find_labelled_images(dataset, labels, synsets=synsets, mapping=mapping, class_order=class_order)
         stop, kept = None, None
         if output is not None:
             batch_size = batch_size or batch_size_of(runners[0])
-            kinds = [
-                placement.for_file(path).kind_of(path, runner.metadata)
-                for path, runner in zip(models, runners, strict=True)
-            ]
-            identity = EvaluationIdentity.of(models, metadata, samples, batch_size=batch_size, provider=kinds)
+            opened = zip(models, runners, strict=True)
+            kinds = [placement.for_file(path).kind_of(path, runner.metadata) for path, runner in opened]
+            identity = EvaluationIdentity.of(
+                models, runners[0].metadata, samples, batch_size=batch_size, provider=kinds
+            )
             stop = stack.enter_context(put_off(again=True))
             kept = stack.enter_context(RecordFile[ImageRecord].open(output, identity, resume=resume))
         report = evaluate(
@@ -317,7 +314,7 @@ def evaluate_dataset(
             samples,
             batch_size=batch_size,
             workers=workers,
-            progress=lambda done, total: tell("images", done, total),
+            progress=lambda done, total: progress("images", done, total),
             kept=kept,
             stop=stop,
         )

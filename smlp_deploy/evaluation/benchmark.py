@@ -24,7 +24,7 @@ from smlp_deploy.errors import SmlpError, UsageError
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Run, Sample, Target, TimedProcess
 from smlp_deploy.images.batches import available_cores
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 
 DEFAULT_BATCH_SIZES = (1, 8, 32)
 DEFAULT_ROUNDS = 10
@@ -209,7 +209,7 @@ def run_benchmark(
     batch_sizes: Sequence[int] = DEFAULT_BATCH_SIZES,
     rounds: int = DEFAULT_ROUNDS,
     files: Files | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Benchmark:
     """Time models in turns.
 
@@ -228,14 +228,13 @@ def run_benchmark(
     """
     if not targets or not batch_sizes or min(*batch_sizes, rounds) < 1:
         raise UsageError("there is nothing to time", fix="give at least one model, batch size and round")
-    tell = progress or (lambda *_: None)
     gpu = next(filter(None, (target.placement.gpu_of(target.path) for target in targets)), None)
     environment = describe_environment(gpu)
     with ExitStack() as stack:
         models: list[_Model] = []
         left_out: list[str] = []
         for number, target in enumerate([*targets, *baselines]):
-            tell(f"loading {target.path.name}", number, len(targets) + len(baselines))
+            progress(f"loading {target.path.name}", number, len(targets) + len(baselines))
             try:
                 models.append(_start(target, min(batch_sizes), stack))
             except SmlpError as error:
@@ -243,9 +242,9 @@ def run_benchmark(
                     raise
                 left_out.append(f"{'torch.compile: ' if target.compiled else ''}{error}")
         if files is not None:
-            _warm_up_files(models, files, tell=tell)
-        timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, tell=tell)
-        ends = _end_to_end(models, files, tell=tell) if files else [None] * len(models)
+            _warm_up_files(models, files, progress=progress)
+        timings = _time_batches(models, sorted(set(batch_sizes)), rounds=rounds, progress=progress)
+        ends = _end_to_end(models, files, progress=progress) if files else [None] * len(models)
         measured = tuple(
             _model_timing(model, batches, end)
             for model, batches, end in zip(models, zip(*timings, strict=True), ends, strict=True)
@@ -294,14 +293,14 @@ def _start(target: Target, batch: int, stack: ExitStack) -> _Model:
 
 
 def _time_batches(
-    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, progress: Progress
 ) -> list[tuple[BatchTiming, ...]]:
     """Every model's times at each batch size."""
     stable: dict[int, list[bool]] = {}
     for number, batch in enumerate(sizes):
-        tell(f"batch {batch}: warming up", number, len(sizes))
+        progress(f"batch {batch}: warming up", number, len(sizes))
         stable[batch] = [_warm_up(model.process, batch) for model in models]
-    turns = _take_turns(models, sizes, rounds=rounds, tell=tell)
+    turns = _take_turns(models, sizes, rounds=rounds, progress=progress)
     return [
         tuple(
             _batch_timing(batch, of_model, stable=was_stable, ratio=ratio)
@@ -312,7 +311,7 @@ def _time_batches(
 
 
 def _take_turns(
-    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, tell: Progress
+    models: Sequence[_Model], sizes: Sequence[int], *, rounds: int, progress: Progress
 ) -> dict[int, list[list[Sample]]]:
     """The turns of each model at each batch size.
 
@@ -324,7 +323,7 @@ def _take_turns(
         for batch, of_size in turns.items():
             if number >= rounds and _are_precise(_ratios(of_size)):
                 continue
-            tell(f"round {number + 1}: batch {batch}", number, max(rounds, number + 1))
+            progress(f"round {number + 1}: batch {batch}", number, max(rounds, number + 1))
             for model, of_model in zip(models, of_size, strict=True):
                 turn = model.process.turn(batch, _TURN_SECONDS)
                 of_model.append(turn)
@@ -391,21 +390,21 @@ def ratio_to_first(first: Sequence[float], other: Sequence[float]) -> Ratio:
     return Ratio(value=float(np.median(ratios)), low=float(low), high=float(high))
 
 
-def _warm_up_files(models: Sequence[_Model], files: Files, *, tell: Progress) -> None:
+def _warm_up_files(models: Sequence[_Model], files: Files, *, progress: Progress) -> None:
     """Run all files once, so that networks compiled per batch size have also seen the size of the last batch."""
     for position, model in enumerate(models):
-        tell("files to records: warming up", position, len(models))
+        progress("files to records: warming up", position, len(models))
         found = model.process.end_to_end(files.paths, files.batch, files.workers)
         if found.failed == len(files.paths):
             raise UsageError(f"none of the {found.failed} files can be read", where=files.paths[0])
 
 
-def _end_to_end(models: Sequence[_Model], files: Files, *, tell: Progress) -> list[EndToEnd]:
+def _end_to_end(models: Sequence[_Model], files: Files, *, progress: Progress) -> list[EndToEnd]:
     """Every model over the same files, in turns."""
     passes: list[list[Run]] = [[] for _ in models]
     for number in range(_PASSES):
         for position, model in enumerate(models):
-            tell("files to records", number * len(models) + position, _PASSES * len(models))
+            progress("files to records", number * len(models) + position, _PASSES * len(models))
             passes[position].append(model.process.end_to_end(files.paths, files.batch, files.workers))
     seconds = [[one.seconds for one in of_model] for of_model in passes]
     return [

@@ -20,7 +20,7 @@ from smlp_deploy.dependencies import installed_version
 from smlp_deploy.errors import SmlpError
 from smlp_deploy.files import cache_folder, read_text, write_text
 from smlp_deploy.images.batches import available_cores
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners import open_runner
 from smlp_deploy.runners.placement import Placement
@@ -40,7 +40,7 @@ class Speed:
     seconds: float
 
 
-def compare_speed(files: Sequence[Path], placement: Placement, *, progress: Progress | None = None) -> list[Speed]:
+def compare_speed(files: Sequence[Path], placement: Placement, *, progress: Progress = no_progress) -> list[Speed]:
     """The speed of those files that hold the same network as the first, the fastest first.
 
     Each runs three batches of eight images, unless it was measured before: results are kept in the user's cache
@@ -60,8 +60,7 @@ def compare_speed(files: Sequence[Path], placement: Placement, *, progress: Prog
     speeds = []
     compared = files[:_MOST_FILES]
     for number, path in enumerate(compared):
-        if progress is not None:
-            progress("comparing speed", number, len(compared))
+        progress("comparing speed", number, len(compared))
         try:
             found = kept.find(path) or kept.add(path, _measure(path, placement))
         except SmlpError:

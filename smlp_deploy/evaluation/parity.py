@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores, decoded_batches
 from smlp_deploy.images.decode import give_memory_back
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.base import Runner, arithmetic_of, batch_size_of, common_input, input_of
 
@@ -166,7 +166,7 @@ def prove(
     *,
     bounds: Bounds | None = None,
     artifact_sha256: str = "",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Run real images, then seeded noise, through both runners and judge the difference.
 
@@ -188,7 +188,7 @@ def prove(
     gates = replace(GATES[arithmetic], **(bounds or {}))
     common = replace(metadata, input=common_input(reference, candidate))
     samples = _Samples(image_paths, common, fill=metadata.batch or max(LARGEST_BATCH, batch_size_of(candidate)))
-    parts = list(_run(reference, candidate, samples, progress or (lambda what, done, total: None)))
+    parts = list(_run(reference, candidate, samples, progress))
     mismatch = _shape_mismatch(parts)
     spread = judged = _Spread.nothing() if mismatch else _Spread.between(parts)
     if metadata.precision == "int8" and samples.images and not mismatch:
@@ -229,7 +229,7 @@ def check_half_range(
     recorder: ActivationRecorder,
     image_paths: Sequence[Path],
     *,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Add to `report` what running an fp16 graph on the CPU cannot show, because ONNX Runtime computes it in fp32.
 
@@ -244,17 +244,16 @@ def check_half_range(
         image_paths: the parity images.
         progress: told of the inputs that are recorded, after each batch.
     """
-    tell = progress or (lambda what, done, total: None)
     samples = _Samples(image_paths, reference.metadata, fill=LARGEST_BATCH)
     iterator = iter(samples)
-    tell("checking the range of fp16", done := 0, samples.expected)
+    progress("checking the range of fp16", done := 0, samples.expected)
     first = [_stacked(itertools.islice(iterator, HALF_IMAGES))]
     names, batch = first[0]
     spread = _Spread.between([_Part(names, reference.infer(batch), half.infer(batch), len(batch))])
     for _, inputs in itertools.chain(first, _chunks(iterator, samples.largest_batch)):
         recorder.infer(inputs)
         done += len(inputs)
-        tell("checking the range of fp16", done, max(done, samples.expected))
+        progress("checking the range of fp16", done, max(done, samples.expected))
     layer, largest = recorder.largest()
     found = HalfReport(
         images=len(batch),
@@ -333,9 +332,9 @@ class _Part:
         return _Part(names, self.reference[rows], self.candidate[rows], self.batch_size)
 
 
-def _run(reference: Runner, candidate: Runner, samples: _Samples, tell: Progress) -> Iterator[_Part]:
+def _run(reference: Runner, candidate: Runner, samples: _Samples, progress: Progress) -> Iterator[_Part]:
     preprocessing = candidate.metadata.preprocessing
-    tell("comparing", done := 0, samples.expected)
+    progress("comparing", done := 0, samples.expected)
     for index, (names, images) in enumerate(_chunks(iter(samples), samples.largest_batch)):
         expected = reference.infer(input_of(reference, images, preprocessing))
         give_memory_back()  # what the reference needed
@@ -346,7 +345,7 @@ def _run(reference: Runner, candidate: Runner, samples: _Samples, tell: Progress
             yield _Part([f"{name} in a batch of {size}" for name in names[:some]], expected[:some], found, size)
         yield _Part(names, expected, candidate.infer(batch), len(batch))
         done += len(names)
-        tell("comparing", done, max(done, samples.expected))
+        progress("comparing", done, max(done, samples.expected))
 
 
 def _chunks(samples: Iterator[_Sample], size: int) -> Iterator[tuple[list[str], ImageArray]]:

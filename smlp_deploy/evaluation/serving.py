@@ -25,7 +25,7 @@ from smlp_deploy.evaluation.server import Client, Endpoint, TritonClient
 from smlp_deploy.files import read_file
 from smlp_deploy.images.decode import MAX_FILE_SIZE
 from smlp_deploy.inference.classify import Classifier, Prediction
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.runners.base import arithmetic_of
 
 DEFAULT_CONCURRENCY = (1, 4, 16)
@@ -160,7 +160,7 @@ def check_server(
     *,
     settings: Settings | None = None,
     connect: Connect = TritonClient,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ServerReport:
     """Compare a server's answers with the artifact's here, then measure its latency and throughput.
 
@@ -177,7 +177,6 @@ def check_server(
     """
     settings = settings or Settings()
     metadata = classifier.runner.metadata
-    tell = progress or (lambda phase, done, total: None)
     input_type = "UINT8" if metadata.input == "uint8" else "FP32"
     contents = [read_file(path, limit=MAX_FILE_SIZE, error=SmlpError, fix="name image files") for path in images]
     server = ""
@@ -185,11 +184,11 @@ def check_server(
     for endpoint in endpoints:
         with closing(connect(endpoint)) as client:
             server = client.check(input_type=input_type)
-            answers.append(list(_answers(client, contents, str(endpoint), tell)))
+            answers.append(list(_answers(client, contents, str(endpoint), progress)))
     here = classifier.classify(contents, topk=len(classifier.labels))
     agreements = compare(endpoints, images, answers, here, classifier.labels)
     good = [content for content, found in zip(contents, answers[0], strict=True) if found.error is None]
-    loads = tuple(_loads(endpoints, good, input_type, settings, connect, tell)) if good else ()
+    loads = tuple(_loads(endpoints, good, input_type, settings, connect, progress)) if good else ()
     bound = MAX_DIFFERENCE[arithmetic_of(classifier.runner)]
     return ServerReport(
         server=server,
@@ -201,10 +200,10 @@ def check_server(
     )
 
 
-def _answers(client: Client, contents: Sequence[bytes], name: str, tell: Progress) -> Iterator[Prediction]:
+def _answers(client: Client, contents: Sequence[bytes], name: str, progress: Progress) -> Iterator[Prediction]:
     for number, content in enumerate(contents, start=1):
         yield client.classify(content)
-        tell(f"asking {name}", number, len(contents))
+        progress(f"asking {name}", number, len(contents))
 
 
 def compare(
@@ -284,7 +283,7 @@ def _loads(
     input_type: str,
     settings: Settings,
     connect: Connect,
-    tell: Progress,
+    progress: Progress,
 ) -> Iterator[Load]:
     for endpoint in endpoints:
         for number, concurrency in enumerate(settings.concurrency, start=1):
@@ -295,7 +294,7 @@ def _loads(
                 return client
 
             yield measure_load(endpoint, contents, connected, concurrency=concurrency, requests=settings.requests)
-            tell(f"measuring {endpoint}", number, len(settings.concurrency))
+            progress(f"measuring {endpoint}", number, len(settings.concurrency))
 
 
 def measure_load(

@@ -18,7 +18,7 @@ from typing import Any
 from smlp_deploy.dependencies import TENSORRT_MODULES, find_gpu, start_tensorrt, tensorrt_log
 from smlp_deploy.errors import BuildError, MissingDependencyError, UsageError
 from smlp_deploy.exporters.kernels import Kernel, kernels_from_inspector, kernels_from_log
-from smlp_deploy.interrupts import Progress, StopRequest, put_off
+from smlp_deploy.interrupts import Progress, StopRequest, no_progress, put_off
 from smlp_deploy.metadata import BatchProfile
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class TensorRT:
         names = (name.lower() for name in vars(self._trt.ComputeCapability)) if self.ahead_of_time else ()
         return tuple(sorted((name for name in names if name.startswith("sm")), key=lambda name: int(name[2:])))
 
-    def build(self, graph: bytes, options: BuildOptions, *, progress: Progress | None = None) -> Engine:
+    def build(self, graph: bytes, options: BuildOptions, *, progress: Progress = no_progress) -> Engine:
         """Build an engine, then read its kernels.
 
         Args:
@@ -191,7 +191,7 @@ class TensorRT:
             tf32=options.tf32,
         )
         with self._log.recording() as messages:
-            self._build(graph, single, detailed=True, progress=None)
+            self._build(graph, single, detailed=True, progress=no_progress)
         return kernels_from_log(messages)
 
     def _inspected_kernels(self, plan: bytes, options: BuildOptions) -> tuple[Kernel, ...]:
@@ -241,7 +241,7 @@ class TensorRT:
         return created
 
     def _build(
-        self, graph: bytes, options: BuildOptions, *, detailed: bool, progress: Progress | None
+        self, graph: bytes, options: BuildOptions, *, detailed: bool, progress: Progress
     ) -> tuple[bytes, bytes | None]:
         trt = self._trt
         with _uninterrupted() as request:
@@ -338,7 +338,7 @@ def _uninterrupted() -> Iterator[StopRequest]:
         request.obey()
 
 
-def _make_monitor(trt: Any, request: StopRequest, progress: Progress | None) -> Any:
+def _make_monitor(trt: Any, request: StopRequest, progress: Progress) -> Any:
     """Reports progress, and cancels the build once a signal has arrived."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
@@ -350,8 +350,7 @@ def _make_monitor(trt: Any, request: StopRequest, progress: Progress | None) -> 
             self.steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if progress is not None:
-                progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+            progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
             return not request
 
         def phase_finish(self, phase_name: str) -> None:

@@ -20,7 +20,7 @@ from smlp_deploy.exporters.tensorrt import BuildOptions, Engine, TensorRT, defau
 from smlp_deploy.files import check_writable, replacing
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import default_images
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import EngineManifest
 from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_input, to_precision
 from smlp_deploy.runners.cuda import use_gpu
@@ -77,7 +77,7 @@ def build_engine(
     bounds: Bounds | None = None,
     int8: Int8Options | None = None,
     gpu: GpuDevice | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> EngineBuild:
     """Build a TensorRT engine from an ONNX file, with its manifest beside it; see `prepare_graph`, `build_prepared`.
 
@@ -119,7 +119,7 @@ def prepare_graph(
     wanted_input: str = "uint8",
     bounds: Bounds | None = None,
     int8: Int8Options | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Prepared:
     """Convert a graph to a precision and an input, and compare the result with the source.
 
@@ -142,8 +142,7 @@ def prepare_graph(
     if precision == "int8" and source.metadata.precision == "fp32":
         quantization = plan_quantization(source, int8 or Int8Options(), progress=progress)
     path = Path(f"{precision}.onnx" if wanted_input == "float32" else f"{precision}-{wanted_input}.onnx")
-    if progress is not None:
-        progress(f"converting to {precision}", 0, 0)
+    progress(f"converting to {precision}", 0, 0)
     graph = to_precision(source, precision, quantization=quantization, path=path)
     graph = to_input(graph, wanted_input, path=path)
     images = default_images(graph.metadata, quantization.images if quantization else ())
@@ -165,7 +164,7 @@ def build_prepared(
     backend: str,
     bounds: Bounds | None = None,
     gpu: GpuDevice | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> EngineBuild:
     """Build an engine, check its kernels, and write it with its manifest beside it.
 

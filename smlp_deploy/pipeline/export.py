@@ -16,7 +16,7 @@ from smlp_deploy.files import check_writable, write_text
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.images.defaults import default_images
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import ModelMetadata, Preprocessing
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
@@ -55,7 +55,7 @@ def export(
     images: Sequence[Path] | None = None,
     bounds: Bounds | None = None,
     int8: Int8Options | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Export:
     """Export a checkpoint to an ONNX file, and compare it with the trained network; see `export_checkpoint`.
 
@@ -108,7 +108,7 @@ def export_checkpoint(
     images: Sequence[Path] | None = None,
     bounds: Bounds | None = None,
     int8: Int8Options | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Export:
     """Export `checkpoint` to a graph, compare it with the trained network, and write it.
 
@@ -132,12 +132,11 @@ def export_checkpoint(
     check_writable(target)
     give_memory_back()  # of reading the checkpoint, as much as its weights
     precision = metadata.precision
-    tell = progress or (lambda what, done, total: None)
-    tell("making the graph", 0, 0)
+    progress("making the graph", 0, 0)
     graph = export_onnx(checkpoint.network(shared=True), metadata, path=target, opset=opset)
     give_memory_back()  # of the networks, several copies of the weights
     quantization = plan_quantization(graph, int8 or Int8Options(), progress=progress) if precision == "int8" else None
-    tell(f"converting to {precision}", 0, 0)
+    progress(f"converting to {precision}", 0, 0)
     graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)
     images = images or default_images(graph.metadata, quantization.images if quantization else ())
     with OnnxRuntimeRunner(graph) as candidate:

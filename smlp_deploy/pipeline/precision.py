@@ -20,7 +20,7 @@ from smlp_deploy.exporters.pixels import take_pixels
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
 from smlp_deploy.images.defaults import calibration_images
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -147,7 +147,7 @@ def _check_float(graph: Graph, what: str) -> None:
         )
 
 
-def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress | None = None) -> Quantization:
+def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress = no_progress) -> Quantization:
     """Calibrate an fp32 graph and, if `max_drop` is set, choose the layers to leave in half precision.
 
     Args:
@@ -160,33 +160,32 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
         ArtifactError: the calibration table does not match the graph.
     """
     _check_float(graph, "be calibrated")
-    tell = progress or (lambda what, done, total: None)
     images = options.images or calibration_images(graph.metadata)
     samples: FloatArray | None = None
     table = options.table
     if table is None or options.max_drop is not None:
-        samples, images = _load(images, graph.metadata, tell)
+        samples, images = _load(images, graph.metadata, progress)
     if table is None:
         assert samples is not None
-        table = _calibrate(graph, samples, options.method, tell)
+        table = _calibrate(graph, samples, options.method, progress)
     found = Quantization(table=table, per_channel=options.per_channel, images=images)
     if options.max_drop is None:
         return found
     assert samples is not None
     labels = _labels(images, graph.metadata)
-    return replace(found, sensitivity=_measure(graph, found, options.max_drop, samples, labels, tell))
+    return replace(found, sensitivity=_measure(graph, found, options.max_drop, samples, labels, progress))
 
 
-def _calibrate(graph: Graph, samples: FloatArray, method: str, tell: Progress) -> CalibrationTable:
+def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> CalibrationTable:
     batch = graph.metadata.batch
     size = batch or _BATCH
     # A graph with a fixed batch size is calibrated on whole batches, because padding would distort the ranges.
     total = len(samples) // size * size if batch else len(samples)
     batches = (samples[at : at + size] for at in range(0, total, size))
-    return calibrate(graph.model(), batches, method=method, progress=lambda done: tell("calibrating", done, total))
+    return calibrate(graph.model(), batches, method=method, progress=lambda done: progress("calibrating", done, total))
 
 
-def _load(images: Sequence[Path], metadata: ModelMetadata, tell: Progress) -> tuple[FloatArray, tuple[Path, ...]]:
+def _load(images: Sequence[Path], metadata: ModelMetadata, progress: Progress) -> tuple[FloatArray, tuple[Path, ...]]:
     """The readable images after the model's preprocessing."""
     if not images:
         raise UsageError(
@@ -199,7 +198,7 @@ def _load(images: Sequence[Path], metadata: ModelMetadata, tell: Progress) -> tu
         images = [images[i * len(images) // MOST_IMAGES] for i in range(MOST_IMAGES)]
     samples, readable = [], []
     for done, (path, content) in enumerate(_decoded(images, metadata), start=1):
-        tell("reading calibration images", done, len(images))
+        progress("reading calibration images", done, len(images))
         if isinstance(content, str):
             logger.warning("calibration skips %s: %s", path, content)
         else:
@@ -231,7 +230,7 @@ def _measure(
     max_drop: float,
     samples: FloatArray,
     labels: NDArray[np.int64] | None,
-    tell: Progress,
+    progress: Progress,
 ) -> SensitivityReport:
     """Each layer's sensitivity, and which layers to leave out."""
     model = graph.model()
@@ -245,16 +244,16 @@ def _measure(
     def run_with_only(layer: str) -> FloatArray:
         return run_without([name for name in layers if name != layer])
 
-    tell("running the fp32 graph", 0, 0)
+    progress("running the fp32 graph", 0, 0)
     reference = _logits(graph, samples)
     report = measure_sensitivity(
         layers,
         run_with_only,
         reference,
         labels=labels,
-        progress=lambda done: tell("measuring each layer", done, len(layers)),
+        progress=lambda done: progress("measuring each layer", done, len(layers)),
     )
-    tell("choosing the layers to leave in half precision", 0, 0)
+    progress("choosing the layers to leave in half precision", 0, 0)
     return choose(report, max_drop, run_without, reference_logits=reference, labels=labels)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from smlp_deploy.evaluation.layers import DivergenceReport, find_divergence
 from smlp_deploy.evaluation.parity import Bounds, ParityReport, check_half_range, prove
 from smlp_deploy.files import BUNDLED_CHECKPOINT, read_file, sha256_of
 from smlp_deploy.images.defaults import default_images, is_bundled
-from smlp_deploy.interrupts import Progress
+from smlp_deploy.interrupts import Progress, no_progress
 from smlp_deploy.metadata import EngineManifest, ModelMetadata
 from smlp_deploy.models.pretrained import cached_weights
 from smlp_deploy.models.variants import VARIANTS
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from smlp_deploy.exporters.tensorrt import BuildOptions
     from smlp_deploy.graphs.file import Graph
     from smlp_deploy.models.checkpoint import Checkpoint
+    from smlp_deploy.runners.tracing import QuantizedLayers
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def prove_against_checkpoint(
     artifact_sha256: str,
     *,
     gpu: GpuDevice | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
 
@@ -201,20 +202,25 @@ def verify_layers(
         truth = source if reference == candidate else _load(reference, ema=metadata.ema)
         images = images or default_images(metadata)
         with _open_tracer(truth, replace(placement, provider=None, runtime=AUTO), lowered=False) as tracer:
-            if metadata.precision != "int8" or tracer.metadata.precision != "fp32":
-                return find_divergence(tracer, inside, images, max_error=max_error)
-            from smlp_deploy.runners.tracing import QuantizedLayers
-
-            fp32 = _as_graph(truth, metadata.form)
-            if fp32.metadata.form != metadata.form:
-                logger.warning(
-                    "int8 layers are not compared: %s is of the form for another machine; give the checkpoint as the "
-                    "reference",
-                    fp32.path.name,
-                )
-                return find_divergence(tracer, inside, images, max_error=max_error)
-            with QuantizedLayers(_as_graph(source, metadata.form), fp32) as layers:
+            quantized = metadata.precision == "int8" and tracer.metadata.precision == "fp32"
+            with _quantized_layers(source, truth, metadata.form) if quantized else nullcontext() as layers:
                 return find_divergence(tracer, inside, images, max_error=max_error, layers=layers)
+
+
+def _quantized_layers(
+    source: Graph | Checkpoint, truth: Graph | Checkpoint, form: str
+) -> AbstractContextManager[QuantizedLayers | None]:
+    """The int8 layers of a graph beside those of an fp32 graph; None, with a warning, if that one has another form."""
+    from smlp_deploy.runners.tracing import QuantizedLayers
+
+    fp32 = _as_graph(truth, form)
+    if fp32.metadata.form == form:
+        return QuantizedLayers(_as_graph(source, form), fp32)
+    logger.warning(
+        "int8 layers are not compared: %s is of the form for another machine; give the checkpoint as the reference",
+        fp32.path.name,
+    )
+    return nullcontext()
 
 
 def _load(path: Path, *, ema: bool) -> Graph | Checkpoint:

@@ -29,6 +29,7 @@ from smlp_deploy.evaluation.benchmark import (
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.interrupts import no_progress
 from smlp_deploy.pipeline import baselines
 from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
@@ -77,7 +78,7 @@ def test_there_are_more_rounds_where_a_ratio_is_not_known_well(noise: float, few
     models = [
         _Model(process=cast(TimedProcess, Scripted(seconds, noise)), loaded=loaded, first=0) for seconds in (0.1, 0.2)
     ]
-    for first, second in _time_batches(models, (1, 8), rounds=10, tell=lambda *_: None):
+    for first, second in _time_batches(models, (1, 8), rounds=10, progress=no_progress):
         assert fewest <= len(first.rounds) == len(second.rounds) <= most
         assert second.ratio is not None
         assert second.ratio.value == pytest.approx(0.5, rel=max(noise, 0.01))
@@ -181,7 +182,7 @@ class TestTheClockOfAGpu:
         monkeypatch.setattr(GpuClock, "most", lambda self: most)
         loaded = Loaded(name="tensorrt x.engine", metadata=metadata(), seconds=0)
         model = _Model(process=cast(TimedProcess, Process(0.1, 0)), loaded=loaded, first=0, gpu=L4)
-        _take_turns([model], [8], rounds=len(clocks), tell=lambda *_: None)
+        _take_turns([model], [8], rounds=len(clocks), progress=no_progress)
         return _model_timing(model, (), None)
 
     def test_is_read_at_the_end_of_each_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
