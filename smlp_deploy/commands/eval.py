@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from smlp_deploy import strictjson
 from smlp_deploy.commands import options as o
 from smlp_deploy.errors import CheckError, UsageError
 from smlp_deploy.files import read_file
+
+if TYPE_CHECKING:
+    from smlp_deploy.evaluation.accuracy import Evaluation
 
 _MAX_REPORT_BYTES = 1 << 30
 
@@ -35,15 +39,13 @@ def evaluate(
     With -o, each image's answers are kept in FILE.partial until the report is complete; --resume continues a run that
     was stopped.
     """
-    from smlp_deploy.commands.output import check_html, is_finished, page_origin, show
+    from smlp_deploy.commands.output import check_html, is_finished
     from smlp_deploy.commands.sources import default_model
-    from smlp_deploy.commands.tables import show_evaluation
     from smlp_deploy.commands.terminal import building, suggest
     from smlp_deploy.evaluation.accuracy import evaluate_dataset
     from smlp_deploy.files import check_writable
     from smlp_deploy.images.dataset import check_dataset, read_mapping
     from smlp_deploy.images.labels import read_labels
-    from smlp_deploy.reports import evaluation_page
 
     check_html(html, beside=output)
     if resume and output is None:
@@ -74,15 +76,23 @@ def evaluate(
             resume=resume,
             progress=progress,
         )
+    _show(report, paths, html=html, as_json=as_json)
+    _judge([(found.name, found.top1.count, found.top1.n) for found in report.models], min_top1)
+    suggest("smlp", "benchmark", *paths)
+
+
+def _show(report: Evaluation, models: Sequence[Path], *, html: Path | None, as_json: bool) -> None:
+    from smlp_deploy.commands.output import page_origin, show
+    from smlp_deploy.commands.tables import show_evaluation
+    from smlp_deploy.reports import evaluation_page
+
     show(
         as_json=as_json,
         json_text=report.to_json,
         table=lambda: show_evaluation(report),
         html=html,
-        page=lambda: evaluation_page(page_origin(paths), report),
+        page=lambda: evaluation_page(page_origin(models), report),
     )
-    _judge([(found.name, found.top1.count, found.top1.n) for found in report.models], min_top1)
-    suggest("smlp", "benchmark", *paths)
 
 
 def _judge(models: Iterable[tuple[str, int, int]], min_top1: float | None) -> None:

@@ -183,8 +183,7 @@ def prove(
         artifact_sha256: of the candidate's file, for the report.
         progress: told of the inputs that are compared, after each batch.
     """
-    metadata = candidate.metadata
-    arithmetic = arithmetic_of(candidate)
+    metadata, arithmetic = candidate.metadata, arithmetic_of(candidate)
     gates = replace(GATES[arithmetic], **(bounds or {}))
     common = replace(metadata, input=common_input(reference, candidate))
     samples = _Samples(image_paths, common, fill=metadata.batch or max(LARGEST_BATCH, batch_size_of(candidate)))
