@@ -23,7 +23,7 @@ from tests.support.environments import Environments
 from tests.support.fakes import Exported
 from tests.support.graphs import building_once, kept, remembering
 from tests.support.processes import CORES
-from tests.support.recipe import CASES, config_of, recipe_weights
+from tests.support.recipe import CASES, ONE_BLOCK, config_of, recipe_weights
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -173,6 +173,14 @@ def micro_pth(tmp_path: Path) -> Path:
     """A small official-style checkpoint with recipe weights, 10 classes, 32 x 32."""
     path = tmp_path / "micro.pth"
     torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1)}, path)
+    return path
+
+
+@pytest.fixture
+def one_block(tmp_path: Path) -> Path:
+    """A checkpoint of a single block with recipe weights, 10 classes, 32 x 32."""
+    path = tmp_path / "one_block.pth"
+    torch.save(recipe_weights(ONE_BLOCK, 1), path)
     return path
 
 

@@ -913,6 +913,7 @@ class TestPages:
 def test_benchmark(smlp: Smlp, artifact: Path, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     in_80_columns = lambda: Console(highlight=False, width=80, force_terminal=True, color_system=None)  # noqa: E731
     monkeypatch.setattr(tables, "stdout", in_80_columns)
+    monkeypatch.setattr("smlp_deploy.evaluation.benchmark._TURN_SECONDS", 0.05)
     outcome = smlp(
         *("benchmark", artifact, artifact, "--batch", "2", "--rounds", "2"),
         *("--end-to-end", digit_images[0].parent, "-o", "report.json"),

@@ -28,8 +28,11 @@ from smlp_deploy.evaluation.benchmark import (
 )
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
+from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT
 from smlp_deploy.interrupts import no_progress
+from smlp_deploy.models.checkpoint import load_checkpoint
+from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import baselines
 from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
@@ -84,7 +87,10 @@ def test_there_are_more_rounds_where_a_ratio_is_not_known_well(noise: float, few
         assert second.ratio.value == pytest.approx(0.5, rel=max(noise, 0.01))
 
 
-def test_models_are_timed_side_by_side(digits_export: Export, digit_images: list[Path]) -> None:
+def test_models_are_timed_side_by_side(
+    digits_export: Export, digit_images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TURN_SECONDS", 0.05)
     told: list[tuple[str, int, int]] = []
     report = run_benchmark(
         [Target(path=digits_export.path), Target(path=BUNDLED_CHECKPOINT)],
@@ -139,16 +145,25 @@ def test_nothing_to_time_is_refused(wrong: dict[str, object], digits_export: Exp
         run_benchmark(**arguments)  # type: ignore[arg-type]
 
 
-def test_the_baselines_are_made_from_the_same_checkpoint(digits_export: Export) -> None:
-    eager, compiled, unlowered = baselines_of(digits_export.path)
-    assert (eager.path, eager.compiled) == (BUNDLED_CHECKPOINT, False)
-    assert (compiled.path, compiled.compiled) == (BUNDLED_CHECKPOINT, True)
-    assert unlowered.path == Path("smlpnet_digits-unlowered.onnx")
+@pytest.fixture
+def small_export(one_block: Path) -> Path:
+    """An ONNX file beside its checkpoint."""
+    checkpoint = load_checkpoint(one_block)
+    graph = export_onnx(checkpoint.network(), describe(checkpoint), path=one_block.with_suffix(".onnx"))
+    graph.save()
+    return graph.path
+
+
+def test_the_baselines_are_made_from_the_same_checkpoint(one_block: Path, small_export: Path) -> None:
+    eager, compiled, unlowered = baselines_of(small_export)
+    assert (eager.path, eager.compiled) == (one_block, False)
+    assert (compiled.path, compiled.compiled) == (one_block, True)
+    assert unlowered.path == Path("one_block-unlowered.onnx")
     assert unlowered.graph is not None
     batch = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
-    with open_graph(unlowered.graph) as runner, open_runner(digits_export.path) as lowered:
+    with open_graph(unlowered.graph) as runner, open_runner(small_export) as lowered:
         np.testing.assert_allclose(runner.infer(batch), lowered.infer(batch), atol=1e-4)
-    assert baselines_of(BUNDLED_CHECKPOINT)[0].compiled
+    assert baselines_of(one_block)[0].compiled
 
 
 def test_the_environment_is_told() -> None:
@@ -230,7 +245,7 @@ class TestWhereBaselinesRun:
     )
     def test_of_an_onnx_file(
         self,
-        digits_export: Export,
+        small_export: Path,
         monkeypatch: pytest.MonkeyPatch,
         device: str | None,
         provider: str | None,
@@ -238,7 +253,7 @@ class TestWhereBaselinesRun:
         onnx_provider: str,
     ) -> None:
         monkeypatch.setattr(baselines, "open_runner", lambda path, placement: open_runner(path))
-        targets = baselines_of(digits_export.path, placement=Placement.of(device=device, provider=provider))
+        targets = baselines_of(small_export, placement=Placement.of(device=device, provider=provider))
         eager, compiled, unlowered = targets
         for target in targets:
             gpu = target.placement.gpu
@@ -246,14 +261,14 @@ class TestWhereBaselinesRun:
         assert [eager.placement.provider, compiled.placement.provider] == [None, None]
         assert unlowered.placement.onnx_provider == onnx_provider
 
-    def test_of_an_engine(self, digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(baselines, "open_runner", lambda path, placement: open_runner(digits_export.path))
-        for target in baselines_of(Path("x.engine")):
+    def test_of_an_engine(self, small_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(baselines, "open_runner", lambda path, placement: open_runner(small_export))
+        for target in baselines_of(small_export.with_name("x.engine")):
             assert target.placement.gpu == L4
             assert target.placement.onnx_provider == "cuda"
 
-    def test_of_a_checkpoint(self) -> None:
-        compiled, unlowered = baselines_of(BUNDLED_CHECKPOINT, placement=Placement.of(device="1"))
+    def test_of_a_checkpoint(self, one_block: Path) -> None:
+        compiled, unlowered = baselines_of(one_block, placement=Placement.of(device="1"))
         assert compiled.placement.gpu == unlowered.placement.gpu == replace(L4, index=1)
         assert unlowered.placement.onnx_provider == "cuda"
-        assert baselines_of(BUNDLED_CHECKPOINT)[0].placement.gpu is None
+        assert baselines_of(one_block)[0].placement.gpu is None

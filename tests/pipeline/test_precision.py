@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from PIL import Image
 
 from scripts.digits import load_digits
@@ -19,7 +18,7 @@ from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images, calibration_images, default_images
 from smlp_deploy.images.preprocessing import prepare
-from smlp_deploy.metadata import ModelMetadata, SMLPNetConfig
+from smlp_deploy.metadata import ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
@@ -29,7 +28,6 @@ from smlp_deploy.pipeline.precision import Int8Options, plan_quantization, to_in
 from smlp_deploy.pipeline.verify import verify_artifact
 from smlp_deploy.runners import open_runner
 from tests.support.fakes import Exported
-from tests.support.recipe import recipe_weights
 
 
 @pytest.fixture
@@ -46,6 +44,14 @@ def graph(digits_export: Export) -> Graph:
 @pytest.fixture
 def metadata(graph: Graph) -> ModelMetadata:
     return graph.metadata
+
+
+@pytest.fixture
+def small_graph(one_block: Path) -> Graph:
+    """In fp32, of a network of one block."""
+    checkpoint = load_checkpoint(one_block)
+    metadata = describe(checkpoint, labels=tuple("0123456789"))
+    return export_onnx(checkpoint.network(), metadata, path=one_block.with_suffix(".onnx"))
 
 
 def foreign(metadata: ModelMetadata) -> ModelMetadata:
@@ -126,19 +132,16 @@ def test_a_graph_of_one_batch_size_is_calibrated_on_whole_batches(digits: Checkp
     assert read_table(tmp_path / "x.calibration.json").images == 128
 
 
-def test_labels_come_from_folders_named_like_classes(digit_images: list[Path], tmp_path: Path) -> None:
-    config = SMLPNetConfig(dim=8, depths=(1,), expansion=3, patch_size=4, image_size=32, num_classes=10)
-    torch.save(recipe_weights(config, 1), tmp_path / "x.pth")
-    checkpoint = load_checkpoint(tmp_path / "x.pth")
-    metadata = describe(checkpoint, labels=tuple("0123456789"))
-    graph = export_onnx(checkpoint.network(), metadata, path=tmp_path / "x.onnx")
+def test_labels_come_from_folders_named_like_classes(
+    small_graph: Graph, digit_images: list[Path], tmp_path: Path
+) -> None:
     paths = []
     for image in digit_images:
         path = tmp_path / image.name.split("-")[1] / image.name
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(image)
         paths.append(path)
-    quantized = plan_quantization(graph, Int8Options(images=tuple(paths), max_drop=5.0))
+    quantized = plan_quantization(small_graph, Int8Options(images=tuple(paths), max_drop=5.0))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.measure == "accuracy"
     assert quantized.table.images == 12

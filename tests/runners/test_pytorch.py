@@ -111,12 +111,12 @@ def test_inspection_runs_the_form_of_the_artifact(
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile uses it itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_network_computes_the_same(micro_pth: Path, batch: FloatArray) -> None:
-    micro = load_checkpoint(micro_pth)
-    metadata = describe(micro)
-    with PyTorchRunner(micro, metadata) as trained, CompiledRunner(micro, metadata) as compiled:
+def test_a_compiled_network_computes_the_same(one_block: Path, batch: FloatArray) -> None:
+    checkpoint = load_checkpoint(one_block)
+    metadata = describe(checkpoint)
+    with PyTorchRunner(checkpoint, metadata) as trained, CompiledRunner(checkpoint, metadata) as compiled:
         expected, found = trained.infer(batch), compiled.infer(batch)
-    assert compiled.name == "torch.compile (CPU) micro.pth"
+    assert compiled.name == "torch.compile (CPU) one_block.pth"
     assert np.abs(found - expected).max() < 1e-4
 
 

@@ -24,6 +24,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+ONE_BLOCK = SMLPNetConfig(dim=8, depths=(1,), expansion=3, patch_size=4, image_size=32, num_classes=10)
+"""The smallest network that has every kind of layer."""
+
+
 def config_of(case: Mapping[str, Any]) -> SMLPNetConfig:
     return SMLPNetConfig(
         dim=case["dim"],
