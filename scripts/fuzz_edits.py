@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
@@ -95,13 +96,16 @@ def edit_parts(
         case 1:
             parts[i] = (pick(draw, names), content)
         case 2:
-            new = pick(draw, (content, b"name\0\0" + _ZEROS, b"name\0\1\0\0\0" + _ZEROS))
+            new = pick(draw, (content, b"name\0\0" + _zeros(), b"name\0\1\0\0\0" + _zeros()))
             parts.insert(i, (pick(draw, names), new))
         case _:
             parts[i] = (name, edit(draw, name, content))
 
 
-_ZEROS = zlib.compress(bytes(1 << 26))
+@cache
+def _zeros() -> bytes:
+    """64 MB of them, compressed, which takes half a second."""
+    return zlib.compress(bytes(1 << 26))
 
 
 # --------------------------------------------------------------------------------------------------------------- images

@@ -26,13 +26,8 @@ from tests.support.processes import CORES
 from tests.support.recipe import CASES, ONE_BLOCK, config_of, recipe_weights
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """A process more than cores, for the times when another waits for a child or a cluster."""
-    return len(CORES) + 1
-
-
 def pytest_configure() -> None:
-    """Give each process of a parallel run one core: frameworks start a thread for each core they may use."""
+    """Give each process of a parallel run a core of its own: frameworks start a thread for each core they may use."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(CORES)
