@@ -36,16 +36,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def setup(corpus: Path, tmp_path: Path) -> fuzz.Setup:
+def forget_verdicts(corpus: Path) -> None:
     for log in corpus.glob("verdicts-*"):
         log.unlink()
+
+
+@pytest.fixture
+def setup(corpus: Path, tmp_path: Path) -> fuzz.Setup:
+    forget_verdicts(corpus)
     return fuzz.Setup(folder=corpus, output=tmp_path / "found")
 
 
 @pytest.fixture(scope="module")
 def verdicts(corpus: Path) -> dict[Path, fuzz.Verdict]:
     """What becomes of the cases found so far."""
+    forget_verdicts(corpus)
     kinds = tuple({path.parent.name for path in FOUND})
     checked = fuzz.fuzz(fuzz.Setup(folder=corpus, output=corpus / "found", kinds=kinds, files=FOUND))
     return dict(zip(FOUND, checked, strict=True))
