@@ -179,6 +179,14 @@ def one_block(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def small_graph(one_block: Path) -> Graph:
+    """The fp32 graph of `one_block`, to become a file beside it."""
+    checkpoint = load_checkpoint(one_block)
+    metadata = describe(checkpoint, labels=tuple("0123456789"))
+    return exporter.export_onnx(checkpoint.network(), metadata, path=one_block.with_suffix(".onnx"))
+
+
+@pytest.fixture
 def photo() -> Image.Image:
     """A real photograph, 385 x 256."""
     with Image.open(DATA_FOLDER / "parity" / "chelsea.jpg") as image:

@@ -200,7 +200,7 @@ def _elementwise_shape(*operands: object, **_: object) -> tuple[int, ...]:
 
 
 def _mean_shape(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> tuple[int, ...]:
-    axes = {axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)}
+    axes = _axes(x, dim)
     return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape) if keepdim or axis not in axes)
 
 
@@ -218,6 +218,10 @@ _SHAPES: dict[str, Callable[..., tuple[int, ...]]] = {
 }
 """The shape of a float32 result, by the name of PyTorch's function, for those that PyTorch itself computes in Python:
 its module for that takes 2 s to import."""
+
+
+def _axes(x: Tensor, dim: int | Sequence[int]) -> list[int]:
+    return [axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)]
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -244,8 +248,7 @@ def _transpose(recorder: _Recorder, _: Tensor, x: Tensor, one: int, other: int) 
 
 
 def _mean(recorder: _Recorder, _: Tensor, x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> str:
-    axes = [axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)]
-    return recorder.node("ReduceMean", x, recorder.integers("axes", axes), keepdims=int(keepdim))
+    return recorder.node("ReduceMean", x, recorder.integers("axes", _axes(x, dim)), keepdims=int(keepdim))
 
 
 def _rsqrt(recorder: _Recorder, _: Tensor, x: Tensor) -> str:

@@ -28,11 +28,9 @@ from smlp_deploy.evaluation.benchmark import (
 )
 from smlp_deploy.evaluation.clock import GpuClock
 from smlp_deploy.evaluation.worker import Loaded, Sample, Target, TimedProcess
-from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.interrupts import no_progress
-from smlp_deploy.models.checkpoint import load_checkpoint
-from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import baselines
 from smlp_deploy.pipeline.baselines import baselines_of
 from smlp_deploy.pipeline.export import Export
@@ -146,12 +144,10 @@ def test_nothing_to_time_is_refused(wrong: dict[str, object], digits_export: Exp
 
 
 @pytest.fixture
-def small_export(one_block: Path) -> Path:
+def small_export(small_graph: Graph) -> Path:
     """An ONNX file beside its checkpoint."""
-    checkpoint = load_checkpoint(one_block)
-    graph = export_onnx(checkpoint.network(), describe(checkpoint), path=one_block.with_suffix(".onnx"))
-    graph.save()
-    return graph.path
+    small_graph.save()
+    return small_graph.path
 
 
 def test_the_baselines_are_made_from_the_same_checkpoint(one_block: Path, small_export: Path) -> None:

@@ -13,13 +13,12 @@ from scripts.digits import load_digits
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.calibration import read_table
 from smlp_deploy.exporters.int8 import quantized_layers
-from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.exporters.tensorrt import BuildOptions
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.defaults import bundled_images, calibration_images, default_images
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.metadata import ModelMetadata
-from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
+from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline import precision as quantization
 from smlp_deploy.pipeline.build import build_prepared, prepare_graph
@@ -44,14 +43,6 @@ def graph(digits_export: Export) -> Graph:
 @pytest.fixture
 def metadata(graph: Graph) -> ModelMetadata:
     return graph.metadata
-
-
-@pytest.fixture
-def small_graph(one_block: Path) -> Graph:
-    """In fp32, of a network of one block."""
-    checkpoint = load_checkpoint(one_block)
-    metadata = describe(checkpoint, labels=tuple("0123456789"))
-    return export_onnx(checkpoint.network(), metadata, path=one_block.with_suffix(".onnx"))
 
 
 def foreign(metadata: ModelMetadata) -> ModelMetadata:
