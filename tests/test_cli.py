@@ -25,7 +25,7 @@ import typer.main
 from PIL import Image
 from rich.console import Console
 
-from smlp_deploy import __version__, dependencies, doctor, files, reports
+from smlp_deploy import __version__, dependencies, files, reports
 from smlp_deploy.cli import command_line, main
 from smlp_deploy.commands import tables
 from smlp_deploy.errors import GpuError, SmlpError
@@ -37,7 +37,6 @@ from smlp_deploy.models import pretrained
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from tests.support.fakes import Exported
-from tests.support.graphs import kept
 from tests.support.processes import Forked, after_bytes, at_open, run_verb, with_traces
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -390,19 +389,19 @@ class TestExport:
         assert "the graph takes uint8 and cannot be converted to fp16 · " in one_error(refused)
         assert one_error(refused).endswith("give the float32-input file")
 
-    def test_a_file_for_cpus_has_a_name_of_its_own(self, smlp: Smlp, micro_pth: Path) -> None:
+    def test_a_file_for_cpus_has_a_name_of_its_own(self, smlp: Smlp, one_block: Path) -> None:
         forms = {}
         for options, name in (
-            ((), "micro-fp16"),
-            (("--for", "gpu"), "micro-fp16"),
-            (("--for", "cpu"), "micro-fp16-cpu"),
+            ((), "one_block-fp16"),
+            (("--for", "gpu"), "one_block-fp16"),
+            (("--for", "cpu"), "one_block-fp16-cpu"),
         ):
-            outcome = smlp("export", micro_pth, *options, "--fp16")
+            outcome = smlp("export", one_block, *options, "--fp16")
             assert (outcome.code, outcome.out) == (0, f"artifacts/{name}.onnx\n")
             forms[options] = json.loads(smlp("inspect", "--json", outcome.out.strip()).out)["metadata"]["form"]
-            assert smlp("verify", outcome.out.strip(), "--reference", micro_pth).code == 0
+            assert smlp("verify", outcome.out.strip(), "--reference", one_block).code == 0
         assert forms == {(): "gpu", ("--for", "gpu"): "gpu", ("--for", "cpu"): "cpu"}
-        assert smlp("export", micro_pth, "--for", "tpu").code == 2
+        assert smlp("export", one_block, "--for", "tpu").code == 2
 
     def test_options_reach_the_file(self, smlp: Smlp, micro_pth: Path) -> None:
         Path("labels.txt").write_text("\n".join("abcdefghij"))
@@ -1007,13 +1006,8 @@ class TestEval:
         assert "'ten' is not the label" in one_error(smlp("eval", dataset, "-m", artifact))
 
 
+@pytest.mark.usefixtures("packages_asked_once")
 class TestDoctor:
-    @pytest.fixture(autouse=True)
-    def asked_once(self, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What this environment's packages answer in processes of their own is the same for both tests."""
-        ask = doctor._run
-        monkeypatch.setattr(doctor, "_run", lambda code: kept(shared, f"doctor {code}", lambda: ask(code)))
-
     def test_lines(self, smlp: Smlp) -> None:
         outcome = smlp("doctor")
         assert outcome.code == 0

@@ -456,6 +456,7 @@ class TestArtifacts:
         assert findings["artifacts/fits.engine"].fix == "use the ONNX file"
 
 
+@pytest.mark.usefixtures("packages_asked_once")
 def test_this_environment_has_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "find_gpu", lambda: None)

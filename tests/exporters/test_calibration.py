@@ -16,6 +16,7 @@ from scripts.digits import Digits, load_digits
 from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
 from smlp_deploy.exporters.calibration import METHODS, CalibrationTable
 from smlp_deploy.exporters.int8 import calibrate
+from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
@@ -77,9 +78,10 @@ def test_minmax_is_the_largest_value_however_the_images_are_batched(
     assert (table.images, table.method) == (128, "minmax")
 
 
-def test_the_other_methods_leave_outliers_out(model: ModelProto, training: FloatArray) -> None:
+def test_the_other_methods_leave_outliers_out(small_graph: Graph, training: FloatArray) -> None:
     images = training[:16].copy()
     images[0, :, 3, 3] = 1000
+    model = small_graph.model()
     ranges = {method: calibrate(model, [images], method=method).ranges["images"] for method in METHODS}
     assert ranges["minmax"] == 1000
     assert ranges["entropy"] < 1000

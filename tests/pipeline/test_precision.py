@@ -106,7 +106,7 @@ def test_a_damaged_layer_alone_is_left_in_half_precision(graph: Graph) -> None:
     change("blocks.5.out.weight", (0, 0, 0, 0), 500)
     damaged = next(name for name in quantized_layers(model) if name.startswith("blocks.5.out/"))
     worse = Graph.of(model, graph.metadata, path=graph.path)
-    images = calibration_images(graph.metadata)[::4]
+    images = calibration_images(graph.metadata)[::8]
     quantized = plan_quantization(worse, Int8Options(images=images, max_drop=0.3))
     assert quantized.sensitivity is not None
     assert quantized.sensitivity.left_out == (damaged,)
