@@ -573,7 +573,7 @@ def test_files_damaged_anywhere(tmp_path: Path, grey: Pixels, colour: Pixels) ->
                 damaged[rng.randrange(min(len(damaged), rng.choice([64, 10_000])))] = rng.choice(
                     [0, 255, rng.randrange(256)]
                 )
-            reasons.add(pixels_or_reason(path, damaged))
+            reasons.add(pixels_or_reason(path, bytes(damaged)))
         assert reasons - {None}, f"no damage to {name} was found"
 
 
