@@ -1,12 +1,13 @@
 """sMLPNet on this CPU: our artifacts beside PyTorch and the unlowered baseline, and beside the CPU's own limit.
 
-    python -m benchmarks.cpu [VARIANT ...] [--batch N ...] [--rounds N] [--cores N] [--json FILE]
+    python -m benchmarks.cpu [VARIANT ...] [--batch N ...] [--rounds N] [--processes N] [--cores N] [--json FILE]
     python -m benchmarks.cpu [VARIANT ...] --counters
 
 Each variant gets the seeded weights of `tests/support/recipe.py`. Every row has a process of its own and only one runs
 at a time, in turns, so that other load on the machine affects all alike. Our rows run as `smlp predict` runs them; the
 others through each library's own interface, on as many threads. The limit is what one matrix product of 3072 x 3072 x
-3072 in PyTorch does in a second, over the network's multiplications and additions.
+3072 in PyTorch does in a second, over the network's multiplications and additions. At batch 1 all weights are read for
+one image, and where a process has its memory can make all of its runs a third slower: take several with --processes.
 
 With --counters, OpenVINO's own time for each kind of operation in our files, in place of the comparison.
 """
@@ -159,7 +160,10 @@ def _pytorch(row: Row, folder: Path, cores: int) -> Callable[[FloatArray], objec
 
 
 def serve(row: Row, folder: Path, cores: int) -> None:
-    """Time one run for each line on standard input, a batch size; the first two of each size warm up."""
+    """Time one run for each line on standard input, a batch size; the first two of each size warm up.
+
+    A run that is not timed precedes each: the threads of the row before may still wait busily for work.
+    """
     run = runnable(row, folder, cores)
     batches: dict[int, FloatArray] = {}
     for line in sys.stdin:
@@ -168,6 +172,7 @@ def serve(row: Row, folder: Path, cores: int) -> None:
             batches[size] = np.random.default_rng(size).standard_normal((size, 3, 224, 224), dtype=np.float32)
             for _ in range(2):
                 run(batches[size])
+        run(batches[size])
         started = time.perf_counter()
         run(batches[size])
         print(time.perf_counter() - started, flush=True)
@@ -218,22 +223,28 @@ def servers(rows: Iterable[Row], folder: Path, cores: int) -> Iterator[list[Serv
 
 
 def measure(
-    rows: Sequence[Row], folder: Path, batches: Sequence[int], *, rounds: int, cores: int
+    rows: Sequence[Row], folder: Path, batches: Sequence[int], *, rounds: int, cores: int, processes: int
 ) -> Iterator[dict[str, Any]]:
-    """The seconds of every run: for each batch size a dict with the row's name, the size and the runs."""
-    with servers(rows, folder, cores) as started:
-        for batch in batches:
-            for server in started:
-                server.ask(batch)  # all at once: they warm up, and torch.compile compiles
-            for server in started:
-                server.answer()
-            seconds: dict[str, list[float]] = {server.row.name: [] for server in started}
-            for _ in range(rounds):
-                for server in started:
-                    server.ask(batch)
-                    seconds[server.row.name].append(server.answer())
-            for name, runs in seconds.items():
-                yield {"row": name, "batch": batch, "seconds": runs}
+    """The seconds of every run: for each process and batch size a dict with the row's name, the size and the runs."""
+    for _ in range(processes):
+        with servers(rows, folder, cores) as started:
+            for batch in batches:
+                for name, runs in take_turns(started, batch, rounds=rounds).items():
+                    yield {"row": name, "batch": batch, "seconds": runs}
+
+
+def take_turns(started: Sequence[Server], batch: int, *, rounds: int) -> dict[str, list[float]]:
+    """The seconds of each row's runs with one batch size."""
+    for server in started:
+        server.ask(batch)  # all at once: they warm up, and torch.compile compiles
+    for server in started:
+        server.answer()
+    seconds: dict[str, list[float]] = {server.row.name: [] for server in started}
+    for _ in range(rounds):
+        for server in started:
+            server.ask(batch)
+            seconds[server.row.name].append(server.answer())
+    return seconds
 
 
 def milliseconds(row: str, batch: int, seconds: Sequence[float], operations: float) -> float:
@@ -246,10 +257,10 @@ def milliseconds(row: str, batch: int, seconds: Sequence[float], operations: flo
 def show(variant: str, results: Sequence[dict[str, Any]], operations: float) -> None:
     """A line for each row, with the milliseconds of an image at each batch size and their share of the first row's."""
     batches = sorted({result["batch"] for result in results})
-    figures = {
-        (result["row"], result["batch"]): milliseconds(result["row"], result["batch"], result["seconds"], operations)
-        for result in results
-    }
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for result in results:
+        seconds.setdefault((result["row"], result["batch"]), []).extend(result["seconds"])
+    figures = {(row, batch): milliseconds(row, batch, runs, operations) for (row, batch), runs in seconds.items()}
     table = Table(box=None, pad_edge=False, title=f"{variant}, milliseconds for an image (ratio to the first row)")
     for heading in ("", *(f"batch {batch}" for batch in batches)):
         table.add_column(heading, justify="right" if heading else "left")
@@ -290,6 +301,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=["smlpnet_tiny"], metavar="VARIANT")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=1, help="Of each row, one after another.")
     parser.add_argument("--cores", type=int, default=available_cores())
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="TEXT", help="Leave out rows with this in the name."
@@ -316,7 +328,14 @@ def main() -> None:
             operations = json.loads((folder / "work.json").read_text())
             results: list[dict[str, Any]] = []
             document["variants"][variant] = {"operations": operations, "runs": results}
-            for result in measure(rows, folder, arguments.batch, rounds=arguments.rounds, cores=arguments.cores):
+            for result in measure(
+                rows,
+                folder,
+                arguments.batch,
+                rounds=arguments.rounds,
+                cores=arguments.cores,
+                processes=arguments.processes,
+            ):
                 results.append(result)
                 if arguments.json:  # after each, because a run takes long and may be stopped
                     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
