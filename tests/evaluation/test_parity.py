@@ -48,14 +48,14 @@ def test_equal_runners_pass() -> None:
     assert (report.nan_count, report.inf_count) == (0, 0)
 
 
-def test_the_candidate_runs_alone_in_an_odd_batch_and_in_the_largest() -> None:
+def test_the_candidate_runs_in_the_largest_batch_then_alone_and_in_an_odd_one() -> None:
     candidate = FakeRunner(quadrant_means)
     report = prove(FakeRunner(quadrant_means), candidate, IMAGES)
-    assert candidate.batch_sizes == [1, 1, 1, 1, 7, 32]
+    assert candidate.batch_sizes == [32, 1, 1, 1, 1, 7]
     assert report.batch_sizes == (1, 7, 32)
     fixed = FakeRunner(quadrant_means, metadata(batch=4))
     prove(FakeRunner(quadrant_means), fixed, IMAGES)
-    assert fixed.batch_sizes == [1, 1, 1, 1, 4, 4, 3]
+    assert fixed.batch_sizes == [4, 1, 1, 1, 1, 4, 3]
 
 
 def test_an_engine_runs_at_the_size_that_predict_uses() -> None:
@@ -65,7 +65,7 @@ def test_an_engine_runs_at_the_size_that_predict_uses() -> None:
     candidate = Engine(quadrant_means)
     report = prove(FakeRunner(quadrant_means), candidate, IMAGES)
     assert report.batch_sizes == (1, 7, 64)
-    assert candidate.batch_sizes[-1] == 64
+    assert candidate.batch_sizes[0] == 64
     assert report.images + report.noise == 64
 
 
@@ -99,7 +99,7 @@ class TestPixels:
         assert report.max_abs == 0
         assert (report.images, report.noise) == (3, 29)
         for taken, batches in zip(inputs, seen.values(), strict=True):
-            whole = batches[-1]
+            whole = batches[0]
             assert whole.dtype == taken
             assert whole.shape == ((32, 8, 8, 3) if taken == "uint8" else (32, 3, 8, 8))
             if taken == "uint8":
@@ -115,7 +115,7 @@ class TestPixels:
     def test_for_float32_alone_the_noise_is_as_ever(self) -> None:
         _, seen = self.proven("float32", "float32")
         noise = np.random.default_rng(2109).standard_normal((29, 3, 8, 8), dtype=np.float32)
-        assert seen["candidate"][-1][3:].tobytes() == noise.tobytes()
+        assert seen["candidate"][0][3:].tobytes() == noise.tobytes()
 
     def test_a_wrong_normalization_fails(self) -> None:
         wrong = FakeRunner(
