@@ -53,15 +53,20 @@ def capture(network: nn.Module, *, image_size: int, batch: int | None, opset: in
     values = {name: _value(name, shape, other.shapes[name]) for name, shape in run.shapes.items()}
     first, last = (values.pop(name) for name in ends)
     weights = network.state_dict()
-    constants = [
-        numpy_helper.from_array(run.constants[name] if name in run.constants else weights[name].numpy(), name)
-        for name in run.read
-    ]
+    model = helper.make_model(
+        helper.make_graph(run.nodes, "smlpnet", [first], [last]),
+        ir_version=_IR_VERSION,
+        opset_imports=[helper.make_opsetid("", opset)],
+    )
+    graph = model.graph
+    for name in run.read:  # one by one: `make_graph` and `make_model` would each copy all of them
+        constant = run.constants[name] if name in run.constants else weights[name].numpy()
+        graph.initializer.append(numpy_helper.from_array(constant, name))
     # First those of the constants, as onnx_ir writes them, so that its passes leave the rest of a graph as it is.
-    known = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in constants]
-    known += values.values()
-    graph = helper.make_graph(run.nodes, "smlpnet", [first], [last], constants, value_info=known)
-    return helper.make_model(graph, ir_version=_IR_VERSION, opset_imports=[helper.make_opsetid("", opset)])
+    for tensor in graph.initializer:
+        graph.value_info.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    graph.value_info.extend(values.values())
+    return model
 
 
 def _value(name: str, shape: Sequence[int], other: Sequence[int]) -> ValueInfoProto:

@@ -56,8 +56,9 @@ class Graph:
             ArtifactError: it does not compute what its metadata says, or a weight is not finite.
         """
         onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json()})
-        onnx.checker.check_model(model, full_check=True)
-        file = parse_onnx(model.SerializeToString(deterministic=True), path)
+        content = model.SerializeToString(deterministic=True)
+        onnx.checker.check_model(content, full_check=True)
+        file = parse_onnx(content, path)
         try:
             return cls._checked(file)
         except ArtifactError as error:  # for example, weights that overflow when folded
