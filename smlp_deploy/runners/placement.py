@@ -17,8 +17,8 @@ AUTO, ONNXRUNTIME, OPENVINO = "auto", "onnxruntime", "openvino"
 def default_runtime(metadata: ModelMetadata) -> str:
     """What runs an ONNX file on the CPU if nothing is chosen: "onnxruntime" or "openvino".
 
-    OpenVINO runs fp16, bf16 and int8 in 0.3 to 0.7 of ONNX Runtime's time, which emulates the first two; fp32 takes as
-    long in both (`benchmarks/README.md`).
+    OpenVINO runs fp16, bf16 and int8 in 0.2 to 0.7 of ONNX Runtime's time, which emulates the first two. In fp32 it
+    takes 0.8 to 1.0 of it with AVX-512 and 0.7 to 1.15 with AVX2 (`benchmarks/README.md`), and starts later.
     """
     return OPENVINO if metadata.precision != "fp32" and is_installed("openvino") else ONNXRUNTIME
 
