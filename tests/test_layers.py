@@ -1,4 +1,4 @@
-"""Imports point down: the layers of the package, and who may import which framework."""
+"""Imports point down: the layers of the package, and who may import which framework. No function is long."""
 
 from __future__ import annotations
 
@@ -95,6 +95,21 @@ def test_every_module_has_a_layer_and_the_root_is_small() -> None:
     units = {name.partition("/")[0].removesuffix(".py") for name in MODULES}
     assert units == RANK.keys()
     assert len([name for name in MODULES if "/" not in name]) <= 12
+
+
+def too_long(name: str, code: str) -> list[str]:
+    """The functions of a module with more than 60 lines."""
+    functions = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f"{name}: {node.name}" for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
+
+
+def test_no_function_is_long() -> None:
+    assert [found for name, code in MODULES.items() for found in too_long(name, code)] == []
+
+
+def test_a_long_function_is_found() -> None:
+    assert too_long("x.py", "def short():\n" + "    0\n" * 59) == []
+    assert too_long("x.py", "class A:\n    def long(self):\n" + "        0\n" * 60) == ["x.py: long"]
 
 
 def loaded_by(*arguments: str, folder: Path | None = None) -> set[str]:

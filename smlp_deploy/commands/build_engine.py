@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from smlp_deploy.commands import options as o
+from smlp_deploy.commands.groups import Calibration, Gates, with_groups
 from smlp_deploy.dependencies import require, require_onnxruntime
 from smlp_deploy.errors import ConfigError, UsageError
 from smlp_deploy.files import check_writable
@@ -22,79 +23,129 @@ if TYPE_CHECKING:
     from smlp_deploy.pipeline.precision import Int8Options
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batches:
+    """The batch sizes of an engine."""
+
+    min_batch: o.MinBatchOption = None
+    opt_batch: o.OptBatchOption = None
+    max_batch: o.MaxBatchOption = None
+    batch: o.ExactBatchOption = None
+
+    def profile(self) -> BatchProfile:
+        """The batch profile that the options give.
+
+        Raises:
+            UsageError: they contradict each other, or are not in order.
+        """
+        named = {"min": self.min_batch, "opt": self.opt_batch, "max": self.max_batch}
+        sizes = {name: size for name, size in named.items() if size is not None}
+        if self.batch is not None:
+            if sizes:
+                raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
+            return BatchProfile.fixed(self.batch)
+        default = BatchProfile()
+        opt = sizes.get("opt", min(default.opt, sizes.get("max", default.max)))
+        try:
+            return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
+        except ConfigError as error:
+            raise UsageError(error.what, where="--min-batch, --opt-batch, --max-batch", fix=error.fix) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tuning:
+    """What TensorRT is told besides."""
+
+    workspace: o.WorkspaceOption = None
+    timing_cache: o.TimingCacheOption = None
+    optimization_level: o.OptimizationLevelOption = None
+    version_compatible: o.VersionCompatibleOption = False
+    hardware_compatible: o.HardwareCompatibleOption = False
+    same_capability: o.SameCapabilityOption = False
+    tf32: o.Tf32Option = False
+
+    def check(self, backend: str) -> None:
+        """Check that they are for a backend.
+
+        Raises:
+            UsageError: one is not, or two contradict each other.
+        """
+        hardware, capability = self.hardware_compatible, self.same_capability
+        for option, given in (("--hardware-compatible", hardware), ("--same-capability", capability)):
+            if given and backend != "tensorrt":
+                raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where=option)
+        if hardware and capability:
+            raise UsageError("--hardware-compatible contradicts --same-capability", fix="give one or the other")
+
+    def build_options(self, profile: BatchProfile, architectures: tuple[str, ...], backend: str) -> BuildOptions:
+        """How to build an engine.
+
+        Raises:
+            UsageError: the timing cache cannot be read.
+        """
+        from smlp_deploy.exporters.tensorrt import BuildOptions
+
+        return BuildOptions(
+            profile=profile,
+            architectures=architectures,
+            workspace_gib=self.workspace,
+            optimization_level=self.optimization_level,
+            timing_cache=_read_timing_cache(self.timing_cache, backend),
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            same_compute_capability=self.same_capability,
+            tf32=self.tf32,
+        )
+
+
+@with_groups
 def build_engine(
+    *,
     source: o.BuildSourceArgument = None,
     fp16: o.EngineFp16Option = False,
     bf16: o.EngineBf16Option = False,
     int8: o.Int8Option = False,
     fp32: o.EngineFp32Option = False,
-    calibration_data: o.CalibrationDataOption = None,
-    calibrator: o.CalibratorOption = o.Calibrator.minmax,
-    calibration_table: o.CalibrationTableOption = None,
-    max_drop: o.MaxDropOption = None,
-    min_batch: o.MinBatchOption = None,
-    opt_batch: o.OptBatchOption = None,
-    max_batch: o.MaxBatchOption = None,
-    batch: o.ExactBatchOption = None,
+    calibration: Calibration,
+    batches: _Batches,
     float_input: o.FloatInputOption = False,
     target: o.EngineTargetOption = o.EngineTarget.auto,
     device: o.BuildDeviceOption = None,
     gpu_arch: o.GpuArchOption = None,
-    workspace: o.WorkspaceOption = None,
-    timing_cache: o.TimingCacheOption = None,
-    optimization_level: o.OptimizationLevelOption = None,
-    version_compatible: o.VersionCompatibleOption = False,
-    hardware_compatible: o.HardwareCompatibleOption = False,
-    same_capability: o.SameCapabilityOption = False,
-    tf32: o.Tf32Option = False,
-    min_cosine: o.MinCosineOption = None,
-    max_difference: o.MaxDifferenceOption = None,
-    min_top1: o.MinTop1Option = None,
+    tuning: _Tuning,
+    gates: Gates,
     output: o.EngineOutputOption = None,
     as_json: o.JsonOption = False,
     quiet: o.QuietOption = False,
 ) -> None:
     """Build a TensorRT engine and summarize it: kernels by precision, bytes moved."""
-    from smlp_deploy.exporters.tensorrt import BuildOptions, find_backend
+    from smlp_deploy.exporters.tensorrt import find_backend
 
     if output is not None and output.suffix != ".engine":
         raise UsageError("an engine's name ends in .engine", where=output)
     precision = o.choose_precision(None, fp16=fp16, bf16=bf16, int8=int8, fp32=fp32)
-    profile = _batch_profile(batch, min=min_batch, opt=opt_batch, max=max_batch)
+    profile = batches.profile()
     o.check_source(source)
     backend = find_backend(target)
-    _check_compatible(hardware_compatible, same_capability, backend)
+    tuning.check(backend)
     gpu = _chosen_gpu(device)
-    options = BuildOptions(
-        profile=profile,
-        architectures=_architectures(gpu_arch, backend),
-        workspace_gib=workspace,
-        optimization_level=optimization_level,
-        timing_cache=_read_timing_cache(timing_cache, backend),
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        same_compute_capability=same_capability,
-        tf32=tf32,
-    )
+    options = tuning.build_options(profile, _architectures(gpu_arch, backend), backend)
     require("ml_dtypes", "onnx", "onnx_ir", purpose="to convert graphs", extra="export")
     require_onnxruntime()
-    for written in (output, timing_cache):
+    for written in (output, tuning.timing_cache):
         if written is not None:
             check_writable(written)
-    data = (calibration_data, calibrator, calibration_table)
-    quantization = o.choose_int8(precision, *data, max_drop=max_drop, per_channel=backend == "tensorrt")
-    bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
-    wanted = "float32" if float_input else "uint8"
+    quantization = calibration.int8_options(precision, per_channel=backend == "tensorrt")
     _build(
         source,
         precision,
-        wanted,
+        "float32" if float_input else "uint8",
         quantization,
         options,
         output,
-        timing_cache,
+        tuning.timing_cache,
         backend=backend,
-        bounds=bounds,
+        bounds=gates.bounds,
         gpu=gpu,
         as_json=as_json,
     )
@@ -167,34 +218,11 @@ def _range(profile: BatchProfile) -> str:
     return str(profile.max) if profile.min == profile.max else f"{profile.min} to {profile.max}"
 
 
-def _check_compatible(hardware: bool, capability: bool, backend: str) -> None:
-    for option, given in (("--hardware-compatible", hardware), ("--same-capability", capability)):
-        if given and backend != "tensorrt":
-            raise UsageError(f"{backend} builds for the architectures of --gpu-arch", where=option)
-    if hardware and capability:
-        raise UsageError("--hardware-compatible contradicts --same-capability", fix="give one or the other")
-
-
 def _chosen_gpu(device: str | None) -> GpuDevice | None:
     placement = o.choose_placement(device, None)
     if placement.only_cpu:
         raise UsageError("an engine runs only on a GPU", where="--device cpu", fix="leave it out")
     return placement.gpu
-
-
-def _batch_profile(batch: int | None, **given: int | None) -> BatchProfile:
-    """The batch profile that the options give."""
-    sizes = {name: size for name, size in given.items() if size is not None}
-    if batch is not None:
-        if sizes:
-            raise UsageError(f"--batch contradicts --{next(iter(sizes))}-batch", fix="give one or the other")
-        return BatchProfile.fixed(batch)
-    default = BatchProfile()
-    opt = sizes.get("opt", min(default.opt, sizes.get("max", default.max)))
-    try:
-        return BatchProfile(**{"opt": opt, "max": max(opt, default.max)} | sizes)
-    except ConfigError as error:
-        raise UsageError(error.what, where="--min-batch, --opt-batch, --max-batch", fix=error.fix) from None
 
 
 def _architectures(given: str | None, backend: str) -> tuple[str, ...]:

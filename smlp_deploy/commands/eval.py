@@ -44,16 +44,12 @@ def evaluate(
     from smlp_deploy.commands.terminal import building, suggest
     from smlp_deploy.evaluation.accuracy import evaluate_dataset
     from smlp_deploy.files import check_writable
-    from smlp_deploy.images.dataset import check_dataset, read_mapping
-    from smlp_deploy.images.labels import read_labels
+    from smlp_deploy.images.dataset import check_dataset
 
     check_html(html, beside=output)
     if resume and output is None:
         raise UsageError("only a report written to a file can be continued", where="--resume", fix="add -o report.json")
-    if mapping and class_order:
-        raise UsageError("contradicts --mapping", where="--class-order", fix="give one of them")
-    names = read_mapping(mapping) if mapping else None
-    order = read_labels(class_order) if class_order else None
+    names, order = _class_names(mapping, class_order)
     placement = o.choose_placement(device, provider, runtime, model or [])
     check_dataset(dataset)
     if resume and output is not None and is_finished(output):
@@ -79,6 +75,16 @@ def evaluate(
     _show(report, paths, html=html, as_json=as_json)
     _judge([(found.name, found.top1.count, found.top1.n) for found in report.models], min_top1)
     suggest("smlp", "benchmark", *paths)
+
+
+def _class_names(mapping: Path | None, order: Path | None) -> tuple[dict[str, str] | None, tuple[str, ...] | None]:
+    """What --mapping and --class-order say, of which one may be given."""
+    from smlp_deploy.images.dataset import read_mapping
+    from smlp_deploy.images.labels import read_labels
+
+    if mapping and order:
+        raise UsageError("contradicts --mapping", where="--class-order", fix="give one of them")
+    return read_mapping(mapping) if mapping else None, read_labels(order) if order else None
 
 
 def _show(report: Evaluation, models: Sequence[Path], *, html: Path | None, as_json: bool) -> None:

@@ -16,7 +16,6 @@ from smlp_deploy.errors import ArtifactError, CheckpointError, UsageError
 from smlp_deploy.files import check_regular
 
 if TYPE_CHECKING:
-    from smlp_deploy.pipeline.precision import Int8Options
     from smlp_deploy.runners.placement import Placement
 
 PRECISION_PANEL = "Precision"
@@ -611,39 +610,6 @@ def choose_precision(given: Precision | None, **flags: bool) -> str | None:
     return wanted.pop() if wanted else None
 
 
-def choose_int8(
-    precision: str | None,
-    data: list[str] | None,
-    method: Calibrator,
-    table: Path | None,
-    *,
-    max_drop: float | None,
-    per_channel: bool,
-) -> Int8Options | None:
-    """How to quantize, or None for another precision.
-
-    Raises:
-        UsageError: calibration options for another precision.
-    """
-    if precision != "int8":
-        if data or table or max_drop is not None:
-            raise UsageError("calibration is for int8", fix="add --int8")
-        return None
-    images = tuple(find_given_images(data, "--calibration-data")) if data else ()
-    if table is not None:
-        check_regular(table, error=UsageError, fix="an int8 export writes one beside its file: x.calibration.json")
-    from smlp_deploy.exporters.calibration import read_table  # onnxruntime is slow to import
-    from smlp_deploy.pipeline.precision import Int8Options
-
-    return Int8Options(
-        images=images,
-        table=read_table(table) if table else None,
-        method=method.value,
-        max_drop=max_drop,
-        per_channel=per_channel,
-    )
-
-
 def choose_placement(
     device: str | None, provider: Provider | None, runtime: Runtime = Runtime.auto, files: Sequence[Path | None] = ()
 ) -> Placement:
@@ -710,11 +676,6 @@ def check_source(source: str | None) -> None:
         if not path.suffix and not path.exists():
             find_variant(source)
         check_files(path)
-
-
-def gate_bounds(**given: float | None) -> dict[str, float]:
-    """The gate bounds that were given."""
-    return {name: bound for name, bound in given.items() if bound is not None}
 
 
 def find_given_images(arguments: list[str], option: str) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smlp_deploy.commands import options as o
+from smlp_deploy.commands.groups import Gates, with_groups
 from smlp_deploy.errors import CheckError, UsageError
 
 if TYPE_CHECKING:
@@ -14,16 +15,16 @@ if TYPE_CHECKING:
     from smlp_deploy.runners.placement import Placement
 
 
+@with_groups
 def verify(
+    *,
     candidate: o.CandidateArgument,
     reference: o.VerifyReferenceOption = None,
     images: o.VerifyImagesOption = None,
     device: o.DeviceOption = None,
     provider: o.ProviderOption = None,
     runtime: o.RuntimeOption = o.Runtime.auto,
-    min_cosine: o.MinCosineOption = None,
-    max_difference: o.MaxDifferenceOption = None,
-    min_top1: o.MinTop1Option = None,
+    gates: Gates,
     layers: o.LayersOption = False,
     max_error: o.MaxErrorOption = None,
     save: o.SaveOption = None,
@@ -36,9 +37,8 @@ def verify(
     from smlp_deploy.files import check_writable
 
     check_html(html, beside=save)
-    bounds = o.gate_bounds(cosine=min_cosine, difference=max_difference, top1=min_top1)
-    if layers and bounds:
-        raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(bounds))}")
+    if layers and gates.bounds:
+        raise UsageError("the gate of --layers is --max-error", where=f"the bound on {next(iter(gates.bounds))}")
     if candidate.suffix == ".json" and (device or provider or runtime is not o.Runtime.auto):
         raise UsageError(
             "is a saved report, so nothing is run", where=candidate, fix="leave out --device, --provider, --runtime"
@@ -61,7 +61,7 @@ def verify(
         report = _divergence(candidate, reference, paths, max_error, placement)
         _show_layers(candidate, reference, report, save=save, html=html, as_json=as_json)
         return
-    _verify_whole(candidate, reference, paths, bounds, placement, html=html, as_json=as_json)
+    _verify_whole(candidate, reference, paths, gates.bounds, placement, html=html, as_json=as_json)
 
 
 def _verify_whole(
