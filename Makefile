@@ -23,7 +23,7 @@ GPU_EXTRAS := $(GPU_EXTRA),$(GPU_DECODE),export$(if $(filter gpu gpu-%,$(GPU_EXT
 
 TRITON_ENV := .venv/with-triton
 
-.PHONY: demo test types compiled test-gpu test-triton coverage docs fuzz clean
+.PHONY: demo test types tests test-gpu test-triton coverage docs fuzz clean
 
 demo: .venv/demo
 	$(BIN)/smlp export --format onnx
@@ -33,16 +33,14 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory --jobs 2 types compiled
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_OPTIONS)
+	$(MAKE) --no-print-directory --jobs 2 types tests
 
 types:
 	$(BIN)/mypy
 
-# In a fresh clone every process of the tests would compile PyTorch and all else that it imports, at the same time. Here
-# one does, beside mypy, which leaves a core idle. What fails to be imported is shown by the tests.
-compiled:
-	-$(BIN)/python -m pytest --collect-only -qq > /dev/null
+# Beside mypy: tests that wait leave it a fifth of two cores.
+tests:
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_OPTIONS)
 
 coverage: .venv/test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --cov --cov-report=term-missing:skip-covered
