@@ -160,7 +160,7 @@ def _pytorch(row: Row, folder: Path, cores: int) -> Callable[[FloatArray], objec
 
 
 def serve(row: Row, folder: Path, cores: int) -> None:
-    """Time one run for each line on standard input, a batch size; the first two of each size warm up.
+    """Time one run for each line on standard input, a batch size.
 
     A run that is not timed precedes each: the threads of the row before may still wait busily for work.
     """
@@ -170,8 +170,6 @@ def serve(row: Row, folder: Path, cores: int) -> None:
         size = int(line)
         if size not in batches:
             batches[size] = np.random.default_rng(size).standard_normal((size, 3, 224, 224), dtype=np.float32)
-            for _ in range(2):
-                run(batches[size])
         run(batches[size])
         started = time.perf_counter()
         run(batches[size])

@@ -56,7 +56,8 @@ def export(
 
     # All of it before PyTorch is loaded: usage errors come at once.
     names = read_labels(labels) if labels else None
-    check_preprocessing(preprocessing.fields)
+    stated = preprocessing.fields
+    check_preprocessing(stated)
     if output is not None and output.suffix != ".onnx":
         raise UsageError("an ONNX file's name ends in .onnx", where=output)
     wanted = o.choose_precision(precision, fp16=fp16, bf16=bf16, int8=int8) or "fp32"
@@ -66,7 +67,7 @@ def export(
     if output is not None:
         check_writable(output)
     checkpoint = load_source(source, ema=ema)
-    metadata = describe(checkpoint, labels=names, preprocessing=preprocessing.fields, batch=batch, precision=wanted)
+    metadata = describe(checkpoint, labels=names, preprocessing=stated, batch=batch, precision=wanted)
     metadata = replace(metadata, form=form.value, input="uint8" if uint8_input else "float32")
     result = export_and_show(checkpoint, metadata, output, opset=opset, images=images, bounds=gates.bounds, int8=how)
     if as_json:
