@@ -111,7 +111,7 @@ class ParityReport:
         images: real images compared.
         noise: seeded noise inputs compared.
         unreadable: images left out, with the reason.
-        batch_sizes: sizes at which the candidate ran.
+        batch_sizes: sizes of the batches that the candidate was given; on a CPU runners run large ones in pieces.
         logit_scale: standard deviation of the reference's logits.
         max_abs: largest absolute logit difference.
         max_relative: `max_abs` over `logit_scale`.

@@ -31,6 +31,8 @@ MOST_IMAGES = 1024
 """All are in memory at once, 0.6 MB each at 224 pixels; beyond a few hundred, ranges hardly change."""
 
 _BATCH = 32
+_CALIBRATION_BATCH = 8
+"""All activations of so many images are in memory. At 32 an image of smlpnet_tiny took twice as long on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +180,7 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
 
 def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> CalibrationTable:
     batch = graph.metadata.batch
-    size = batch or _BATCH
+    size = batch or _CALIBRATION_BATCH
     # A graph with a fixed batch size is calibrated on whole batches, because padding would distort the ranges.
     total = len(samples) // size * size if batch else len(samples)
     batches = (samples[at : at + size] for at in range(0, total, size))

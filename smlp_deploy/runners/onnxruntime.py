@@ -36,7 +36,7 @@ from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
 from smlp_deploy.images.decode import give_memory_back
-from smlp_deploy.metadata import BatchProfile
+from smlp_deploy.metadata import MAX_BATCH, BatchProfile
 from smlp_deploy.runners.base import Closing, in_batches, padded
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,19 @@ Options = dict[str, Any]
 
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 
+_PIXELS_PER_CORE = 4 * 224**2
+"""Of the images that run at once on the CPU; the values of more do not fit in the caches. `benchmarks/README.md` has
+the figures."""
+
 
 class OnnxRuntimeRunner(Closing):
     """Runs a graph that `smlp export` made.
 
     With TensorRT, a session for a graph of any batch size begins with the first batch, whose size decides for which
     sizes the engine is built; a larger batch later begins another. Engines are kept in the user's cache directory.
+
+    On the CPU a large batch runs in pieces, unless the graph takes only one batch size: that is faster, and memory does
+    not grow with the batch.
 
     Args:
         graph: what to run.
@@ -89,6 +96,8 @@ class OnnxRuntimeRunner(Closing):
         self._session: onnxruntime.InferenceSession | None = None
         self._content_of_any_batch = b""
         self._largest = 0  # batch that the session takes, where it is begun by the first
+        images = _PIXELS_PER_CORE * (cores or available_cores()) // graph.metadata.config.image_size**2
+        self._at_once = min(max(1, images), MAX_BATCH)
         content = self._content(graph)
         if provider == "tensorrt" and graph.metadata.batch is None:
             if not _starts(self._provider):
@@ -141,7 +150,9 @@ class OnnxRuntimeRunner(Closing):
     def infer(self, batch: ImageArray) -> FloatArray:
         if self.metadata.batch is not None:
             return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
-        return self._run(batch)
+        if self.on_gpu:
+            return self._run(batch)
+        return in_batches(batch, BatchProfile(opt=self._at_once, max=self._at_once), self._run)
 
     def _content(self, graph: Graph) -> bytes:
         """The serialized model to run."""

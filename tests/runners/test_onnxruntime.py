@@ -17,6 +17,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 from smlp_deploy import dependencies, files
 from smlp_deploy.errors import ArtifactError, ConfigError, MissingDependencyError, UsageError
 from smlp_deploy.files import BUNDLED_CHECKPOINT
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.metadata import METADATA_KEY
 from smlp_deploy.pipeline.export import Export
 from smlp_deploy.pipeline.precision import to_input
@@ -33,6 +34,22 @@ def test_a_fixed_batch_takes_any_number_of_images(exported: Exported, digits_exp
     batch = np.random.default_rng(0).standard_normal((6, 3, 32, 32), dtype=np.float32)
     with OnnxRuntimeRunner.open(fixed) as of_four, OnnxRuntimeRunner.open(digits_export.path) as of_any:
         assert np.abs(of_four.infer(batch) - of_any.infer(batch)).max() < 1e-4
+
+
+def test_a_large_batch_runs_in_pieces_on_the_cpu(digits_export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = np.random.default_rng(0).standard_normal((200, 3, 32, 32), dtype=np.float32)
+    sizes: list[int] = []
+    run = OnnxRuntimeRunner._outputs
+
+    def seen(runner: OnnxRuntimeRunner, images: ImageArray) -> list[FloatArray]:
+        sizes.append(len(images))
+        return run(runner, images)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_outputs", seen)
+    with OnnxRuntimeRunner.open(digits_export.path, cores=1) as one, OnnxRuntimeRunner.open(digits_export.path) as all_:
+        found, expected = one.infer(batch), np.concatenate([all_.infer(batch[at : at + 8]) for at in range(0, 200, 8)])
+    assert sizes[:2] == [196, 4], "as many pixels as four images of 224 x 224"
+    assert np.abs(found - expected).max() < 1e-4
 
 
 def test_a_file_without_metadata_is_refused(digits_export: Export, tmp_path: Path) -> None:
