@@ -6,8 +6,9 @@
 Each variant gets the seeded weights of `tests/support/recipe.py`. Every row has a process of its own and only one runs
 at a time, in turns, so that other load on the machine affects all alike. Our rows run as `smlp predict` runs them; the
 others through each library's own interface, on as many threads. The limit is what one matrix product of 3072 x 3072 x
-3072 in PyTorch does in a second, over the network's multiplications and additions. At batch 1 all weights are read for
-one image, and where a process has its memory can make all of its runs a third slower: take several with --processes.
+3072 in PyTorch does in a second, over the network's multiplications and additions. At batch 1 cores wait for each other
+hundreds of times an image, and where a virtual machine's host has them can make all runs of some minutes a third
+slower: take several processes with --processes.
 
 With --counters, OpenVINO's own time for each kind of operation in our files, in place of the comparison.
 """
