@@ -65,7 +65,8 @@ def test_output_that_cannot_be_written_at_the_end_is_an_error() -> None:
 
 
 def test_threads_are_waited_for() -> None:
-    thread = "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()"
+    late = "lambda: (threading.main_thread().join(), print('thread'))"
+    thread = f"import threading; threading.Thread(target={late}).start()"
     found = ended(f"{thread}; sys.exit(0)")
     assert (found.returncode, found.stdout) == (0, "output\nthread\nhandler\n")
 
