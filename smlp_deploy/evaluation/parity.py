@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -228,6 +229,7 @@ def check_half_range(
     recorder: ActivationRecorder,
     image_paths: Sequence[Path],
     *,
+    largest: tuple[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Add to `report` what running an fp16 graph on the CPU cannot show, because ONNX Runtime computes it in fp32.
@@ -241,9 +243,12 @@ def check_half_range(
         half: the lowered network in fp16 arithmetic.
         recorder: the lowered network in fp32, recording its activations.
         image_paths: the parity images.
+        largest: the largest activation on them, as from `recorder`, if they ran before; then only noise is recorded.
         progress: told of the inputs that are recorded, after each batch.
     """
-    samples = _Samples(image_paths, reference.metadata, fill=LARGEST_BATCH)
+    known = largest is not None
+    paths, fill = (image_paths[:HALF_IMAGES], HALF_IMAGES) if known else (image_paths, LARGEST_BATCH)
+    samples = _Samples(paths, reference.metadata, fill=fill)
     iterator = iter(samples)
     progress("checking the range of fp16", done := 0, samples.expected)
     first = [_stacked(itertools.islice(iterator, HALF_IMAGES))]
@@ -253,12 +258,12 @@ def check_half_range(
         recorder.infer(inputs)
         done += len(inputs)
         progress("checking the range of fp16", done, max(done, samples.expected))
-    layer, largest = recorder.largest()
+    layer, value = max(filter(None, (recorder.largest(), largest)), key=itemgetter(1))
     found = HalfReport(
         images=len(batch),
         max_relative=_worst(spread.difference),
         min_cosine=-_worst(-spread.cosine),
-        largest_activation=largest,
+        largest_activation=value,
         layer=layer,
     )
     # The int8 bound is wide because of int8 layers, which do not run here.
@@ -266,7 +271,7 @@ def check_half_range(
     bound = FP16_SHARE_OF_RANGE * FP16_RANGE
     gates = (
         _gate("fp16 arithmetic", found.min_cosine >= cosine, f"cosine at least {cosine:g}", found.min_cosine),
-        _gate("fp16 range", largest <= bound, f"activations at most {bound:g}", largest, f"largest in {layer}"),
+        _gate("fp16 range", value <= bound, f"activations at most {bound:g}", value, f"largest in {layer}"),
     )
     return replace(report, half=found, gates=(*report.gates, *gates))
 

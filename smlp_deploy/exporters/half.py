@@ -28,6 +28,7 @@ from onnx import ModelProto, version_converter
 from smlp_deploy.errors import ArtifactError
 
 _STATISTICS = frozenset({"ReduceMean", "Sqrt", "Reciprocal"})
+_WEIGHTED = frozenset({"Conv", "MatMul", "Gemm"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,20 @@ def to_half(model: ModelProto, precision: str) -> ModelProto:
     if opset < half.min_opset:
         model = version_converter.convert_version(model, half.min_opset)
     return _inferred(_converted(_inferred(model), half))
+
+
+def half_values(model: ModelProto) -> frozenset[str]:
+    """Names of values of an fp32 graph that are 16 bits wide in fp16: those that may be the largest of them.
+
+    These are what convolutions and products read and compute, and sums. A GELU computes nothing larger than it reads.
+    """
+    names: set[str] = set()
+    for node in ir.from_proto(model).graph:
+        if node.op_type in _WEIGHTED:
+            names.update(str(value.name) for value in node.inputs if value is not None and value.const_value is None)
+        if node.op_type in _WEIGHTED or (node.op_type == "Add" and not _stays_float32(node, _STATISTICS)):
+            names.update(str(value.name) for value in node.outputs)
+    return frozenset(names)
 
 
 class HalfPass(ir.passes.InPlacePass):

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,7 @@ from onnx import ModelProto
 
 from smlp_deploy.errors import ArtifactError, UsageError
 from smlp_deploy.exporters.calibration import CalibrationTable, measure_ranges
+from smlp_deploy.exporters.half import half_values
 from smlp_deploy.graphs.check import read_metadata
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.metadata import METADATA_KEY, ModelMetadata
@@ -53,13 +54,26 @@ def quantized_layers(model: ModelProto) -> tuple[str, ...]:
     return tuple(layer.name for layer in _layers(ir.from_proto(model)))
 
 
+class Calibration(NamedTuple):
+    """What `calibrate` measured.
+
+    Attributes:
+        table: the ranges from which the graph is quantized.
+        largest: the value that has the largest activation of those that are 16 bits wide in fp16, and that activation;
+            None for methods that ignore outliers.
+    """
+
+    table: CalibrationTable
+    largest: tuple[str, float] | None
+
+
 def calibrate(
     model: ModelProto,
     batches: Iterable[FloatArray],
     *,
     method: str = "minmax",
     progress: Callable[[int], None] | None = None,
-) -> CalibrationTable:
+) -> Calibration:
     """Measure the range of every tensor to quantize, on real images.
 
     Only the activations of one batch are in memory.
@@ -75,8 +89,16 @@ def calibrate(
         ArtifactError: an activation is not finite.
     """
     tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model))}
-    ranges, images = measure_ranges(model, tensors, batches, method=method, progress=progress)
-    return CalibrationTable(ranges=ranges, method=method, images=images, checkpoint_sha256=_checkpoint_sha256(model))
+    halves = half_values(model) if method == "minmax" else frozenset()
+    ranges, images = measure_ranges(model, tensors | halves, batches, method=method, progress=progress)
+    table = CalibrationTable(
+        ranges={name: ranges[name] for name in sorted(tensors)},
+        method=method,
+        images=images,
+        checkpoint_sha256=_checkpoint_sha256(model),
+    )
+    largest = max(halves, key=ranges.__getitem__, default=None)
+    return Calibration(table, None if largest is None else (largest, ranges[largest]))
 
 
 def quantize(

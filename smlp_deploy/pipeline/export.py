@@ -139,9 +139,10 @@ def export_checkpoint(
     progress(f"converting to {precision}", 0, 0)
     graph = to_input(to_precision(graph, precision, quantization=quantization), metadata.input)
     images = images or default_images(graph.metadata, quantization.images if quantization else ())
+    seen = quantization.largest if quantization and tuple(images) == quantization.images else None
     with OnnxRuntimeRunner(graph) as candidate:
         report = prove_against_checkpoint(
-            candidate, checkpoint, graph.metadata, images, bounds, graph.sha256, progress=progress
+            candidate, checkpoint, graph.metadata, images, bounds, graph.sha256, largest=seen, progress=progress
         )
     path = target if report.passed else failed_path(target)
     graph.save(path)

@@ -15,7 +15,7 @@ from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
 from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.int8 import calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.int8 import Calibration, calibrate, quantize, quantized_layers
 from smlp_deploy.exporters.pixels import take_pixels
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
@@ -31,8 +31,9 @@ MOST_IMAGES = 1024
 """All are in memory at once, 0.6 MB each at 224 pixels; beyond a few hundred, ranges hardly change."""
 
 _BATCH = 32
-_CALIBRATION_BATCH = 8
-"""All activations of so many images are in memory. At 32 an image of smlpnet_tiny took twice as long on two cores."""
+_MINMAX_BATCH = 2
+"""Images that "minmax" runs at once: at 32 one of smlpnet_tiny took twice as long on two cores, and most of the values
+inside are in memory at the same time. The other methods see one batch's range first, so theirs are larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,14 @@ class Quantization:
         per_channel: see `Int8Options`.
         sensitivity: each layer's sensitivity and chosen precision, if requested.
         images: the calibration images.
+        largest: the largest activation on them; see `Calibration`.
     """
 
     table: CalibrationTable
     per_channel: bool
     sensitivity: SensitivityReport | None = None
     images: tuple[Path, ...] = ()
+    largest: tuple[str, float] | None = None
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -164,13 +167,13 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
     _check_float(graph, "be calibrated")
     images = options.images or calibration_images(graph.metadata)
     samples: FloatArray | None = None
-    table = options.table
+    table, largest = options.table, None
     if table is None or options.max_drop is not None:
         samples, images = _load(images, graph.metadata, progress)
     if table is None:
         assert samples is not None
-        table = _calibrate(graph, samples, options.method, progress)
-    found = Quantization(table=table, per_channel=options.per_channel, images=images)
+        table, largest = _calibrate(graph, samples, options.method, progress)
+    found = Quantization(table=table, per_channel=options.per_channel, images=images, largest=largest)
     if options.max_drop is None:
         return found
     assert samples is not None
@@ -178,13 +181,14 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
     return replace(found, sensitivity=_measure(graph, found, options.max_drop, samples, labels, progress))
 
 
-def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> CalibrationTable:
+def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> Calibration:
     batch = graph.metadata.batch
-    size = batch or _CALIBRATION_BATCH
+    size = batch or (_MINMAX_BATCH if method == "minmax" else _BATCH)
     # A graph with a fixed batch size is calibrated on whole batches, because padding would distort the ranges.
     total = len(samples) // size * size if batch else len(samples)
     batches = (samples[at : at + size] for at in range(0, total, size))
-    return calibrate(graph.model(), batches, method=method, progress=lambda done: progress("calibrating", done, total))
+    found = calibrate(graph.model(), batches, method=method, progress=lambda done: progress("calibrating", done, total))
+    return found if total == len(samples) else found._replace(largest=None)  # which is for all images
 
 
 def _load(images: Sequence[Path], metadata: ModelMetadata, progress: Progress) -> tuple[FloatArray, tuple[Path, ...]]:

@@ -89,6 +89,7 @@ def prove_against_checkpoint(
     artifact_sha256: str,
     *,
     gpu: GpuDevice | None = None,
+    largest: tuple[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare a runner with the trained network; for fp16 and int8, also the network in true fp16 arithmetic.
@@ -101,6 +102,7 @@ def prove_against_checkpoint(
         bounds: of the numeric gates; replace those of the precision.
         artifact_sha256: of the candidate's file, for the report.
         gpu: where the trained network runs; None for the CPU.
+        largest: the largest activation on these images, if known; see `check_half_range`.
         progress: told of the inputs that are compared.
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
@@ -113,7 +115,7 @@ def prove_against_checkpoint(
         half = HalfRunner(checkpoint, metadata, gpu=gpu)
         recorder = RecordingRunner(checkpoint, metadata, gpu=gpu, at_once=at_once)
         with half, recorder:
-            return check_half_range(report, trained, half, recorder, images, progress=progress)
+            return check_half_range(report, trained, half, recorder, images, largest=largest, progress=progress)
 
 
 def find_reference(metadata: ModelMetadata, candidate: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError
-from smlp_deploy.evaluation.parity import Gates, ParityReport, check_half_range, prove
+from smlp_deploy.evaluation.parity import MIN_NOISE, Gates, ParityReport, check_half_range, prove
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.images.preprocessing import load_image, normalize
@@ -299,6 +299,17 @@ class TestHalfRange:
         assert report.half is not None
         assert (report.half.images, report.half.layer, report.half.largest_activation) == (2, "blocks.1", 100)
         assert json.loads(report.to_json())["half"]["range"] == 65504
+
+    @pytest.mark.parametrize("known", [90.0, 40000.0])
+    def test_images_whose_largest_activation_is_known_are_not_run_again(self, known: float) -> None:
+        reference, half, recorder = FakeRunner(quadrant_means), FakeRunner(quadrant_means), Recorder(quadrant_means)
+        proven = prove(reference, reference, IMAGES)
+        report = check_half_range(proven, reference, half, recorder, IMAGES, largest=("blocks.2/add", known))
+        assert sum(recorder.batch_sizes) == 2 + MIN_NOISE
+        assert report.half is not None
+        assert report.half.largest_activation == max(known, Recorder.value)
+        assert report.half.layer == ("blocks.2/add" if known > Recorder.value else "blocks.1")
+        assert report.passed == (known < 32752)
 
     def test_activations_above_half_the_range_fail_with_the_layer(self) -> None:
         report = self.checked(largest=40000)

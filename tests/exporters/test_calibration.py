@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from scripts.digits import Digits, load_digits
 from smlp_deploy.errors import ArtifactError, SmlpError, UsageError
 from smlp_deploy.exporters.calibration import METHODS, CalibrationTable
 from smlp_deploy.exporters.int8 import calibrate
+from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.preprocessing import prepare
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.description import describe
 from smlp_deploy.pipeline.export import Export
+from smlp_deploy.runners.pytorch import RecordingRunner
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def training(digits: Checkpoint) -> FloatArray:
 
 @pytest.fixture(scope="module")
 def table(model: ModelProto, training: FloatArray) -> CalibrationTable:
-    return calibrate(model, batches(training))
+    return calibrate(model, batches(training)).table
 
 
 def prepared(part: Digits, checkpoint: Checkpoint) -> FloatArray:
@@ -73,18 +76,33 @@ def test_minmax_is_the_largest_value_however_the_images_are_batched(
         np.abs(run(exposed, training, "blocks.0/gelu_1")).max(), rel=1e-5
     )
     assert table.ranges["images"] == np.abs(training).max()
-    at_once = calibrate(model, [training])
+    at_once = calibrate(model, [training]).table
     assert at_once.ranges == pytest.approx(table.ranges, rel=1e-5)
     assert (table.images, table.method) == (128, "minmax")
+
+
+@pytest.mark.parametrize("form", ["gpu", "cpu"])
+def test_the_largest_activation_is_that_of_the_lowered_network(
+    digits: Checkpoint, training: FloatArray, form: str
+) -> None:
+    metadata = replace(describe(digits), form=form)
+    graph = export_onnx(digits.network(), metadata, path=Path("x.onnx"))
+    name, largest = calibrate(graph.model(), batches(training)).largest or ("", 0.0)
+    with RecordingRunner(digits, metadata) as recorder:
+        recorder.infer(training)
+        layer, expected = recorder.largest()
+    assert largest == pytest.approx(expected, rel=1e-4)
+    assert name.startswith(layer)
 
 
 def test_the_other_methods_leave_outliers_out(small_graph: Graph, training: FloatArray) -> None:
     images = training[:16].copy()
     images[0, :, 3, 3] = 1000
     model = small_graph.model()
-    ranges = {method: calibrate(model, [images], method=method).ranges["images"] for method in METHODS}
-    assert ranges["minmax"] == 1000
-    assert ranges["entropy"] < 1000
+    found = {method: calibrate(model, [images], method=method) for method in METHODS}
+    assert found["minmax"].table.ranges["images"] == 1000
+    assert found["entropy"].table.ranges["images"] < 1000
+    assert [method for method in METHODS if found[method].largest is None] == ["entropy", "percentile"]
 
 
 def test_calibration_reports_progress_and_prints_nothing(
@@ -99,7 +117,7 @@ def test_calibration_reports_progress_and_prints_nothing(
 def test_calibrating_again_gives_the_same_table(
     model: ModelProto, training: FloatArray, table: CalibrationTable
 ) -> None:
-    assert calibrate(model, batches(training)) == table
+    assert calibrate(model, batches(training)).table == table
 
 
 @pytest.mark.parametrize(

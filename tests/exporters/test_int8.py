@@ -63,7 +63,9 @@ def expected(model: ModelProto, held_out: tuple[FloatArray, NDArray[np.int64]]) 
 @pytest.fixture(scope="module")
 def tables(model: ModelProto, training: FloatArray, shared: Path) -> dict[str, CalibrationTable]:
     return {
-        method: kept(shared, f"calibrated by {method}", partial(calibrate, model, batches(training), method=method))
+        method: kept(
+            shared, f"calibrated by {method}", partial(calibrate, model, batches(training), method=method)
+        ).table
         for method in METHODS
     }
 
@@ -178,7 +180,7 @@ def test_digits_are_still_recognized_in_the_form_for_gpus(
     expected: FloatArray,
     per_channel: bool,
 ) -> None:
-    quantized = quantize(for_gpus, calibrate(for_gpus, batches(training)), per_channel=per_channel)
+    quantized = quantize(for_gpus, calibrate(for_gpus, batches(training)).table, per_channel=per_channel)
     logits = run(to_half(quantized, "fp16"), held_out[0])
     assert cosines(logits, expected).min() >= 0.99
     assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.99
@@ -188,7 +190,7 @@ def test_digits_are_still_recognized_in_the_form_for_gpus(
 def test_weights_of_products_for_gpus_are_scaled_alone_or_by_what_they_keep(
     for_gpus: ModelProto, training: FloatArray, per_channel: bool
 ) -> None:
-    quantized = quantize(for_gpus, calibrate(for_gpus, [training]), per_channel=per_channel)
+    quantized = quantize(for_gpus, calibrate(for_gpus, [training]).table, per_channel=per_channel)
     before, after, made_by = constants(for_gpus), constants(quantized), producers(quantized)
     for node in quantized.graph.node:
         if node.op_type != "MatMul":
@@ -271,7 +273,7 @@ def test_the_half_pass_makes_int8_layers_compute_in_half(model: ModelProto, tabl
 @pytest.mark.parametrize("opset", [18, 23])
 def test_other_operator_sets_work_too(digits: Checkpoint, training: FloatArray, opset: int, tmp_path: Path) -> None:
     model = export_onnx(digits.network(), describe(digits), path=tmp_path / "x.onnx", opset=opset).model()
-    quantized = quantize(model, calibrate(model, [training]), per_channel=False)
+    quantized = quantize(model, calibrate(model, [training]).table, per_channel=False)
     expected = run(model, training)
     for graph in (quantized, to_half(quantized, "fp16")):
         onnx.checker.check_model(graph, full_check=True)
@@ -326,7 +328,7 @@ def test_a_layer_with_a_ruined_scale_is_the_one_left_in_half(model: ModelProto, 
     set_constant(damaged, "blocks.5.hidden.bias", bias)
     set_constant(damaged, "blocks.5.out.weight", weight)
     training = training[::4]
-    table = calibrate(damaged, [training])
+    table = calibrate(damaged, [training]).table
     layers = quantized_layers(damaged)
     expected = run(damaged, training)
 

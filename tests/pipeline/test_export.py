@@ -13,10 +13,11 @@ import torch
 from onnx import numpy_helper
 
 from smlp_deploy.errors import ArtifactError, UsageError
-from smlp_deploy.evaluation.parity import ParityReport
+from smlp_deploy.evaluation.parity import HALF_IMAGES, MIN_NOISE, ParityReport
 from smlp_deploy.exporters.onnx import export_onnx
 from smlp_deploy.files import BUNDLED_CHECKPOINT, DATA_FOLDER, sha256_of
 from smlp_deploy.graphs.file import Graph, graph_facts
+from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.images.defaults import bundled_images
 from smlp_deploy.metadata import PRECISIONS, ModelMetadata
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
@@ -27,6 +28,7 @@ from smlp_deploy.pipeline.export import Export, export_checkpoint
 from smlp_deploy.pipeline.precision import Int8Options, to_input
 from smlp_deploy.pipeline.verify import find_reference, prove_against_checkpoint, verify_artifact
 from smlp_deploy.runners.base import Runner
+from smlp_deploy.runners.pytorch import RecordingRunner
 from tests.support.fakes import Exported
 from tests.support.recipe import CASES, config_of, recipe_weights
 
@@ -72,7 +74,7 @@ def test_every_stage_of_an_int8_export_tells_how_much_of_it_is_done(digits: Chec
         done, total = steps[-1]
         assert done == total, what
     assert told["reading calibration images"][-1] == (40, 40)
-    assert told["calibrating"] == [(done, 40) for done in (8, 16, 24, 32, 40)]
+    assert told["calibrating"] == [(done, 40) for done in range(2, 41, 2)]
     assert told["comparing"] == [(0, 32), (32, 32)]
 
 
@@ -110,6 +112,32 @@ def test_activations_near_the_end_of_fp16_fail_with_the_layers_name(digits: Chec
     result = export_checkpoint(loud, describe(loud, precision="fp16"), tmp_path / "x.onnx")
     failure = next(gate for gate in result.report.failures if gate.name == "fp16 range")
     assert "blocks.5" in failure.detail
+
+
+def test_the_images_of_the_calibration_are_not_recorded_again(
+    digits: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+    infer = RecordingRunner.infer
+
+    def count(recorder: RecordingRunner, batch: FloatArray) -> FloatArray:
+        recorded.append(len(batch))
+        return infer(recorder, batch)
+
+    monkeypatch.setattr(RecordingRunner, "infer", count)
+    own = replace(digits, sha256="0" * 64)  # not the bundled model, whose proof has images of its own
+    images = tuple(sorted((DATA_FOLDER / "calibration").glob("*"))[:40])
+    few, all_of_them = HALF_IMAGES + MIN_NOISE, 40 + MIN_NOISE
+    found = []
+    # A fixed batch of 16 leaves eight of the images out of the calibration.
+    for batch, chosen, expected in ((None, None, few), (None, images[::-1], all_of_them), (16, None, all_of_them)):
+        recorded.clear()
+        metadata = describe(own, precision="int8", batch=batch)
+        result = export_checkpoint(own, metadata, tmp_path / "x.onnx", images=chosen, int8=Int8Options(images=images))
+        assert (result.report.images, sum(recorded)) == (40, expected)
+        assert result.report.half is not None
+        found.append(result.report.half.largest_activation)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
 
 
 def test_what_was_proven_is_what_is_written(
