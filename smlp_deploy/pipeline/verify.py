@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_REFERENCES = 64
-_REFERENCE_BATCH = 4
-"""Images that PyTorch runs at once on a CPU. At 8 an image of smlpnet_tiny took 1.1 times as long on two cores; at 16
-1.4 times as trained, and 1.6 times lowered."""
 
 
 def verify_artifact(
@@ -107,13 +104,12 @@ def prove_against_checkpoint(
     """
     from smlp_deploy.runners.pytorch import HalfRunner, PyTorchRunner, RecordingRunner
 
-    at_once = None if gpu else _REFERENCE_BATCH
-    with PyTorchRunner(checkpoint, metadata, gpu=gpu, at_once=at_once) as trained:
+    with PyTorchRunner(checkpoint, metadata, gpu=gpu) as trained:
         report = prove(trained, candidate, images, bounds=bounds, artifact_sha256=artifact_sha256, progress=progress)
         if candidate.metadata.precision not in ("fp16", "int8"):
             return report
         half = HalfRunner(checkpoint, metadata, gpu=gpu)
-        recorder = RecordingRunner(checkpoint, metadata, gpu=gpu, at_once=at_once)
+        recorder = RecordingRunner(checkpoint, metadata, gpu=gpu)
         with half, recorder:
             return check_half_range(report, trained, half, recorder, images, largest=largest, progress=progress)
 

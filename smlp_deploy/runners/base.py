@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from smlp_deploy.images.batches import FloatArray, ImageArray
+from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
 from smlp_deploy.images.preprocessing import normalize
 from smlp_deploy.metadata import BatchProfile, ModelMetadata, Preprocessing
 
@@ -91,6 +91,14 @@ def batch_size_of(runner: Runner) -> int:
     fixed = runner.metadata.batch or 1
     usual = _ON_A_GPU if getattr(runner, "on_gpu", False) else _ON_A_CPU
     return int(getattr(runner, "batch_size", max(1, usual // fixed) * fixed))
+
+
+def images_at_once(image_size: int, *, per_core: int, cores: int | None = None) -> int:
+    """Images that run at once on the CPU: for each core as many pixels as `per_core` images of 224 x 224 have.
+
+    The values inside a network for more images leave the caches. `benchmarks/README.md` has figures.
+    """
+    return max(1, (cores or available_cores()) * per_core * 224**2 // image_size**2)
 
 
 def common_input(*runners: Runner) -> str:

@@ -37,7 +37,7 @@ from smlp_deploy.graphs.file import INPUT_NAME, Graph
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
 from smlp_deploy.images.decode import give_memory_back
 from smlp_deploy.metadata import MAX_BATCH, BatchProfile
-from smlp_deploy.runners.base import Closing, in_batches, padded
+from smlp_deploy.runners.base import Closing, images_at_once, in_batches, padded
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,7 @@ Options = dict[str, Any]
 
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 
-_PIXELS_PER_CORE = 4 * 224**2
-"""Of the images that run at once on the CPU; the values of more do not fit in the caches. `benchmarks/README.md` has
-the figures."""
+_IMAGES_PER_CORE = 4
 
 
 class OnnxRuntimeRunner(Closing):
@@ -96,8 +94,8 @@ class OnnxRuntimeRunner(Closing):
         self._session: onnxruntime.InferenceSession | None = None
         self._content_of_any_batch = b""
         self._largest = 0  # batch that the session takes, where it is begun by the first
-        images = _PIXELS_PER_CORE * (cores or available_cores()) // graph.metadata.config.image_size**2
-        self._at_once = min(max(1, images), MAX_BATCH)
+        size = graph.metadata.config.image_size
+        self._at_once = min(images_at_once(size, per_core=_IMAGES_PER_CORE, cores=cores), MAX_BATCH)
         content = self._content(graph)
         if provider == "tensorrt" and graph.metadata.batch is None:
             if not _starts(self._provider):

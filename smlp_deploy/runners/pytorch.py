@@ -25,7 +25,7 @@ from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import DenseMixing, LoweredBlock, PairedMixing, Product, lower
 from smlp_deploy.models.smlpnet import SMLPNet
-from smlp_deploy.runners.base import Closing
+from smlp_deploy.runners.base import Closing, images_at_once
 from smlp_deploy.runners.placement import on_gpu
 
 _FROM_CUDA = ("CUDA error", "CUDA driver", "cuDNN", "CUDNN_", "CUBLAS_", "NVRTC_")
@@ -38,8 +38,8 @@ class PyTorchRunner(Closing):
     Args:
         checkpoint: the weights.
         metadata: labels and preprocessing to go with them; may be that of an artifact, but the input is float32.
-        gpu: where to run; None for the CPU. TF32 is then switched off for the whole process.
-        at_once: images to run at once at most; None for whole batches, whatever memory they take.
+        gpu: where to run; None for the CPU, on which a large batch runs in pieces. TF32 is then switched off for the
+            whole process.
 
     Attributes:
         on_gpu: whether it runs on a GPU.
@@ -51,16 +51,9 @@ class PyTorchRunner(Closing):
     """
 
     _label = "pytorch"
+    _images_per_core: int | None = 2  # that run at once on the CPU; None for whole batches
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        metadata: ModelMetadata,
-        *,
-        gpu: GpuDevice | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        self._at_once = at_once
+    def __init__(self, checkpoint: Checkpoint, metadata: ModelMetadata, *, gpu: GpuDevice | None = None) -> None:
         self.name = f"{on_gpu(self._label, gpu)} {checkpoint.path.name}"
         self.metadata = replace(metadata, input="float32")
         self._gpu, self._device = gpu, device_of(gpu)
@@ -71,10 +64,16 @@ class PyTorchRunner(Closing):
 
     def infer(self, batch: FloatArray) -> FloatArray:
         with self._running():
-            images, size = self._input(batch), self._at_once or len(batch)
+            images, size = self._input(batch), self._size(len(batch))
             pieces = [self._run(images[at : at + size]).float() for at in range(0, len(images), size)]
             logits: FloatArray = torch.cat(pieces).cpu().numpy()
         return logits
+
+    def _size(self, batch: int) -> int:
+        """Images that run at once."""
+        if self._gpu is not None or self._images_per_core is None:
+            return batch
+        return images_at_once(self.metadata.config.image_size, per_core=self._images_per_core)
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         """See `GpuTimer`; empty on the CPU. What PyTorch takes to launch a kernel counts where the GPU waits for it."""
@@ -162,6 +161,7 @@ class CompiledRunner(PyTorchRunner):
     """Runs a checkpoint's network as trained through `torch.compile`, which compiles it again for each batch size."""
 
     _label = "torch.compile"
+    _images_per_core = None
 
     def _prepared(self, network: SMLPNet) -> nn.Module:
         # TF32 is off because the network was trained, and is compared, in fp32.
@@ -245,6 +245,8 @@ class TracingPyTorchRunner(PyTorchRunner):
         lowered: run the lowered network, as deployed.
         gpu: see `PyTorchRunner`.
     """
+
+    _images_per_core = None
 
     def __init__(
         self,

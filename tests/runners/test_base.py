@@ -8,7 +8,7 @@ import pytest
 from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.preprocessing import normalize
 from smlp_deploy.metadata import BatchProfile, Preprocessing
-from smlp_deploy.runners.base import common_input, in_batches, input_of
+from smlp_deploy.runners.base import common_input, images_at_once, in_batches, input_of
 from tests.support.fakes import FakeRunner, metadata, quadrant_means
 
 
@@ -62,3 +62,10 @@ def test_runners_of_either_input_see_the_same_images() -> None:
     np.testing.assert_array_equal(input_of(floats, batch, preprocessing), expected)
     np.testing.assert_array_equal(input_of(floats, batch[1], preprocessing), expected[1])
     assert input_of(floats, expected, preprocessing) is expected
+
+
+@pytest.mark.parametrize(
+    ("image_size", "cores", "expected"), [(224, 1, 4), (224, 2, 8), (32, 1, 196), (384, 2, 2), (2048, 1, 1)]
+)
+def test_as_many_images_run_at_once_as_fit_in_the_caches(image_size: int, cores: int, expected: int) -> None:
+    assert images_at_once(image_size, per_core=4, cores=cores) == expected

@@ -19,7 +19,7 @@ from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.runners import open_runner, pytorch
+from smlp_deploy.runners import base, open_runner, pytorch
 from smlp_deploy.runners.base import GpuTimer
 from smlp_deploy.runners.placement import Placement
 from smlp_deploy.runners.pytorch import (
@@ -37,6 +37,25 @@ from tests.support.gpu import L4
 @pytest.fixture
 def batch() -> FloatArray:
     return np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+
+
+def test_a_large_batch_runs_in_pieces_on_the_cpu(
+    digits: Checkpoint, batch: FloatArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    run = PyTorchRunner._run
+
+    def seen(runner: PyTorchRunner, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return run(runner, images)
+
+    monkeypatch.setattr(PyTorchRunner, "_run", seen)
+    monkeypatch.setattr(base, "available_cores", lambda: 1)
+    many = np.tile(batch, (100 // len(batch) + 1, 1, 1, 1))[:100]
+    with PyTorchRunner(digits, describe(digits)) as runner:
+        found, expected = runner.infer(many), runner.infer(batch)
+    assert sizes[:2] == [98, 2], "as many pixels as two images of 224 x 224"
+    assert np.abs(found[: len(batch)] - expected).max() < 1e-4
 
 
 def test_true_half_arithmetic_is_near_but_not_equal(digits: Checkpoint, batch: FloatArray) -> None:
