@@ -1,4 +1,4 @@
-"""The command line: the app, one registration per verb, and the error boundary, the only place where smlp exits."""
+"""The command line: the app, one registration per verb, and the error boundary, which chooses the exit code."""
 
 from __future__ import annotations
 

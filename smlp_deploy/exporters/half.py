@@ -59,16 +59,17 @@ def to_half(model: ModelProto, precision: str) -> ModelProto:
     return _inferred(_converted(_inferred(model), half))
 
 
-def half_values(model: ModelProto) -> frozenset[str]:
+def half_values(model: ir.Model) -> frozenset[str]:
     """Names of values of an fp32 graph that are 16 bits wide in fp16: those that may be the largest of them.
 
     These are what convolutions and products read and compute, and sums. A GELU computes nothing larger than it reads.
     """
     names: set[str] = set()
-    for node in ir.from_proto(model).graph:
+    for node in model.graph:
         if node.op_type in _WEIGHTED:
-            names.update(str(value.name) for value in node.inputs if value is not None and value.const_value is None)
-        if node.op_type in _WEIGHTED or (node.op_type == "Add" and not _stays_float32(node, _STATISTICS)):
+            read = (value for value in node.inputs if value is not None and value.const_value is None)
+            names.update(str(value.name) for value in (*read, *node.outputs))
+        elif node.op_type == "Add" and not _stays_float32(node, _STATISTICS):
             names.update(str(value.name) for value in node.outputs)
     return frozenset(names)
 

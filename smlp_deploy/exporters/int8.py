@@ -54,7 +54,7 @@ def quantized_layers(model: ModelProto) -> tuple[str, ...]:
     return tuple(layer.name for layer in _layers(ir.from_proto(model)))
 
 
-class Calibration(NamedTuple):
+class CalibrationResult(NamedTuple):
     """What `calibrate` measured.
 
     Attributes:
@@ -73,7 +73,7 @@ def calibrate(
     *,
     method: str = "minmax",
     progress: Callable[[int], None] | None = None,
-) -> Calibration:
+) -> CalibrationResult:
     """Measure the range of every tensor to quantize, on real images.
 
     Only the activations of one batch are in memory.
@@ -88,8 +88,9 @@ def calibrate(
         UsageError: an unknown method, no images, or batches of a size that the graph does not accept.
         ArtifactError: an activation is not finite.
     """
-    tensors = {str(_source(layer.reads).name) for layer in _layers(ir.from_proto(model))}
-    halves = half_values(model) if method == "minmax" else frozenset()
+    graph = ir.from_proto(model)
+    tensors = {str(_source(layer.reads).name) for layer in _layers(graph)}
+    halves = half_values(graph) if method == "minmax" else frozenset()
     ranges, images = measure_ranges(model, tensors | halves, batches, method=method, progress=progress)
     table = CalibrationTable(
         ranges={name: ranges[name] for name in sorted(tensors)},
@@ -98,7 +99,7 @@ def calibrate(
         checkpoint_sha256=_checkpoint_sha256(model),
     )
     largest = max(halves, key=ranges.__getitem__, default=None)
-    return Calibration(table, None if largest is None else (largest, ranges[largest]))
+    return CalibrationResult(table, None if largest is None else (largest, ranges[largest]))
 
 
 def quantize(

@@ -15,7 +15,7 @@ from smlp_deploy.errors import UsageError
 from smlp_deploy.evaluation.sensitivity import SensitivityReport, choose, measure_sensitivity
 from smlp_deploy.exporters.calibration import CalibrationTable
 from smlp_deploy.exporters.half import to_half
-from smlp_deploy.exporters.int8 import Calibration, calibrate, quantize, quantized_layers
+from smlp_deploy.exporters.int8 import CalibrationResult, calibrate, quantize, quantized_layers
 from smlp_deploy.exporters.pixels import take_pixels
 from smlp_deploy.graphs.file import Graph
 from smlp_deploy.images.batches import FloatArray, available_cores, decoded_batches
@@ -65,7 +65,7 @@ class Quantization:
         per_channel: see `Int8Options`.
         sensitivity: each layer's sensitivity and chosen precision, if requested.
         images: the calibration images.
-        largest: the largest activation on them; see `Calibration`.
+        largest: the largest activation on them; see `CalibrationResult`.
     """
 
     table: CalibrationTable
@@ -181,7 +181,7 @@ def plan_quantization(graph: Graph, options: Int8Options, *, progress: Progress 
     return replace(found, sensitivity=_measure(graph, found, options.max_drop, samples, labels, progress))
 
 
-def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> Calibration:
+def _calibrate(graph: Graph, samples: FloatArray, method: str, progress: Progress) -> CalibrationResult:
     batch = graph.metadata.batch
     size = batch or (_MINMAX_BATCH if method == "minmax" else _BATCH)
     # A graph with a fixed batch size is calibrated on whole batches, because padding would distort the ranges.

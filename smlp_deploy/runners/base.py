@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
+from smlp_deploy.images.batches import FloatArray, ImageArray
 from smlp_deploy.images.preprocessing import normalize
-from smlp_deploy.metadata import BatchProfile, ModelMetadata, Preprocessing
+from smlp_deploy.metadata import MAX_BATCH, BatchProfile, ModelMetadata, Preprocessing
 
 
 class Runner(Protocol):
@@ -93,12 +93,12 @@ def batch_size_of(runner: Runner) -> int:
     return int(getattr(runner, "batch_size", max(1, usual // fixed) * fixed))
 
 
-def images_at_once(image_size: int, *, per_core: int, cores: int | None = None) -> int:
+def images_at_once(image_size: int, *, per_core: int, cores: int) -> int:
     """Images that run at once on the CPU: for each core as many pixels as `per_core` images of 224 x 224 have.
 
     The values inside a network for more images leave the caches. `benchmarks/README.md` has figures.
     """
-    return max(1, (cores or available_cores()) * per_core * 224**2 // image_size**2)
+    return min(max(1, cores * per_core * 224**2 // image_size**2), MAX_BATCH)
 
 
 def common_input(*runners: Runner) -> str:

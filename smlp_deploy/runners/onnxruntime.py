@@ -36,7 +36,7 @@ from smlp_deploy.graphs.edit import emulate_bf16
 from smlp_deploy.graphs.file import INPUT_NAME, Graph
 from smlp_deploy.images.batches import FloatArray, ImageArray, available_cores
 from smlp_deploy.images.decode import give_memory_back
-from smlp_deploy.metadata import MAX_BATCH, BatchProfile
+from smlp_deploy.metadata import BatchProfile
 from smlp_deploy.runners.base import Closing, images_at_once, in_batches, padded
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class OnnxRuntimeRunner(Closing):
     def __init__(
         self, graph: Graph, *, provider: str = "cpu", gpu: GpuDevice | None = None, cores: int | None = None
     ) -> None:
-        self._cores = cores
+        self._cores = cores or available_cores()
         self._provider = _available(provider)
         _load_libraries(provider)
         self.on_gpu = provider != "cpu"
@@ -94,8 +94,7 @@ class OnnxRuntimeRunner(Closing):
         self._session: onnxruntime.InferenceSession | None = None
         self._content_of_any_batch = b""
         self._largest = 0  # batch that the session takes, where it is begun by the first
-        size = graph.metadata.config.image_size
-        self._at_once = min(images_at_once(size, per_core=_IMAGES_PER_CORE, cores=cores), MAX_BATCH)
+        self._pieces = self._batch_profile()
         content = self._content(graph)
         if provider == "tensorrt" and graph.metadata.batch is None:
             if not _starts(self._provider):
@@ -146,11 +145,16 @@ class OnnxRuntimeRunner(Closing):
         return cls(Graph.read(path), provider=provider, gpu=gpu, cores=cores)
 
     def infer(self, batch: ImageArray) -> FloatArray:
+        return self._run(batch) if self._pieces is None else in_batches(batch, self._pieces, self._run)
+
+    def _batch_profile(self) -> BatchProfile | None:
+        """The batch sizes that it runs at once; None for any."""
         if self.metadata.batch is not None:
-            return in_batches(batch, BatchProfile.fixed(self.metadata.batch), self._run)
+            return BatchProfile.fixed(self.metadata.batch)
         if self.on_gpu:
-            return self._run(batch)
-        return in_batches(batch, BatchProfile(opt=self._at_once, max=self._at_once), self._run)
+            return None
+        most = images_at_once(self.metadata.config.image_size, per_core=_IMAGES_PER_CORE, cores=self._cores)
+        return BatchProfile(opt=most, max=most)
 
     def _content(self, graph: Graph) -> bytes:
         """The serialized model to run."""
@@ -305,7 +309,7 @@ def _does_not_start(provider: str, reason: str) -> MissingDependencyError:
 
 
 def _session(
-    content: bytes, path: Path, provider: str, options: Options, cores: int | None
+    content: bytes, path: Path, provider: str, options: Options, cores: int
 ) -> tuple[onnxruntime.InferenceSession, bool]:
     """A session for checked bytes, and whether it emulates bf16."""
     try:

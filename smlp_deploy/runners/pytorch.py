@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from smlp_deploy.dependencies import GpuDevice
 from smlp_deploy.errors import GpuError, GpuMemoryError, MissingDependencyError
-from smlp_deploy.images.batches import FloatArray
+from smlp_deploy.images.batches import FloatArray, available_cores
 from smlp_deploy.metadata import ModelMetadata, trace_points
 from smlp_deploy.models.checkpoint import Checkpoint
 from smlp_deploy.models.lowering import DenseMixing, LoweredBlock, PairedMixing, Product, lower
@@ -58,22 +58,20 @@ class PyTorchRunner(Closing):
         self.metadata = replace(metadata, input="float32")
         self._gpu, self._device = gpu, device_of(gpu)
         self.on_gpu = gpu is not None
+        self._at_once: int | None = None  # whole batches
+        if self._images_per_core is not None and not self.on_gpu:
+            size, cores = metadata.config.image_size, available_cores()
+            self._at_once = images_at_once(size, per_core=self._images_per_core, cores=cores)
         with _errors():
             network = self._prepared(checkpoint.network(shared=True))
             self._network: nn.Module | None = network.to(self._device)
 
     def infer(self, batch: FloatArray) -> FloatArray:
         with self._running():
-            images, size = self._input(batch), self._size(len(batch))
+            images, size = self._input(batch), self._at_once or len(batch)
             pieces = [self._run(images[at : at + size]).float() for at in range(0, len(images), size)]
             logits: FloatArray = torch.cat(pieces).cpu().numpy()
         return logits
-
-    def _size(self, batch: int) -> int:
-        """Images that run at once."""
-        if self._gpu is not None or self._images_per_core is None:
-            return batch
-        return images_at_once(self.metadata.config.image_size, per_core=self._images_per_core)
 
     def gpu_seconds(self, batch: FloatArray, *, runs: int) -> list[float]:
         """See `GpuTimer`; empty on the CPU. What PyTorch takes to launch a kernel counts where the GPU waits for it."""

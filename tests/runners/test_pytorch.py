@@ -19,7 +19,7 @@ from smlp_deploy.images.batches import FloatArray
 from smlp_deploy.models import lowering
 from smlp_deploy.models.checkpoint import Checkpoint, load_checkpoint
 from smlp_deploy.models.description import describe
-from smlp_deploy.runners import base, open_runner, pytorch
+from smlp_deploy.runners import open_runner, pytorch
 from smlp_deploy.runners.base import GpuTimer
 from smlp_deploy.runners.placement import Placement
 from smlp_deploy.runners.pytorch import (
@@ -50,7 +50,7 @@ def test_a_large_batch_runs_in_pieces_on_the_cpu(
         return run(runner, images)
 
     monkeypatch.setattr(PyTorchRunner, "_run", seen)
-    monkeypatch.setattr(base, "available_cores", lambda: 1)
+    monkeypatch.setattr(pytorch, "available_cores", lambda: 1)
     many = np.tile(batch, (100 // len(batch) + 1, 1, 1, 1))[:100]
     with PyTorchRunner(digits, describe(digits)) as runner:
         found, expected = runner.infer(many), runner.infer(batch)
